@@ -1,0 +1,64 @@
+"""What merging adds to the base weights, as pytrees that models apply and exporters write.
+
+This is where merges and models meet: a merge returns ``Deltas``, a backbone takes them.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@flax.struct.dataclass
+class LowRank:
+    """``left @ core @ right``. Only ``core`` depends on the mask, so only it has a population axis."""
+
+    left: Float[Array, "*layer out k"]
+    core: Float[Array, "*member k j"]
+    right: Float[Array, "*layer j in"]
+
+    def apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """``x @ delta.T`` without forming the delta (one layer, no leading axes)."""
+        hidden = jnp.matmul(x, self.right.T.astype(x.dtype))
+        hidden = jnp.matmul(hidden, self.core.T.astype(x.dtype))
+        return jnp.matmul(hidden, self.left.T.astype(x.dtype))
+
+    def materialise(self) -> Float[Array, "*member out in"]:
+        """The full matrices."""
+        return self.left @ self.core @ self.right
+
+    @property
+    def max_rank(self) -> int:
+        """Upper bound on the rank of each matrix."""
+        return min(self.core.shape[-2:])
+
+
+@flax.struct.dataclass
+class Dense:
+    """A delta without useful low-rank structure (TIES in full space)."""
+
+    weight: Float[Array, "*member out in"]
+
+    def apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """``x @ delta.T`` (one layer, no leading axes)."""
+        return jnp.matmul(x, self.weight.T.astype(x.dtype))
+
+    def materialise(self) -> Float[Array, "*member out in"]:
+        """The full matrices."""
+        return self.weight
+
+    @property
+    def max_rank(self) -> int:
+        """Upper bound on the rank of each matrix."""
+        return min(self.weight.shape[-2:])
+
+
+Delta = LowRank | Dense
+Deltas = dict[str, Delta]  # name template (see LoraStack) -> delta with a leading layer axis
+
+
+def n_bytes(delta: Delta) -> int:
+    """Bytes held by a delta, all its axes included."""
+    leaves = (delta.left, delta.core, delta.right) if isinstance(delta, LowRank) else (delta.weight,)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
