@@ -78,7 +78,9 @@ class LoraStack:
         """The stack of some tasks only, in the given order."""
         index = np.asarray(tasks)
         pairs = {
-            name: LoraPair(p.a[:, index], p.b[:, index], tuple(tuple(row[i] for i in tasks) for row in p.rank))
+            name: LoraPair(
+                p.a[:, index], p.b[:, index], tuple(tuple(row[i] for i in tasks) for row in p.rank)
+            )
             for name, p in self.pairs.items()
         }
         return LoraStack(pairs, tuple(self.tasks[i] for i in tasks))

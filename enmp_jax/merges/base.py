@@ -38,14 +38,14 @@ class LayerInputs(NamedTuple):
 
     a: Float[Array, "task rank in"]
     b: Float[Array, "task out rank"]
-    present: Float[Array, "task"]  # 1 where the task has a LoRA here; a missing one counts as pruned
+    present: Float[Array, task]  # 1 where the task has a LoRA here; a missing one counts as pruned
 
 
 class LayerMethod(NamedTuple):
     """A method as a function of one projection in one layer; ``lift`` makes a ``Merge`` of it."""
 
     prepare: Callable[[LayerInputs], Ingredients]
-    merge: Callable[[Ingredients, Float[Array, "task"]], Delta]
+    merge: Callable[[Ingredients, Float[Array, task]], Delta]
 
 
 def lift(method: LayerMethod) -> Merge:

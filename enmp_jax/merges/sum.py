@@ -26,7 +26,7 @@ def _prepare(inputs: LayerInputs) -> _Ingredients:
     return _Ingredients(left, inputs.a.reshape(tasks * rank, -1))
 
 
-def _merge(ingredients: _Ingredients, weights: Float[Array, "task"]) -> LowRank:
+def _merge(ingredients: _Ingredients, weights: Float[Array, task]) -> LowRank:
     rank = ingredients.left.shape[1] // weights.shape[0]
     return LowRank(ingredients.left, jnp.diag(jnp.repeat(weights, rank)), ingredients.right)
 

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from enmp_jax.deltas import Deltas
-
 Params = Any  # nested dict of arrays; weights of repeated layers are stacked on axis 0
 Inputs = Mapping[str, Array]  # e.g. {"image": uint8 [b, h, w, c]} or {"input_ids": .., "attention_mask": ..}
 
