@@ -108,9 +108,9 @@ class MergeConfig:
 
     def hyperparameters(self) -> dict[str, Any]:
         """The given hyperparameters of the method (those not None)."""
-        names = ("density", "gamma", "drop_rate", "rank_fraction", "coefficient", "common_fraction", "clusters",
-                 "seed", "task_weights")  # fmt: skip
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        general = ("method", "space", "scale", "scale_grid", "isotropize")
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in general}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
