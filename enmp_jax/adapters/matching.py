@@ -1,0 +1,91 @@
+"""Which module of the base a name in an adapter file means, and whether adapters belong together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from enmp_jax.adapters.reading import one_line
+from enmp_jax.errors import UserError
+from enmp_jax.lora import split_layer
+
+
+def check_bases(bases: Mapping[str, str | None], base_name: str | None, allow: bool) -> str | None:
+    """The base model that all adapters name (None if none does).
+
+    Raises:
+        UserError: they name different ones and ``allow`` is False.
+    """
+    named = {task: name for task, name in bases.items() if name}
+    first = next(iter(named.values()), None)
+    for task, name in named.items():
+        for other, owner in ((base_name, "the base model in use"), (first, "another adapter's base")):
+            if not allow and other is not None and not same_base(name, other):
+                raise UserError(
+                    f"adapter {task!r} was trained on {one_line(name)}, but {owner} is {one_line(other)}: "
+                    "pass --allow-base-mismatch if they are the same weights"
+                )
+    return first
+
+
+def same_base(x: str, y: str) -> bool:
+    if x.rstrip("/") == y.rstrip("/"):
+        return True
+    # two local copies: the same directory under two spellings
+    return os.path.exists(x) and os.path.exists(y) and os.path.realpath(x) == os.path.realpath(y)
+
+
+def to_backbone(
+    task: str, paths: Sequence[str], canonical: Callable[[str], str | None], modules: Mapping[str, Any] | None
+) -> dict[str, tuple[str, int]]:
+    found, missed = {}, []
+    for path in paths:
+        template, layer = split_layer(path)
+        name = canonical(template)
+        if name is None or (modules is not None and name not in modules):
+            missed.append(template)
+        else:
+            found[path] = name, layer
+    if missed:
+        raise UserError(
+            f"{len(found)} of {len(paths)} LoRA modules of adapter {task!r} are in the base model; "
+            f"it has {examples(missed)}, the base has {examples(modules or ())}"
+        )
+    return found
+
+
+def check_shape(task: str, path: str, shape: tuple[int, int], expected: tuple[int, int]) -> None:
+    if shape != expected:
+        raise UserError(
+            f"{one_line(path)} is {shape[0]}x{shape[1]} in adapter {task!r} but {expected[0]}x{expected[1]} in the "
+            "base model: the adapter was trained on another base"
+        )
+
+
+def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[str, int]]]:
+    """Without a backbone: a template that ends another's (after a dot) means the same module."""
+    paths = {task: {path: split_layer(path) for path in names} for task, names in modules.items()}
+    used = sorted({template for found in paths.values() for template, _ in found.values()})
+    full = {}
+    for template in used:
+        longer = [other for other in used if other.endswith(f".{template}")]
+        roots = [x for x in longer if not any(y.endswith(f".{x}") for y in longer)]
+        if len(roots) > 1:
+            raise UserError(f"{template} may mean {examples(roots)}: give the base model to decide")
+        full[template] = roots[0] if roots else template
+    aligned = {t: {p: (full[name], layer) for p, (name, layer) in f.items()} for t, f in paths.items()}
+    roots_of = {task: {name.split("{}")[0] for name, _ in found.values()} for task, found in aligned.items()}
+    first, *others = roots_of
+    for task in others:
+        if not roots_of[first] & roots_of[task]:
+            raise UserError(
+                f"adapters {first!r} and {task!r} have no layers in common "
+                f"({examples(list(roots_of[first]))}... and {examples(list(roots_of[task]))}...): they were trained on different bases"
+            )
+    return aligned
+
+
+def examples(names: Mapping[str, Any] | Sequence[str]) -> str:
+    unique = sorted(set(names))
+    return " and ".join(one_line(name, 80) for name in unique[:2]) or "none"
