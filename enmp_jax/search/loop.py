@@ -1,0 +1,195 @@
+"""The search: ask, evaluate, tell, compiled once, and the archive of all it saw.
+
+The loop knows genomes and fitness, nothing of masks or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from enmp_jax.search.strategies import Genomes, State, Strategy
+
+
+class Scores(Protocol):
+    """What an evaluation returns: a pytree whose leaves have a leading member axis."""
+
+    @property
+    def fitness(self) -> Float[Array, " member"]:
+        """Higher is better; NaN counts as the worst."""
+        ...
+
+
+Evaluate = Callable[..., Any]  # evaluate(genomes [member, gene], *operands) -> Scores
+
+
+class Result(NamedTuple):
+    """The archive of a search.
+
+    Attributes:
+        genomes: all genomes, on the host.
+        scores: what ``evaluate`` returned, numpy leaves with leading axes (generation, member).
+        state: the strategy's state after the last generation.
+        start: number of the first generation in the archive.
+    """
+
+    genomes: Float[np.ndarray, "generation member gene"]
+    scores: Any
+    state: State
+    start: int = 0
+
+    @property
+    def generations(self) -> int:
+        """Number of generations done, those before ``start`` included."""
+        return self.start + len(self.genomes)
+
+
+class Step(NamedTuple):
+    """A compiled ask-evaluate-tell.
+
+    ``advance(key, start, count, state, operands) -> (state, genomes, scores)`` does generations
+    ``start .. start + count - 1``, ``count <= size``; genomes and scores have ``size`` rows, of
+    which the first ``count`` are meant. The given state is donated: use the returned one.
+    """
+
+    advance: Callable[..., tuple[State, Float[Array, "row member gene"], Any]]
+    size: int
+
+
+def make_step(
+    strategy: Strategy,
+    evaluate: Evaluate,
+    generations_per_dispatch: int = 1,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Step:
+    """Compile one dispatch of the search: no host transfer between ask, evaluate and tell.
+
+    How many generations a dispatch does is an argument of the compiled function, so that the rest of
+    a budget does not compile anew and the results do not depend on the dispatch size.
+
+    Args:
+        strategy: what proposes genomes.
+        evaluate: ``evaluate(genomes, *operands) -> Scores``; pure. Large arrays belong in the operands:
+            closed over, they would become constants of the program.
+        generations_per_dispatch: most generations in one dispatch.
+        sharding: where states and results live, replicated over the mesh of ``evaluate``; None for
+            one device.
+    """
+    score = jax.jit(evaluate)  # traced once, though its output shapes are asked for below
+
+    def advance(
+        key: PRNGKeyArray,
+        start: Int[Array, ""],
+        count: Int[Array, ""],
+        state: State,
+        operands: tuple[Any, ...],
+    ) -> tuple[State, Array, Any]:
+        def one(generation: Array, state: State) -> tuple[State, Genomes, Any]:
+            # keyed by the number of the generation: a resumed search draws the same members
+            ask_key, tell_key = jax.random.split(jax.random.fold_in(key, generation))
+            genomes, state = strategy.ask(ask_key, state)
+            scores = score(genomes, *operands)
+            return strategy.tell(tell_key, genomes, scores.fitness, state), genomes, scores
+
+        def body(i: Array, carry: tuple[State, Any]) -> tuple[State, Any]:
+            state, archive = carry
+            state, *seen = one(start + i, state)
+            archive = jax.tree.map(lambda rows, row: rows.at[i].set(row), archive, tuple(seen))
+            return state, archive
+
+        _, *shapes = jax.eval_shape(one, start, state)
+        archive = jax.tree.map(
+            lambda x: jnp.zeros((generations_per_dispatch, *x.shape), x.dtype), tuple(shapes)
+        )
+        state, (genomes, scores) = jax.lax.fori_loop(0, count, body, (state, archive))
+        return state, genomes, scores
+
+    return Step(jax.jit(advance, donate_argnums=3, out_shardings=sharding), generations_per_dispatch)
+
+
+def run(
+    strategy: Strategy,
+    evaluate: Evaluate,
+    key: PRNGKeyArray,
+    mean: Float[np.ndarray, " gene"] | Float[Array, " gene"],
+    generations: int,
+    *,
+    generations_per_dispatch: int = 1,
+    state: State | None = None,
+    start: int = 0,
+    operands: tuple[Any, ...] = (),
+    on_generation: Callable[[int, np.ndarray, Any], None] | None = None,
+    on_dispatch: Callable[[int, State], None] | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Result:
+    """Search until ``generations`` generations are done.
+
+    Args:
+        strategy, evaluate, generations_per_dispatch, operands, sharding: see ``make_step``.
+        key: everything random follows from it and the number of the generation.
+        mean: the genome that the search starts from (not used when resuming).
+        generations: how many in total, those before ``start`` included.
+        state: state to resume from (it stays usable), with ``start``, the number of generations
+            already done.
+        on_generation: called for each generation with its number, genomes [member, gene] and scores
+            (numpy leaves, leading member axis).
+        on_dispatch: called after each dispatch with the number of generations done and the state, which
+            is donated afterwards: save or copy it, do not keep it. The place for checkpoints.
+
+    Returns:
+        The archive of the generations done by this call.
+
+    Raises:
+        ValueError: ``start`` and ``state`` not given together, or ``start`` beyond ``generations``.
+    """
+    if (state is None) != (start == 0):
+        raise ValueError("resuming needs both the state and the number of generations done")
+    if not 0 <= start <= generations or generations < 1:
+        raise ValueError(f"cannot do generations {start}..{generations}")
+    step = make_step(strategy, evaluate, generations_per_dispatch, sharding)
+    # generations use fold_in(key, 0), fold_in(key, 1), ..: the initial state has its own stream
+    init_key, key = jax.random.split(key)
+    if state is None:
+        state = strategy.init(init_key, jnp.asarray(mean, jnp.float32))
+    # donated later: a copy, so that the caller's arrays live on and no two leaves share a buffer
+    state = jax.tree.map(jnp.copy, state)
+    if sharding is not None:
+        state, key = jax.device_put((state, key), sharding)
+
+    rows: list[tuple[np.ndarray, Any]] = []
+    for first in range(start, generations, step.size):
+        count = min(step.size, generations - first)
+        state, *seen = step.advance(key, jnp.int32(first), jnp.int32(count), state, operands)
+        rows.append(_take(jax.tree.map(np.asarray, tuple(seen)), slice(count)))
+        if on_generation is not None:
+            for i in range(count):
+                on_generation(first + i, *_take(rows[-1], i))
+        if on_dispatch is not None:
+            on_dispatch(first + count, state)
+    if not rows:  # resumed at the end
+        shapes = jax.eval_shape(lambda s: step.advance(key, 0, 0, s, operands)[1:], state)
+        rows.append(jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), tuple(shapes)))
+    genomes, scores = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+    return Result(genomes, scores, state, start)
+
+
+def _take(tree: Any, index: int | slice) -> Any:
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def join(earlier: Result, later: Result) -> Result:
+    """The archive of a search that was interrupted and resumed.
+
+    Raises:
+        ValueError: the second does not start where the first ends.
+    """
+    if later.start != earlier.generations:
+        raise ValueError(f"generation {later.start} does not follow {earlier.generations - 1}")
+    genomes = np.concatenate([earlier.genomes, later.genomes])
+    scores = jax.tree.map(lambda a, b: np.concatenate([a, b]), earlier.scores, later.scores)
+    return Result(genomes, scores, later.state, earlier.start)

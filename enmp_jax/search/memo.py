@@ -1,0 +1,81 @@
+"""Masks already scored: how many distinct ones a search saw, and which are its finalists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+
+@dataclass
+class Candidate:
+    """A distinct mask (with its scale, if that was searched) and how it scored.
+
+    ``fitness`` is the mean of its ``evaluations``, NaN ones left out; ``order`` is the position of
+    its first evaluation in the search.
+    """
+
+    keep: Bool[np.ndarray, "*module"]
+    scale: float | None
+    fitness: float
+    evaluations: int
+    order: int
+
+
+class Memo:
+    """All masks scored so far, by their bits and scale. Lives on the host."""
+
+    def __init__(self) -> None:
+        self._candidates: dict[tuple[bytes, float | None], Candidate] = {}
+        self.evaluated = 0
+
+    def __len__(self) -> int:
+        """Number of distinct masks."""
+        return len(self._candidates)
+
+    def add(
+        self,
+        keep: Bool[np.ndarray, "member ..."],
+        fitness: Float[np.ndarray, " member"],
+        scale: Float[np.ndarray, " member"] | None = None,
+    ) -> None:
+        """Record scored masks, in the order in which they were evaluated."""
+        keep, fitness = np.asarray(keep, bool), np.asarray(fitness)
+        for i, mask in enumerate(keep):
+            value, coefficient = float(fitness[i]), None if scale is None else float(scale[i])
+            known = self._candidates.get(_key(mask, coefficient))
+            if known is None:
+                finite = int(not math.isnan(value))
+                candidate = Candidate(mask.copy(), coefficient, value, finite, self.evaluated)
+                self._candidates[_key(mask, coefficient)] = candidate
+            elif not math.isnan(value):
+                n = known.evaluations
+                known.fitness = value if n == 0 else (known.fitness * n + value) / (n + 1)
+                known.evaluations = n + 1
+            self.evaluated += 1
+
+    def lookup(
+        self, keep: Bool[np.ndarray, "member ..."], scale: Float[np.ndarray, " member"] | None = None
+    ) -> tuple[Float[np.ndarray, " member"], Bool[np.ndarray, " member"]]:
+        """Fitness of masks scored before, and which those are (fitness of the others is NaN)."""
+        keep = np.asarray(keep, bool)
+        fitness, known = np.full(len(keep), np.nan), np.zeros(len(keep), bool)
+        for i, mask in enumerate(keep):
+            candidate = self._candidates.get(_key(mask, None if scale is None else float(scale[i])))
+            if candidate is not None:
+                fitness[i], known[i] = candidate.fitness, True
+        return fitness, known
+
+    def finalists(self, count: int) -> list[Candidate]:
+        """The best distinct masks, best first. Ties: fewer modules pruned, then seen earlier.
+
+        Masks whose every fitness was NaN are never finalists.
+        """
+        scored = [c for c in self._candidates.values() if not math.isnan(c.fitness)]
+        return sorted(scored, key=lambda c: (-c.fitness, int(np.sum(~c.keep)), c.order))[:count]
+
+
+def _key(mask: np.ndarray, scale: float | None) -> tuple[bytes, float | None]:
+    return np.packbits(mask).tobytes(), scale
