@@ -1,0 +1,274 @@
+"""Sources in plain files: ``npz:FILE``, ``folder:DIR`` of images, ``jsonl:FILE``."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from enmp_jax.config import DataConfig
+from enmp_jax.data.base import Raw, file_identity
+from enmp_jax.errors import UserError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+TEXT_KEYS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
+"""Looked for, in this order, when a run file names no text keys."""
+
+
+def existing(path: Path, what: str) -> Path:
+    """The path, if it is there.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if not path.exists():
+        raise UserError(f"{what}: {path} does not exist")
+    return path
+
+
+def text_keys(config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
+    """The text keys of a run file, or the first known pair or single key that the data have."""
+    if config.text:
+        missing = [key for key in config.text if key not in available]
+        if missing:
+            raise UserError(f"{config.source}: no text key {missing[0]!r}; available: {', '.join(available)}")
+        return config.text
+    return next((keys for keys in TEXT_KEYS if all(key in available for key in keys)), ())
+
+
+def number_labels(values: Sequence[Any], config: DataConfig) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as int64 numbers, and the class names when the labels are names.
+
+    Names are numbered in the order of ``config.class_names`` if it has them all, else sorted.
+
+    Raises:
+        UserError: labels that are neither integers nor names.
+    """
+    if all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values):
+        return np.asarray(values, np.int64).reshape(-1), ()
+    if not all(isinstance(v, str) for v in values):
+        wrong = next(v for v in values if not isinstance(v, str | int | np.integer) or isinstance(v, bool))
+        raise UserError(f"{config.source}: the label {wrong!r} is neither a whole number nor a class name")
+    found = sorted(set(values))
+    names = config.class_names if set(found) <= set(config.class_names) else tuple(found)
+    number = {name: i for i, name in enumerate(names)}
+    return np.asarray([number[v] for v in values], np.int64), names
+
+
+class NpzSource:
+    """Arrays of an ``.npz`` file: ``image`` uint8 [n, h, w] or [n, h, w, c] (or str arrays, the text keys),
+    ``label`` [n] (numbers or names), and optionally ``split`` [n] (names; default: one split ``all``) and
+    ``class_names``.
+    """  # fmt: skip
+
+    def __init__(self, path: Path, config: DataConfig) -> None:
+        self._path = existing(path, config.source)
+        self._config = config
+
+    def identity(self) -> str:
+        """Path, size and time of the file."""
+        return file_identity([self._path], self._path.parent)
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        try:
+            with np.load(self._path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{self._config.source}: not a readable npz file of plain arrays ({error})"
+            ) from None
+        label = self._config.label
+        if label not in arrays:
+            raise UserError(f"{self._config.source}: no array {label!r}; the file has {', '.join(arrays)}")
+        n = len(arrays[label])
+        for name in {*self._value_keys(arrays), "split"} & set(arrays):
+            if len(arrays[name]) != n:
+                raise UserError(f"{self._config.source}: {len(arrays[name])} rows of {name!r} but {n} labels")
+        return arrays
+
+    def _value_keys(self, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+        image = self._config.image or "image"
+        if image in arrays and not self._config.text:
+            if arrays[image].dtype != np.uint8 or arrays[image].ndim not in (3, 4):
+                raise UserError(
+                    f"{self._config.source}: {image!r} is {arrays[image].dtype} {list(arrays[image].shape)}; "
+                    "expected uint8 [n, h, w] or [n, h, w, c] in 0..255"
+                )
+            return (image,)
+        keys = text_keys(self._config, list(arrays))
+        if self._config.image or not keys:
+            raise UserError(f"{self._config.source}: no array {image!r}; the file has {', '.join(arrays)}")
+        return keys
+
+    @functools.cached_property
+    def _labels(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        return number_labels(self._arrays[self._config.label].tolist(), self._config)
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, np.ndarray]:
+        n = len(self._arrays[self._config.label])
+        if "split" not in self._arrays:
+            return {"all": np.arange(n)}
+        split = self._arrays["split"].astype(str)
+        return {str(name): np.flatnonzero(split == name) for name in dict.fromkeys(split.tolist())}
+
+    def splits(self) -> dict[str, int]:
+        """The values of the ``split`` array, or ``all``."""
+        return {name: len(rows) for name, rows in self._rows.items()}
+
+    def class_names(self) -> tuple[str, ...]:
+        """From the ``class_names`` array, or from labels that are names."""
+        given = self._arrays.get("class_names")
+        return tuple(given.astype(str).tolist()) if given is not None else self._labels[1]
+
+    def read(self, split: str, rows: Sequence[int]) -> Raw:
+        """See ``Source``."""
+        index = self._rows[split][np.asarray(rows, np.int64)]
+        keys = self._value_keys(self._arrays)
+        names = [f"{self._path.name}[{i}]" for i in index]
+        columns = [self._arrays[key][index] for key in keys]
+        if columns[0].dtype == np.uint8:
+            return Raw("image", list(columns[0]), self._labels[0][index], names)
+        texts = list(zip(*[column.astype(str).tolist() for column in columns]))
+        return Raw("text", texts, self._labels[0][index], names)
+
+
+class FolderSource:
+    """A directory of images: ``split/class/file`` or, with the one split ``all``, ``class/file``.
+
+    Classes are the directory names, sorted (or in the order of ``class_names``). Files are ordered by a
+    hash of their names, so that a slice such as ``all[:80%]`` holds every class.
+    """
+
+    def __init__(self, path: Path, config: DataConfig) -> None:
+        self._path = existing(path, config.source)
+        self._config = config
+
+    def identity(self) -> str:
+        """Paths, sizes and times of the image files."""
+        return file_identity([file for files in self._files.values() for file in files], self._path)
+
+    @functools.cached_property
+    def _files(self) -> dict[str, list[Path]]:
+        files = [p for p in self._path.glob("**/*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+        depths = {len(p.relative_to(self._path).parts) for p in files}
+        if not depths or not depths <= {2, 3} or len(depths) > 1:
+            raise UserError(
+                f"{self._config.source}: expected image files as class/file or split/class/file, all alike; "
+                + (f"found depths {sorted(depths)}" if depths else "found no images")
+            )
+        found: dict[str, list[Path]] = {}
+        for file in sorted(files, key=self._order):
+            parts = file.relative_to(self._path).parts
+            found.setdefault(parts[0] if len(parts) == 3 else "all", []).append(file)
+        return dict(sorted(found.items()))
+
+    def _order(self, file: Path) -> bytes:
+        return hashlib.blake2b(file.relative_to(self._path).as_posix().encode()).digest()
+
+    @functools.cached_property
+    def _classes(self) -> tuple[str, ...]:
+        files = [file for files in self._files.values() for file in files]
+        found = sorted({file.parent.name for file in files})
+        return self._config.class_names if set(found) <= set(self._config.class_names) else tuple(found)
+
+    def splits(self) -> dict[str, int]:
+        """Top directories, or ``all``."""
+        return {split: len(files) for split, files in self._files.items()}
+
+    def class_names(self) -> tuple[str, ...]:
+        """Directory names."""
+        return self._classes
+
+    def read(self, split: str, rows: Sequence[int]) -> Raw:
+        """See ``Source``."""
+        files = [self._files[split][i] for i in rows]
+        number = {name: i for i, name in enumerate(self._classes)}
+        labels = np.asarray([number[file.parent.name] for file in files], np.int64)
+        return Raw("image", files, labels, [str(file.relative_to(self._path)) for file in files])
+
+
+class JsonlSource:
+    """One JSON object a line: the text keys (or ``image``, a path relative to the file) and a label.
+
+    Splits are the values of an optional ``split`` key (default: one split ``all``); a directory of
+    ``SPLIT.jsonl`` files serves too.
+    """
+
+    def __init__(self, path: Path, config: DataConfig) -> None:
+        self._path = existing(path, config.source)
+        self._config = config
+        self._paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        self._base = path if path.is_dir() else path.parent
+        if not self._paths:
+            raise UserError(f"{config.source}: the directory has no .jsonl files")
+
+    def identity(self) -> str:
+        """Paths, sizes and times of the files."""
+        return file_identity(self._paths, self._base)
+
+    @functools.cached_property
+    def _records(self) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+        found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for path in self._paths:
+            default = path.stem if self._path.is_dir() else "all"
+            try:
+                lines = path.read_text(encoding="utf-8").split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where = f"{path.name}:{number}"
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{where}: not valid JSON ({error.msg})") from None
+                if not isinstance(record, dict):
+                    raise UserError(f"{where}: expected an object, got {type(record).__name__}")
+                if self._config.label not in record:
+                    raise UserError(
+                        f"{where}: no label key {self._config.label!r}; the line has {', '.join(record)}"
+                    )
+                found.setdefault(str(record.get("split", default)), []).append((where, record))
+        return found
+
+    @functools.cached_property
+    def _labels(self) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+        values = [r[self._config.label] for records in self._records.values() for _, r in records]
+        labels, names = number_labels(values, self._config)
+        ends = np.cumsum([len(records) for records in self._records.values()])[:-1]
+        return dict(zip(self._records, np.split(labels, ends))), names
+
+    def splits(self) -> dict[str, int]:
+        """The values of ``split``, or the file names."""
+        return {split: len(records) for split, records in self._records.items()}
+
+    def class_names(self) -> tuple[str, ...]:
+        """The labels, when they are names."""
+        return self._labels[1]
+
+    def read(self, split: str, rows: Sequence[int]) -> Raw:
+        """See ``Source``."""
+        chosen = [self._records[split][i] for i in rows]
+        labels = self._labels[0][split][np.asarray(rows, np.int64)]
+        names = [where for where, _ in chosen]
+        first = list(self._records[split][0][1])
+        texts = text_keys(self._config, first) if not self._config.image else ()
+        image = self._config.image or ("image" if "image" in first and not texts else "")
+        if not texts and not image:
+            raise UserError(f"{self._config.source}: no text or image key found among {', '.join(first)}")
+        for where, record in chosen:
+            for key in texts or (image,):
+                if not isinstance(record.get(key), str):
+                    raise UserError(f"{where}: {key!r} must be a string, got {record.get(key)!r}")
+        if texts:
+            return Raw("text", [tuple(record[key] for key in texts) for _, record in chosen], labels, names)
+        return Raw("image", [self._base / record[image] for _, record in chosen], labels, names)

@@ -1,0 +1,38 @@
+"""Decoding images to uint8 arrays."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+
+class BadImage(Exception):
+    """An image that does not decode; the message says why, in a few words."""
+
+
+def decode(value: np.ndarray | bytes | Path) -> np.ndarray:
+    """uint8 ``[h, w, c]`` of an array, encoded bytes or a file; c is 1 for grey images, else 3 (RGB).
+
+    Arrays keep their channels.
+
+    Raises:
+        BadImage: unreadable, truncated, or of more than 8 bits a channel.
+    """
+    if isinstance(value, np.ndarray):
+        return value if value.ndim == 3 else value[..., None]
+    from PIL import Image
+
+    try:
+        with Image.open(value if isinstance(value, Path) else io.BytesIO(value)) as image:
+            if image.mode.startswith(("I", "F")):
+                raise BadImage(f"pixel format {image.mode} is not 8-bit")
+            grey = image.mode in ("1", "L", "LA")
+            array = np.asarray(image.convert("L" if grey else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = (
+            "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0]
+        )
+        raise BadImage(reason) from None
+    return array[..., None] if grey else array
