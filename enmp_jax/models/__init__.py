@@ -1,0 +1,106 @@
+"""Backbones: base models as pure functions that take deltas, read from and written to Hugging Face files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from enmp_jax.errors import UserError
+from enmp_jax.models import checkpoint, convert, vit
+from enmp_jax.models.base import Backbone, Inputs, Params
+from enmp_jax.models.convert import Head, Placement, logical_axes
+
+__all__ = [
+    "FAMILIES", "Backbone", "Inputs", "Params", "build", "load", "load_head", "logical_axes", "save",
+]  # fmt: skip
+
+FAMILIES: dict[str, Callable[..., Backbone]] = {
+    "vit": vit.build,
+}
+"""``model_type`` of config.json -> ``build(config, dtype)``."""
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build(config: Mapping[str, Any], dtype: Any = "float32") -> Backbone:
+    """The backbone of a Hugging Face ``config.json``.
+
+    Args:
+        config: its content; ``image_mean`` and ``image_std`` may be added (default 0.5).
+        dtype: ``float32`` or ``bfloat16``, of weights and activations. Norms, softmax and whatever
+            the backbone returns are float32 in both.
+
+    Raises:
+        UserError: unknown ``model_type`` or dtype, or a config that contradicts itself.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is not known; known are {', '.join(DTYPES)}")
+    return FAMILIES[kind](config, DTYPES[name])
+
+
+def load(path: str | Path, dtype: Any = "float32", place: Placement = None) -> tuple[Backbone, Params]:
+    """Read a base model.
+
+    Args:
+        path: directory in Hugging Face layout or hub id (``name`` or ``name@revision``).
+        dtype: see ``build``.
+        place: how to shard parameters (see ``convert.Placement``); None: the default device.
+
+    Raises:
+        UserError: not found, unreadable, or not what its config.json says.
+    """
+    directory = checkpoint.find(path)
+    backbone = build(checkpoint.read_config(directory), dtype)
+    return backbone, convert.read_params(backbone, directory, place)
+
+
+def load_head(path: str | Path) -> Head | None:
+    """The base model's own classification head ([classes, width], [classes] or None), None without one.
+
+    Raises:
+        UserError: as ``load``.
+    """
+    directory = checkpoint.find(path)
+    return convert.read_head(build(checkpoint.read_config(directory)).keys, directory)
+
+
+def save(
+    path: str | Path,
+    backbone: Backbone,
+    params: Params,
+    extra_heads: Mapping[str, tuple[Any, Any | None]] | None = None,
+) -> None:
+    """Write a base model in Hugging Face layout, readable by ``load`` and by transformers.
+
+    Args:
+        path: directory; created if need be.
+        backbone: of the parameters.
+        params: parameters.
+        extra_heads: heads to write along, module name (``classifier``) -> (weight [classes, width], bias or
+            None). The number of classes of a ``classifier`` goes into config.json.
+
+    Raises:
+        UserError: a head's name or shape is wrong, or the directory cannot be written.
+    """
+    tensors, config = convert.to_tensors(backbone, params), dict(backbone.config.raw)
+    for name, (weight, bias) in (extra_heads or {}).items():
+        weight = np.asarray(weight)
+        if name not in backbone.keys.heads:
+            known = ", ".join(backbone.keys.heads)
+            raise UserError(f"a {backbone.family} model has no head called {name!r}; known are {known}")
+        if weight.ndim != 2 or weight.shape[1] != backbone.width:
+            raise UserError(f"head {name!r} is {weight.shape}, the features are {backbone.width} wide")
+        tensors[f"{name}.weight"] = weight
+        if bias is not None:
+            tensors[f"{name}.bias"] = np.asarray(bias)
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(weight.shape[0])}
+        config["label2id"] = {label: int(i) for i, label in config["id2label"].items()}
+    checkpoint.write(Path(path), config, tensors, images="image" in backbone.input_spec)

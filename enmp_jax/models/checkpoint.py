@@ -1,0 +1,167 @@
+"""Model directories in Hugging Face layout: finding, opening and writing their files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from enmp_jax.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def find(model: str | Path) -> Path:
+    """The directory of a model: a local path, or a hub id (``name`` or ``name@revision``) downloaded.
+
+    Raises:
+        UserError: neither a directory nor a model that the hub has or that is in its local cache.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name, _, revision = str(model).partition("@")
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"base model {model}: there is no such directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt"]
+            )
+        )
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"base model {model}: not a local directory, and the hub could not give it ({reason})"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        UserError: it is missing or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent} has no {path.name}: it is not a model in Hugging Face layout"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must be a JSON object")
+    return data
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json``, with the mean and standard deviation of ``preprocessor_config.json`` added."""
+    config = read_json(directory / "config.json")
+    if (directory / "preprocessor_config.json").exists():
+        images = read_json(directory / "preprocessor_config.json")
+        for key in ("image_mean", "image_std"):
+            if images.get("do_normalize", True) and key in images:
+                config[key] = images[key]
+            elif not images.get("do_normalize", True):
+                config[key] = 0.0 if key == "image_mean" else 1.0
+    return config
+
+
+class Tensors:
+    """The tensors of a checkpoint, memory-mapped: name -> slice reader with ``get_shape()``."""
+
+    def __init__(self, slices: Mapping[str, Any]):
+        self._slices = slices
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
+        return tuple(self._slices[name].get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """A tensor, or a part of it, read from the file."""
+        shape = self.shape(name)
+        if not shape:
+            return np.asarray(self._slices[name][...])
+        return np.asarray(self._slices[name][index or (slice(None),) * len(shape)])
+
+
+@contextlib.contextmanager
+def open_tensors(directory: Path) -> Iterator[Tensors]:
+    """Open a checkpoint, one file or shards with an index; headers are read, tensors are not.
+
+    Raises:
+        UserError: no weights, a missing shard, or a file that is cut off or is no safetensors file.
+    """
+    with contextlib.ExitStack() as stack:
+        slices: dict[str, Any] = {}
+        for path in _files(directory):
+            try:
+                file = stack.enter_context(safe_open(path, framework="np"))
+                slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"cannot read {path}: {reason}; download or copy it again") from None
+        yield Tensors(slices)
+
+
+def _files(directory: Path) -> list[Path]:
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
+    if not (directory / INDEX).exists():
+        hint = "it has .bin weights only; convert them to safetensors" if any(directory.glob("*.bin")) else ""
+        raise UserError(f"{directory} has no {SINGLE} and no {INDEX}{'; ' + hint if hint else ''}")
+    names = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{directory / INDEX} has no weight_map")
+    files = [directory / name for name in sorted(set(names.values()))]
+    missing = [path.name for path in files if not path.exists()]
+    if missing:
+        raise UserError(f"{directory} lacks the shards {', '.join(missing)} that its index names")
+    return files
+
+
+def write(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], images: bool = False
+) -> None:
+    """Write ``config.json`` and ``model.safetensors`` (and the preprocessor's mean and std), then re-read.
+
+    Raises:
+        UserError: the directory cannot be written, or the file does not read back as written.
+    """
+    config = dict(config)
+    preprocessor = {key: config.pop(key) for key in ("image_mean", "image_std") if key in config}
+    # safetensors writes arrays that are not C-contiguous wrongly (safetensors issue 825)
+    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f"{SINGLE}.partial"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        back = load_file(partial)
+        if any(not np.array_equal(back[name], value) for name, value in tensors.items()):
+            raise UserError(f"{partial} did not read back as written; check the disk")
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if images:
+            settings = {
+                "do_normalize": True,
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "image_processor_type": "ViTImageProcessor",
+                **preprocessor,
+            }
+            (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        partial.replace(directory / SINGLE)
+    except OSError as error:
+        raise UserError(f"cannot write the model to {directory}: {error.strerror or error}") from None
