@@ -1,6 +1,5 @@
 """Adapters in, adapters and models out: PEFT, transformers and vLLM."""
 
-from enmp_jax.adapters.peft_export import save_adapter
-from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters, load_adapters, read_adapter
+from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters, load_adapters, read_adapter, save_adapter
 
 __all__ = ["Adapter", "LoadedAdapters", "load_adapters", "read_adapter", "save_adapter"]

@@ -58,8 +58,8 @@ def to_backbone(
 def check_shape(task: str, path: str, shape: tuple[int, int], expected: tuple[int, int]) -> None:
     if shape != expected:
         raise UserError(
-            f"{one_line(path)} is {shape[0]}x{shape[1]} in adapter {task!r} but {expected[0]}x{expected[1]} in the "
-            "base model: the adapter was trained on another base"
+            f"{one_line(path)} is {shape[0]}x{shape[1]} in adapter {task!r} but {expected[0]}x{expected[1]} "
+            "in the base model: the adapter was trained on another base"
         )
 
 
@@ -79,11 +79,21 @@ def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[str
     first, *others = roots_of
     for task in others:
         if not roots_of[first] & roots_of[task]:
+            one, two = (examples([f"{root}*" for root in roots_of[name]]) for name in (first, task))
             raise UserError(
-                f"adapters {first!r} and {task!r} have no layers in common "
-                f"({examples(list(roots_of[first]))}... and {examples(list(roots_of[task]))}...): they were trained on different bases"
+                f"adapters {first!r} ({one}) and {task!r} ({two}) have no layers in common: they "
+                "were trained on different bases"
             )
     return aligned
+
+
+def spellings(templates: Mapping[str, Mapping[str, tuple[str, int]]]) -> dict[str, str]:
+    """Template in the stack -> its spelling in the files, that of the adapter with most modules first."""
+    names: dict[str, str] = {}
+    for found in sorted(templates.values(), key=len, reverse=True):
+        for path, (template, _) in found.items():
+            names.setdefault(template, split_layer(path)[0])
+    return names
 
 
 def examples(names: Mapping[str, Any] | Sequence[str]) -> str:

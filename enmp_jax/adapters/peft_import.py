@@ -12,12 +12,14 @@ import numpy as np
 
 from enmp_jax.adapters.hub import locate
 from enmp_jax.adapters.lora_config import LoraSettings
-from enmp_jax.adapters.matching import align, check_bases, check_shape, to_backbone
+from enmp_jax.adapters.matching import align, check_bases, check_shape, spellings, to_backbone
+from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS, Heads, Modules, save_adapter
 from enmp_jax.adapters.reading import finite, is_file, one_line, open_tensors, read_float, read_json
 from enmp_jax.errors import UserError
 from enmp_jax.lora import LoraStack, stack_adapters
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+__all__ = ["Adapter", "LoadedAdapters", "load_adapters", "read_adapter", "save_adapter"]
+
 _UNSAFE = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _LORA_KEY = re.compile(r"(?P<path>.+?)\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight")
 _SAVED = re.compile(r"\.(?:modules_to_save|original_module)(?:\.[^.]+)?(?=\.(?:[^.]+\.)*[^.]+$)")
@@ -29,8 +31,6 @@ _REFUSED_KEYS = {
     ".base_layer.": "it is a weight of the base model; save the adapter alone",
     "embed_tokens": "embeddings saved with the adapter would be lost by merging",
 }
-Modules = dict[str, tuple[np.ndarray, np.ndarray]]
-Heads = dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class LoadedAdapters:
         adapters: task -> the adapter as read.
         heads: task -> the adapter's ``heads``.
         templates: task -> module path in the file -> (template in the stack, layer).
+        names: template in the stack -> its spelling in the adapter files.
         base_model: the base all adapters name; None if none does.
     """
 
@@ -75,6 +76,7 @@ class LoadedAdapters:
     adapters: Mapping[str, Adapter]
     heads: Mapping[str, Heads]
     templates: Mapping[str, Mapping[str, tuple[str, int]]]
+    names: dict[str, str]
     base_model: str | None
 
 
@@ -155,7 +157,9 @@ def load_adapters(
                 )
         renamed[task] = pairs
     stack = stack_adapters(renamed, n_layers)
-    return LoadedAdapters(stack, adapters, {t: a.heads for t, a in adapters.items()}, templates, base)
+    return LoadedAdapters(
+        stack, adapters, {t: a.heads for t, a in adapters.items()}, templates, spellings(templates), base
+    )
 
 
 def _read_weights(path: Path, settings: LoraSettings) -> tuple[Modules, Heads]:

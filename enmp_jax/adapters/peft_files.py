@@ -1,0 +1,110 @@
+"""The files of a PEFT adapter, and writing one from LoRA factors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from enmp_jax.adapters.writing import new_directory, write_tensors, write_text
+from enmp_jax.errors import UserError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Modules = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Module path -> (A [r, in], B [out, r])."""
+Heads = dict[str, dict[str, np.ndarray]]
+"""Module path -> parameter name (``weight``, ``bias``) -> array."""
+
+
+def save_adapter(
+    path: str | Path,
+    modules: Modules,
+    rank: int,
+    alpha: float,
+    base_model_name: str | None,
+    *,
+    heads: Heads | None = None,
+    target_modules: Sequence[str] | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write a PEFT adapter: the directory appears complete or not at all, and reads back bit for bit.
+
+    Args:
+        path: a new or empty directory.
+        modules: module path without ``base_model.model.`` -> (A [r, in], B [out, r]), r <= ``rank``
+            (smaller ones are padded with zeros). B is stored as it is: readers multiply by
+            ``alpha / rank``. To store a B that has its scaling folded in, pass ``alpha=rank``.
+        rank: ``r`` of the configuration.
+        alpha: ``lora_alpha`` of the configuration.
+        base_model_name: ``base_model_name_or_path``.
+        heads: module path -> parameter name -> array; they become ``modules_to_save``.
+        target_modules: default: the full name of every module, so that PEFT adds no others.
+        task_type: PEFT's, e.g. ``SEQ_CLS``.
+
+    Raises:
+        UserError: no modules, or the directory is in use or cannot be written.
+    """
+    with new_directory(path) as directory:
+        write_adapter_files(
+            directory,
+            modules,
+            adapter_config(
+                modules, rank, alpha, base_model_name, heads=heads, target_modules=target_modules,
+                task_type=task_type,
+            ),
+            heads,
+        )  # fmt: skip
+
+
+def adapter_config(
+    modules: Modules,
+    rank: int,
+    alpha: float,
+    base_model_name: str | None,
+    *,
+    heads: Heads | None = None,
+    target_modules: Sequence[str] | None = None,
+    task_type: str | None = None,
+) -> dict[str, Any]:
+    """``adapter_config.json`` of a plain LoRA; arguments as in ``save_adapter``."""
+    if not modules:
+        raise UserError("no LoRA modules are left to write: every module was pruned")
+    return {
+        "alpha_pattern": {},
+        "base_model_name_or_path": base_model_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": sorted(heads) if heads else None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {},
+        "target_modules": sorted(target_modules if target_modules is not None else modules),
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def write_adapter_files(
+    directory: Path, modules: Modules, config: Mapping[str, Any], heads: Heads | None = None
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory that is there."""
+    tensors = {}
+    for path, (a, b) in modules.items():
+        pad = config["r"] - a.shape[0]
+        if pad < 0 or a.shape[0] != b.shape[1]:
+            raise UserError(f"{path}: A {a.shape} and B {b.shape} do not fit rank {config['r']}")
+        tensors[f"base_model.model.{path}.lora_A.weight"] = np.pad(np.asarray(a), ((0, pad), (0, 0)))
+        tensors[f"base_model.model.{path}.lora_B.weight"] = np.pad(np.asarray(b), ((0, 0), (0, pad)))
+    for path, head in (heads or {}).items():
+        for name, value in head.items():
+            tensors[f"base_model.model.{path}.{name}"] = np.asarray(value)
+    write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
+    write_text(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
