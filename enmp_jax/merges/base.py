@@ -7,14 +7,16 @@ A method is a factory of static hyperparameters that returns a ``Merge``: two pu
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, Num
 
-from enmp_jax.deltas import Delta, Deltas
+from enmp_jax.deltas import Delta, Deltas, member_axes, scale_delta
 from enmp_jax.lora import LoraStack
 
 Ingredients = Any  # a pytree that only the method that made it understands
@@ -38,42 +40,86 @@ class LayerInputs(NamedTuple):
 
     a: Float[Array, "task rank in"]
     b: Float[Array, "task out rank"]
-    present: Float[Array, task]  # 1 where the task has a LoRA here; a missing one counts as pruned
+    rank: Int[Array, " task"]  # true ranks: rows of a and columns of b beyond them are zero
+    key: Key[Array, " task"]  # for random methods; depends on task name, layer and module alone
 
 
 class LayerMethod(NamedTuple):
-    """A method as a function of one projection in one layer; ``lift`` makes a ``Merge`` of it."""
+    """A method as a function of one projection in one layer; ``lift`` makes a ``Merge`` of it.
+
+    ``merge`` gets weights that are 0 for pruned tasks and for tasks without a LoRA there.
+    """
 
     prepare: Callable[[LayerInputs], Ingredients]
-    merge: Callable[[Ingredients, Float[Array, task]], Delta]
+    merge: Callable[[Ingredients, Float[Array, " task"]], Delta]
+    sequential: bool = False  # one layer at a time, where the temporaries of a layer are large
 
 
-def lift(method: LayerMethod) -> Merge:
-    """Apply a layer method to every projection and layer of a stack."""
+def lift(method: LayerMethod, seed: int = 0) -> Merge:
+    """Apply a layer method to every projection and layer of a stack.
+
+    Matrix products run at full float32 precision on every device: thresholds and iterations
+    must not depend on it.
+    """
+
+    def over_layers(function: Callable, *arguments: Any) -> Any:
+        if method.sequential:
+            return jax.lax.map(lambda xs: function(*xs), arguments)
+        return jax.vmap(function)(*arguments)
+
+    prepare_layers = jax.jit(lambda inputs: over_layers(method.prepare, inputs))
 
     def prepare(stack: LoraStack) -> Ingredients:
         ingredients = {}
-        for name, pair in stack.pairs.items():
-            present = jnp.asarray(pair.present, pair.a.dtype)
-            ingredients[name] = (present, jax.vmap(method.prepare)(LayerInputs(pair.a, pair.b, present)))
+        with jax.default_matmul_precision("highest"):
+            for name, pair in stack.pairs.items():
+                keys = _keys(seed, stack, name)
+                inputs = LayerInputs(pair.a, pair.b, jnp.asarray(pair.rank, jnp.int32), keys)
+                present = jnp.asarray(pair.present, pair.a.dtype)
+                ingredients[name] = (present, prepare_layers(inputs))
         return ingredients
 
     def merge(ingredients: Ingredients, keep: Keep, scale: Float[Array, ""] | float) -> Deltas:
         deltas = {}
-        for j, name in enumerate(sorted(ingredients)):
-            present, prepared = ingredients[name]
-            rows = keep if keep.ndim == 2 else keep[:, j]
-            delta = jax.vmap(method.merge)(prepared, rows.astype(present.dtype) * present)
-            deltas[name] = scale_delta(delta, scale)
+        with jax.default_matmul_precision("highest"):
+            for j, name in enumerate(sorted(ingredients)):
+                present, prepared = ingredients[name]
+                rows = keep if keep.ndim == 2 else keep[:, j]
+                weights = rows.astype(present.dtype) * present
+                deltas[name] = over_layers(
+                    lambda x, w: scale_delta(method.merge(x, w), scale), prepared, weights
+                )
         return deltas
 
     return Merge(prepare, merge)
 
 
-def scale_delta(delta: Delta, scale: Float[Array, ""] | float) -> Delta:
-    """``scale * delta``, on the part that depends on the mask."""
-    from enmp_jax.deltas import Dense, LowRank
+def merge_population(
+    merge: Merge,
+    ingredients: Ingredients,
+    keep: Num[Array, "member *module"],
+    scale: Float[Array, " member"],
+) -> Deltas:
+    """Merge a population of masks: only ``core`` (or ``weight``) of each delta gets a member axis.
 
-    if isinstance(delta, LowRank):
-        return LowRank(delta.left, delta.core * jnp.asarray(scale, delta.core.dtype), delta.right)
-    return Dense(delta.weight * jnp.asarray(scale, delta.weight.dtype))
+    Args:
+        merge: a method.
+        ingredients: what its ``prepare`` returned.
+        keep: one mask per member, [layer, task] or [layer, projection, task] each.
+        scale: merge coefficient of each member.
+    """
+    shapes = jax.eval_shape(merge.merge, ingredients, keep[0], scale[0])
+    axes = {name: member_axes(delta) for name, delta in shapes.items()}
+    return jax.vmap(merge.merge, in_axes=(None, 0, 0), out_axes=axes)(ingredients, keep, scale)
+
+
+def _keys(seed: int, stack: LoraStack, name: str) -> Key[Array, "layer task"]:
+    """Random keys by task name, layer and the module's name within its layer.
+
+    So they do not depend on the order or number of tasks, or on the prefix of module names.
+    """
+    module = zlib.crc32(name.rpartition("{}.")[2].encode())
+    tasks = np.array([zlib.crc32(task.encode()) for task in stack.tasks], np.uint32)
+    key = jax.random.fold_in(jax.random.key(seed), module)
+    by_layer = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(stack.n_layers))
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(by_layer, jnp.asarray(tasks))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from enmp_jax.deltas import LowRank
-from enmp_jax.merges.base import LayerInputs, LayerMethod, Merge, lift
+from enmp_jax.merges.base import LayerInputs, LayerMethod
 
 
 class _Ingredients(NamedTuple):
@@ -26,16 +26,21 @@ def _prepare(inputs: LayerInputs) -> _Ingredients:
     return _Ingredients(left, inputs.a.reshape(tasks * rank, -1))
 
 
-def _merge(ingredients: _Ingredients, weights: Float[Array, task]) -> LowRank:
+def _merge(ingredients: _Ingredients, weights: Float[Array, " task"]) -> LowRank:
     rank = ingredients.left.shape[1] // weights.shape[0]
     return LowRank(ingredients.left, jnp.diag(jnp.repeat(weights, rank)), ingredients.right)
 
 
-def sum_() -> Merge:
+def sum_(space: str = "full") -> LayerMethod:
     """``sum_i keep_i D_i``: left ``[B_1 .. B_T]``, core ``K``, right ``[A_1; ..; A_T]``."""
-    return lift(LayerMethod(_prepare, _merge))
+    return LayerMethod(_prepare, _merge)
 
 
-def mean() -> Merge:
+def mean(space: str = "full") -> LayerMethod:
     """``sum_i keep_i D_i / sum_i keep_i``; zero where nothing is kept."""
-    return lift(LayerMethod(_prepare, lambda ing, keep: _merge(ing, keep / jnp.maximum(keep.sum(), 1e-9))))
+
+    def merge(ingredients: _Ingredients, weights: Float[Array, " task"]) -> LowRank:
+        count = weights.sum()
+        return _merge(ingredients, weights / jnp.where(count > 0, count, 1))
+
+    return LayerMethod(_prepare, merge)
