@@ -29,6 +29,8 @@ class BaseConfig:
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the backbone; norms, softmax and logits stay in float32."""
+    allow_mismatch: bool = False
+    """Accept adapters that name another base model."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class DataConfig:
     """Tokens; longer texts are truncated and counted."""
     skip_bad: bool = False
     """Leave out images that do not decode, instead of stopping."""
+    duplicates: Literal["refuse", "drop"] = "refuse"
+    """What to do when a split repeats the content of one that must be kept clean: stop, or leave the
+    repeated examples out of it (out of train before search before selection, never out of test)."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,8 @@ class SearchConfig:
     finalists: int = 8
     """Best distinct masks of the search that the selection split decides between."""
     seed: int = 0
+    seeds: int = 1
+    """Searches with the seeds seed, seed + 1, ..; the selection split decides between all finalists."""
     generations_per_dispatch: int = 1
     checkpoint_every: int = 5
     """Generations between checkpoints."""
@@ -260,7 +267,7 @@ def check(run: RunConfig) -> RunConfig:
     search, evaluation, train = run.search, run.evaluation, run.train
     positive: dict[str, float] = {
         "search.population": search.population, "search.generations": search.generations,
-        "search.sigma0": search.sigma0, "search.finalists": search.finalists,
+        "search.sigma0": search.sigma0, "search.finalists": search.finalists, "search.seeds": search.seeds,
         "search.generations_per_dispatch": search.generations_per_dispatch,
         "search.checkpoint_every": search.checkpoint_every, "evaluation.batch_size": evaluation.batch_size,
         "train.steps": train.steps, "train.batch_size": train.batch_size, "train.rank": train.rank,

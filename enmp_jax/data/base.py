@@ -63,8 +63,11 @@ class Preprocess(Protocol):
     kind: Kind
     identity: str
     """Everything the result depends on, for the cache."""
-    padding: Mapping[str, int]
-    """Fill value of every input whose second axis is a sequence; empty for images."""
+
+    @property
+    def padding(self) -> Mapping[str, int]:
+        """Fill value of every input whose second axis is a sequence; empty for images."""
+        ...
 
     def __call__(self, values: Sequence[Any]) -> tuple[dict[str, np.ndarray], int]:
         """Inputs ``[n, ...]`` of n images (uint8 ``[h, w, c]``) or texts, and how many were truncated."""

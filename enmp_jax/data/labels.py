@@ -61,7 +61,7 @@ def class_names(config: DataConfig, source: Source) -> tuple[str, ...]:
         )
     if given and max(table) >= len(given):
         raise UserError(
-            f"{config.source}: the label map points to class {max(table)} but there are {len(given)} class_names"
+            f"{config.source}: the label map points to class {max(table)} of {len(given)} class_names"
         )
     if given or not found:
         return given

@@ -213,7 +213,7 @@ class _Reader:
             self.first = self.first or (name, value.shape)
             if value.shape != self.first[1]:
                 raise UserError(
-                    f"{self.where}: {name} is {_size(value.shape)} but {self.first[0]} is {_size(self.first[1])};"
+                    f"{self.where}: {name} is {_size(value.shape)}, {self.first[0]} {_size(self.first[1])}:"
                     " the base model has no image preprocessing, so all images must have one size"
                 )
 

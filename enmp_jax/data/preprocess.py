@@ -1,0 +1,214 @@
+"""From decoded images and texts to what a base model takes, as its own files say.
+
+Images stay uint8: rescaling and normalising are the backbone's, on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from enmp_jax.config import DataConfig
+from enmp_jax.data.base import Kind, Preprocess
+from enmp_jax.errors import UserError
+from enmp_jax.models import checkpoint
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
+)  # fmt: skip
+
+
+class PlainImages:
+    """Images for small models without preprocessing of their own: channels and size made to fit.
+
+    Images of another size are resized (bilinear, as HF's ViT does) without keeping their proportions.
+    """
+
+    kind: Kind = "image"
+    padding: Mapping[str, int] = {}
+
+    def __init__(self, size: tuple[int, int], channels: int) -> None:
+        self.size, self.channels = size, channels
+        self.identity = f"plain {size} {channels} pillow {importlib.metadata.version('pillow')}"
+
+    def __call__(self, values: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+        """See ``Preprocess``; ``image`` uint8 [n, height, width, channels]."""
+        return {"image": np.stack([self._one(value) for value in values])}, 0
+
+    def _one(self, image: np.ndarray) -> np.ndarray:
+        image = with_channels(image, self.channels)
+        if image.shape[:2] == self.size:
+            return image
+        from PIL import Image
+
+        picture = Image.fromarray(image[..., 0] if self.channels == 1 else image)
+        resized = np.asarray(picture.resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR))
+        return resized.reshape(*self.size, self.channels)
+
+
+class ProcessorImages:
+    """Images through the model's own transformers processor (its Pillow version), up to the crop.
+
+    Args:
+        directory: holds ``preprocessor_config.json``.
+        size: height and width that the model takes.
+    """
+
+    kind: Kind = "image"
+    padding: Mapping[str, int] = {}
+
+    def __init__(self, directory: Path, size: tuple[int, int]) -> None:
+        self._directory, self._size = directory, size
+        settings = checkpoint.read_json(directory / "preprocessor_config.json")
+        versions = [importlib.metadata.version(package) for package in ("pillow", "transformers")]
+        self.identity = json.dumps(["processor", settings, size, versions], sort_keys=True)
+
+    @functools.cached_property
+    def _processor(self) -> Any:
+        from transformers import AutoImageProcessor
+
+        try:
+            return AutoImageProcessor.from_pretrained(str(self._directory), backend="pil")
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self._directory}: preprocessor_config.json cannot be used ({reason})"
+            ) from None
+
+    def __call__(self, values: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+        """See ``Preprocess``; ``image`` uint8 [n, height, width, 3]."""
+        images = self._processor(
+            [with_channels(value, 3) for value in values],
+            do_rescale=False, do_normalize=False, do_convert_rgb=False,
+            input_data_format="channels_last", data_format="channels_first", return_tensors="np",
+        )["pixel_values"]  # fmt: skip
+        if images.shape[2:] != self._size:
+            raise UserError(
+                f"{self._directory}: preprocessor_config.json makes {list(images.shape[2:])} pixels, "
+                f"the model takes {list(self._size)}"
+            )
+        return {"image": np.ascontiguousarray(np.moveaxis(images, 1, -1))}, 0
+
+
+class Tokens:
+    """Texts and text pairs through the model's tokenizer, right-padded.
+
+    Args:
+        directory: holds the tokenizer's files.
+        max_length: tokens of an example, special ones included; longer examples are truncated, the
+            longer text of a pair first.
+    """
+
+    kind: Kind = "text"
+
+    def __init__(self, directory: Path, max_length: int) -> None:
+        self._directory, self.max_length = directory, max_length
+        digest = hashlib.blake2b(digest_size=16)
+        for name in TOKENIZER_FILES:
+            if (directory / name).exists():
+                content = (directory / name).read_bytes()
+                digest.update(f"{name} {len(content)} ".encode() + content)
+        versions = [importlib.metadata.version(package) for package in ("tokenizers", "transformers")]
+        self.identity = json.dumps(["tokens", digest.hexdigest(), max_length, versions])
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(self._directory), padding_side="right", truncation_side="right"
+            )
+        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self._directory}: its tokenizer cannot be loaded ({reason})") from None
+        if tokenizer.pad_token_id is None:
+            # Llama has none; padding is masked, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
+
+    @property
+    def padding(self) -> Mapping[str, int]:
+        """See ``Preprocess``."""
+        fill = {"input_ids": int(self._tokenizer.pad_token_id)}
+        return {name: fill.get(name, 0) for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+    def __call__(self, values: Sequence[tuple[str, ...]]) -> tuple[dict[str, np.ndarray], int]:
+        """See ``Preprocess``; int32 [n, longest]."""
+        parts = [list(column) for column in zip(*values)]
+        if len(parts) > 2:
+            raise UserError(f"texts have {len(parts)} parts, but tokenizers take one text or a pair")
+        limit = min(self.max_length, self._tokenizer.model_max_length)
+        tokens = self._tokenizer(
+            *parts, truncation=True, max_length=limit, padding="longest", return_attention_mask=True,
+            return_tensors="np",
+        )  # fmt: skip
+        full = np.asarray(tokens["attention_mask"]).sum(axis=1) == limit
+        truncated = self._count_longer([value for value, f in zip(values, full) if f], limit)
+        inputs = {name: np.asarray(tokens[name], np.int32) for name in self.padding if name in tokens}
+        return inputs, truncated
+
+    def _count_longer(self, values: Sequence[tuple[str, ...]], limit: int) -> int:
+        if not values:
+            return 0
+        parts = [list(column) for column in zip(*values)]
+        lengths = [len(ids) for ids in self._tokenizer(*parts, truncation=False, verbose=False)["input_ids"]]
+        return sum(length > limit for length in lengths)
+
+
+def preprocess_for(model: str | Path, family: str, config: DataConfig) -> Preprocess:
+    """The preprocessing that a base model's files ask for.
+
+    Args:
+        model: directory in Hugging Face layout or hub id.
+        family: ``Backbone.family``, for messages.
+        config: the data; ``max_length`` limits the tokens of a text, as the model itself does.
+
+    Raises:
+        UserError: a text model without tokenizer files, or an unusable image size.
+    """
+    directory = checkpoint.find(model)
+    settings = checkpoint.read_json(directory / "config.json")
+    vision = settings.get("vision_config") or settings
+    if "image_size" in vision or "vision_config" in settings:
+        size = vision.get("image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        processor = directory / "preprocessor_config.json"
+        if processor.exists() and "size" in checkpoint.read_json(processor):
+            return ProcessorImages(directory, (height, width))
+        if "vision_config" in settings:
+            raise UserError(
+                f"{directory} has no preprocessor_config.json with a size: {family} needs it for images"
+            )
+        return PlainImages((height, width), vision.get("num_channels", 3))
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{directory} has neither an image size nor tokenizer files: what does this {family} read?"
+        )
+    limit = settings.get("max_position_embeddings", config.max_length)
+    if settings.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
+        limit -= settings.get("pad_token_id", 1) + 1  # their positions start behind the padding index
+    return Tokens(directory, min(config.max_length, limit))
+
+
+def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """uint8 [h, w, c] with 1 or 3 channels: grey repeated, colour to luma as Pillow does, alpha dropped."""
+    if image.shape[-1] == 4:
+        image = image[..., :3]
+    if image.shape[-1] == channels:
+        return image
+    if channels == 3 and image.shape[-1] == 1:
+        return np.repeat(image, 3, axis=-1)
+    if channels == 1 and image.shape[-1] == 3:
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    raise UserError(f"images have {image.shape[-1]} channels, but the base model takes {channels}")
