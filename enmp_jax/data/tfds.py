@@ -78,8 +78,9 @@ class TfdsSource:
         # prepared without a file of label names
         import tensorflow_datasets as tfds
 
-        registered = tfds.builder(self._builder.name, data_dir=self._directory.parent.parent).info.features
-        return tuple(getattr(registered.get(self._config.label), "names", None) or names)
+        registered: Any = tfds.builder(self._builder.name, data_dir=self._directory.parent.parent)
+        feature = dict(registered.info.features).get(self._config.label)
+        return tuple(getattr(feature, "names", None) or names)
 
     @functools.cached_property
     def _columns(self) -> tuple[str, ...]:
