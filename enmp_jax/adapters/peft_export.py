@@ -1,5 +1,192 @@
-"""Merged or pruned LoRA factors -> PEFT adapters that load in PEFT, transformers and vLLM."""
+"""Merged or pruned LoRA factors -> PEFT adapters that load in PEFT, transformers and vLLM.
 
-from enmp_jax.adapters.peft_files import save_adapter
+What all of them keep to: the scaling is folded into B and ``lora_alpha = r`` (vLLM knows one global
+alpha / r), no rank or alpha patterns, and ``target_modules`` names every module in full, so that
+PEFT adds none of its own.
+"""
 
-__all__ = ["save_adapter"]
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from enmp_jax.adapters.factorise import factorise
+from enmp_jax.adapters.model_card import Kind, model_card
+from enmp_jax.adapters.peft_files import Heads, Modules, adapter_config, save_adapter, write_adapter_files
+from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters
+from enmp_jax.adapters.recipe import Recipe, config_yaml
+from enmp_jax.adapters.writing import new_directory, write_tensors, write_text
+from enmp_jax.deltas import Deltas
+from enmp_jax.errors import UserError
+
+__all__ = ["export_adapters", "export_peft", "save_adapter", "write_heads"]
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's ``--max-lora-rank`` can be; an adapter may have any rank up to it."""
+_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT makes modules_to_save of their heads
+
+
+def export_adapters(
+    out: str | Path, loaded: LoadedAdapters, keep: Bool[np.ndarray, "*module"], recipe: Recipe
+) -> list[str]:
+    """Write one pruned PEFT adapter per task: ``out/TASK``.
+
+    Factors keep their type where the scaling can be folded in exactly (powers of two), else they
+    are written in float32. A task with nothing left gets one module of zeros, so that PEFT loads it.
+
+    Args:
+        out: a new or empty directory.
+        loaded: the adapters.
+        keep: [layer, task] or [layer, projection, task] in the stack's order.
+        recipe: for the cards and ``enmp_config.yaml``.
+
+    Returns:
+        One line per adapter, to print.
+
+    Raises:
+        UserError: the directory is in use or cannot be written; a task's name is no file name.
+    """
+    lines = []
+    with new_directory(out) as directory:
+        for i, (task, adapter) in enumerate(loaded.adapters.items()):
+            kept = _kept(adapter, loaded, task, keep[..., i])
+            rank = max(a.shape[0] for a, _ in kept.values())
+            config = _config(kept, rank, [adapter], adapter.base_model, adapter.heads)
+            config["task_type"] = adapter.settings.task_type
+            config["modules_to_save"] = list(adapter.settings.modules_to_save) or config["modules_to_save"]
+            folder = directory / _file_name(task)
+            folder.mkdir()
+            write_adapter_files(folder, kept, config, adapter.heads)
+            card = model_card("adapters", loaded, recipe, adapter.base_model, task=task)
+            write_text(folder / "README.md", card)
+            lines.append(f"{task}: {len(kept)} of {len(adapter.modules)} modules, rank {rank}")
+        write_texts(directory, "adapters", loaded, recipe)
+    return lines
+
+
+def export_peft(
+    out: str | Path, loaded: LoadedAdapters, deltas: Deltas, recipe: Recipe, rank: int | None = None
+) -> str:
+    """Write the merged deltas as one PEFT adapter, and the tasks' heads in ``heads/TASK.safetensors``.
+
+    Low-rank deltas are exact at their rank unless ``rank`` is smaller; dense ones are truncated by
+    SVD, to the sum of the adapters' ranks if ``rank`` is not given.
+
+    Args:
+        out: a new or empty directory.
+        loaded: the adapters.
+        deltas: merged deltas, scale included, with a leading layer axis.
+        recipe: for the card and ``enmp_config.yaml``.
+        rank: largest rank.
+
+    Returns:
+        A line with the rank and the error of truncation, to print.
+
+    Raises:
+        UserError: nothing is left to write, NaN or Inf in a delta, or the directory cannot be written.
+    """
+    check_spelling(loaded)
+    total = sum(max(a.shape[0] for a, _ in x.modules.values()) for x in loaded.adapters.values())
+    found = factorise(deltas, loaded.names, rank, total)
+    error = f"relative error {found.error:.2e}" if found.error else "exact"
+    fits = next((r for r in VLLM_RANKS if r >= found.rank), None)
+    serve = f"vLLM: --max-lora-rank {fits}" if fits else "more than vLLM serves (512): use --rank"
+    notes = (
+        f"Rank {found.rank}, {error} (Frobenius norm of what truncating the merged deltas lost).",
+        f"The scaling is in the weights: lora_alpha equals r. {serve[0].upper()}{serve[1:]}.",
+    )
+    with new_directory(out) as directory:
+        adapters = list(loaded.adapters.values())
+        config = _config(found.modules, found.rank, adapters, loaded.base_model, None)
+        kinds = {x.settings.task_type for x in adapters}
+        if len(kinds) == 1 and not kinds & set(_HEAD_TASKS):
+            config["task_type"] = kinds.pop()
+        write_adapter_files(directory, found.modules, config)
+        write_heads(directory, loaded)
+        write_texts(directory, "peft", loaded, recipe, notes=notes, rank=rank)
+    return f"{len(found.modules)} modules, rank {found.rank}, {error} ({serve})"
+
+
+def write_heads(directory: Path, loaded: LoadedAdapters) -> None:
+    """Write ``heads/TASK.safetensors`` with ``weight`` and ``bias`` (full names if there are several)."""
+    for task, heads in loaded.heads.items():
+        if heads:
+            folder = directory / "heads"
+            folder.mkdir(exist_ok=True)
+            single = len(heads) == 1
+            tensors = {
+                name if single else f"{path}.{name}": value
+                for path, head in heads.items()
+                for name, value in head.items()
+            }
+            write_tensors(folder / f"{_file_name(task)}.safetensors", tensors, {"format": "pt", "task": task})
+
+
+def check_spelling(loaded: LoadedAdapters) -> None:
+    """Refuse to write one adapter from files that spell module paths differently.
+
+    Raises:
+        UserError: two prefixes in use.
+    """
+    prefixes = sorted({name.split("{}")[0] for name in loaded.names.values()})
+    if len(prefixes) > 1:
+        raise UserError(
+            f"the adapters spell module paths in different ways ({prefixes[0]}* and {prefixes[1]}*), so no "
+            "one model would take them all: save them again with one version of transformers"
+        )
+
+
+def _kept(adapter: Adapter, loaded: LoadedAdapters, task: str, keep: Bool[np.ndarray, "*module"]) -> Modules:
+    order = {name: j for j, name in enumerate(loaded.stack.projections)}
+    kept: Modules = {}
+    for path, (a, b) in adapter.modules.items():
+        template, layer = loaded.templates[task][path]
+        if keep[layer] if keep.ndim == 1 else keep[layer, order[template]]:
+            kept[path] = _same_type(a, b)
+    if not kept:
+        path, (a, b) = next(iter(adapter.modules.items()))
+        kept[path] = a[:1], np.zeros_like(b[:, :1])
+    return kept
+
+
+def _same_type(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """B in the type of A if that loses nothing, else both in float32."""
+    with np.errstate(over="ignore"):
+        narrow = b.astype(a.dtype)
+    if np.array_equal(narrow.astype(np.float32), b):
+        return a, narrow
+    return a.astype(np.float32), b
+
+
+def _config(
+    modules: Modules, rank: int, adapters: list[Adapter], base: str | None, heads: Heads | None
+) -> dict[str, Any]:
+    config = adapter_config(modules, rank, rank, base, heads=heads)
+    transposed = {adapter.settings.fan_in_fan_out for adapter in adapters}
+    if len(transposed) > 1:
+        raise UserError("some adapters have fan_in_fan_out and some have not: their bases differ")
+    return config | {"fan_in_fan_out": transposed.pop()}
+
+
+def write_texts(
+    directory: Path,
+    kind: Kind,
+    loaded: LoadedAdapters,
+    recipe: Recipe,
+    notes: Sequence[str] = (),
+    **options: Any,
+) -> None:
+    """Write the model card and ``enmp_config.yaml``; arguments as in ``model_card``."""
+    base = loaded.base_model
+    write_text(directory / "README.md", model_card(kind, loaded, recipe, base, notes=notes, **options))
+    write_text(directory / "enmp_config.yaml", config_yaml(kind, loaded, recipe, base, **options))
+
+
+def _file_name(task: str) -> str:
+    if not task or task.startswith(".") or any(c in task for c in "/\\:\0") or len(task.encode()) > 200:
+        raise UserError(f"the task name {task!r} cannot be a file name: choose another")
+    return task

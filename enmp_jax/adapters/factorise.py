@@ -1,0 +1,128 @@
+"""Deltas -> LoRA factors of one rank, exact or truncated with the error known."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from enmp_jax.adapters.peft_files import Modules
+from enmp_jax.deltas import Delta, Deltas, LowRank
+from enmp_jax.errors import UserError
+
+_DIRECT = 2048  # up to this side LAPACK's full SVD is quicker than Lanczos
+
+
+class Factorised(NamedTuple):
+    """LoRA factors of merged deltas.
+
+    Attributes:
+        modules: module path -> (A [r, in], B [out, r]) in float32, scaling included; r <= ``rank``.
+        rank: rank of the adapter.
+        error: Frobenius norm of what truncation lost over that of the whole, 0 when exact.
+    """
+
+    modules: Modules
+    rank: int
+    error: float
+
+
+def factorise(deltas: Deltas, names: Mapping[str, str], rank: int | None, default_rank: int) -> Factorised:
+    """Write every delta that is not zero as ``B A``.
+
+    Low-rank deltas of rank at most ``rank`` are exact. Others, and dense ones, are truncated
+    (Eckart-Young: the best approximation of that rank).
+
+    Args:
+        deltas: templates -> delta with a leading layer axis.
+        names: template -> template to write.
+        rank: largest rank; None: low-rank deltas exactly, dense ones at ``default_rank``.
+        default_rank: see ``rank``.
+
+    Raises:
+        UserError: NaN or Inf in a delta, or a rank below 1.
+    """
+    if rank is not None and rank < 1:
+        raise UserError(f"rank {rank}: it must be at least 1")
+    modules: Modules = {}
+    lost = whole = 0.0
+    for template, delta in jax.device_get(deltas).items():
+        layers = (delta.left if isinstance(delta, LowRank) else delta.weight).shape[0]
+        for layer in range(layers):
+            path = names[template].replace("{}", str(layer))
+            a, b, missing, norm = _factors(one_layer(delta, layer), rank, default_rank)
+            if not math.isfinite(norm):
+                raise UserError(f"the merged delta of {path} has NaN or Inf in it")
+            lost, whole = lost + missing**2, whole + norm**2
+            if norm:
+                modules[path] = a, b
+    largest = max((a.shape[0] for a, _ in modules.values()), default=0)
+    return Factorised(modules, largest, math.sqrt(lost / whole) if whole else 0.0)
+
+
+def one_layer(delta: Delta, layer: int) -> tuple[np.ndarray, ...]:
+    """(left, right) of a low-rank delta's layer, the core folded into the smaller side; or (weight,)."""
+    if not isinstance(delta, LowRank):
+        return (np.asarray(delta.weight, np.float32)[layer],)
+    left, core, right = (
+        np.asarray(x)[layer].astype(np.float64) for x in (delta.left, delta.core, delta.right)
+    )
+    if core.shape[0] > core.shape[1]:
+        left = left @ core
+    else:
+        right = core @ right
+    used = left.any(axis=0) & right.any(axis=1)  # pruned modules leave zeros behind
+    return left[:, used].astype(np.float32), right[used].astype(np.float32)
+
+
+def _factors(
+    delta: tuple[np.ndarray, ...], rank: int | None, default_rank: int
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """(A, B, norm of what is lost, norm of the whole)."""
+    if len(delta) == 1:
+        (weight,) = delta
+        norm = float(np.linalg.norm(weight.astype(np.float64)))
+        if not norm or not math.isfinite(norm):
+            return weight[:0], weight[:, :0], 0.0, norm
+        u, s, vt = _top(weight, rank or default_rank)
+        a, b = _balance(u, s, vt)
+        missing = float(np.linalg.norm(weight - b @ a)) if len(s) < min(weight.shape) else 0.0
+        return a, b, missing, norm
+    left, right = delta
+    k = left.shape[1]
+    # ||L R||_F^2 = <L^T L, R R^T>
+    wide_left, wide_right = left.astype(np.float64), right.astype(np.float64)
+    norm = math.sqrt(max(float(np.sum((wide_left.T @ wide_left) * (wide_right @ wide_right.T))), 0.0))
+    limit = min(left.shape[0], right.shape[1], rank or k)
+    if k <= limit or not norm or not math.isfinite(norm):
+        return right, left, 0.0, norm
+    ql, rl = np.linalg.qr(wide_left)
+    qr, rr = np.linalg.qr(wide_right.T)
+    u, s, vt = np.linalg.svd(rl @ rr.T)
+    missing = math.sqrt(float(np.sum(s[limit:] ** 2)))
+    return *_balance((ql @ u)[:, :limit], s[:limit], (vt @ qr.T)[:limit]), missing, norm
+
+
+def _top(weight: Float[np.ndarray, "m n"], rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The largest singular triplets, largest first."""
+    rank = min(rank, *weight.shape)
+    if min(weight.shape) <= _DIRECT or rank > min(weight.shape) // 4:
+        u, s, vt = np.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank], s[:rank].astype(np.float64), vt[:rank]
+    from scipy.sparse.linalg import svds
+
+    start = np.ones(min(weight.shape), weight.dtype)
+    u, s, vt = typing.cast(tuple[np.ndarray, ...], svds(weight, k=rank, v0=start))
+    order = np.argsort(-s)
+    return u[:, order], s[order].astype(np.float64), vt[order]
+
+
+def _balance(u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(A, B) sharing the singular values evenly, in float32."""
+    root = np.sqrt(s)
+    return (root[:, None] * vt).astype(np.float32), (u * root).astype(np.float32)

@@ -1,0 +1,240 @@
+"""Base model + merged deltas -> a model in Hugging Face layout, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from enmp_jax import models
+from enmp_jax.adapters.factorise import one_layer
+from enmp_jax.adapters.hub import locate
+from enmp_jax.adapters.matching import examples
+from enmp_jax.adapters.peft_export import write_heads, write_texts
+from enmp_jax.adapters.peft_import import LoadedAdapters
+from enmp_jax.adapters.reading import FLOATS, is_file, one_line, read_json
+from enmp_jax.adapters.recipe import Recipe
+from enmp_jax.adapters.shards import Entry, Factors, Full, read_header, rewrite
+from enmp_jax.adapters.writing import new_directory, write_file, write_text
+from enmp_jax.deltas import Deltas
+from enmp_jax.errors import UserError
+from enmp_jax.lora import split_layer
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Everything next to the weights that loading needs; licences travel along.
+_COPIED = (
+    "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "LICENCE*", "NOTICE*",
+    "USE_POLICY*", "tokenizer*", "*.spm", "*.bpe",
+)  # fmt: skip
+_PATTERNS = ["*.safetensors", *_COPIED]
+_TIED = ("lm_head.weight", "embed_tokens.weight")  # left out, what it is tied to
+
+
+def export_checkpoint(
+    out: str | Path,
+    loaded: LoadedAdapters,
+    deltas: Deltas,
+    base: str | Path,
+    recipe: Recipe,
+    *,
+    dtype: str | None = None,
+) -> str:
+    """Write base weights + deltas in the base's own shards, with its configuration and tokenizer.
+
+    Shards are copied tensor by tensor, so memory does not grow with the model. Sums are formed in
+    float32 and rounded to the type of the file.
+
+    Args:
+        out: a new or empty directory.
+        loaded: the adapters.
+        deltas: merged deltas, scale included, with a leading layer axis.
+        base: directory or hub id of the base model.
+        recipe: for the card and ``enmp_config.yaml``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None: as in the base.
+
+    Returns:
+        A line with the number of weights changed and the size, to print.
+
+    Raises:
+        UserError: a base that is damaged, quantised or does not have the adapted modules, or a
+            directory that cannot be written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    found = locate(base, _PATTERNS)
+    config = read_json(found.directory / "config.json")
+    if config.get("quantization_config"):
+        raise UserError(f"{found.source} is quantised: merge into the model it was made from")
+    shards, index = find_shards(found.directory)
+    entries = {e.name: e for shard in shards for e in read_header(found.directory / shard).entries}
+    where = _match(entries, loaded, _canonical(config))
+    changes = _changes(jax.device_get(deltas), loaded, where, entries)
+    omit = _tied(config, entries)
+
+    with new_directory(out) as directory:
+        sizes: dict[str, int] = {}
+        for shard in shards:
+            source = found.directory / shard
+            sizes |= rewrite(source, directory / shard, changes, DTYPES.get(dtype or ""), omit)
+        if index is not None:
+            kept = {name: shard for name, shard in index["weight_map"].items() if name in sizes}
+            meta = (index.get("metadata") or {}) | {"total_size": sum(sizes.values())}
+            write_text(directory / INDEX, json.dumps({"metadata": meta, "weight_map": kept}, indent=2) + "\n")
+        _copy_others(found.directory, directory)
+        if dtype is not None:
+            _set_dtype(config, dtype)
+            write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        write_heads(directory, loaded)
+        notes = (f"{len(changes)} weights of the base model changed.",)
+        options: dict[str, Any] = {"base_model": found.source if found.commit else None, "dtype": dtype}
+        write_texts(directory, "checkpoint", loaded, recipe, notes=notes, **options)
+    size = sum(sizes.values()) / 1e9
+    return f"{len(changes)} weights changed in {len(shards)} file{'s'[: len(shards) > 1]}, {size:.2f} GB"
+
+
+def find_shards(directory: Path) -> tuple[list[str], dict[str, Any] | None]:
+    """File names of a model's safetensors, and its index if it has one.
+
+    Raises:
+        UserError: no safetensors, or an index with anything but names of files next to it.
+    """
+    if not is_file(directory / INDEX):
+        if is_file(directory / SINGLE):
+            return [SINGLE], None
+        hint = ": convert its .bin files to safetensors" if list(directory.glob("*.bin")) else ""
+        raise UserError(f"{directory} has no {SINGLE} and no {INDEX}{hint}")
+    index = read_json(directory / INDEX)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{directory / INDEX} has no weight_map")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise UserError(f"{directory / INDEX}: metadata must be an object")
+    for name in set(map(str, names.values())):
+        if Path(name).name != name or not name.endswith(".safetensors") or "\\" in name or "\0" in name:
+            raise UserError(f"{directory / INDEX} names {one_line(name)!r}, which is no file next to it")
+        if not is_file(directory / name):
+            raise UserError(f"{directory} lacks the shard {one_line(name)} that its index names")
+    return sorted(set(map(str, names.values()))), index
+
+
+def _canonical(config: Mapping[str, Any]) -> Callable[[str], str | None] | None:
+    """Spelling of module templates in the family's own way; None for families without a backbone."""
+    if config.get("model_type") not in models.FAMILIES:
+        return None
+    try:
+        return models.build(config).canonical
+    except UserError:  # an unusual variant: its names can still be compared as they are
+        return None
+
+
+def _match(
+    entries: Mapping[str, Entry], loaded: LoadedAdapters, canonical: Callable[[str], str | None] | None
+) -> dict[tuple[str, int], str]:
+    """(template of the stack, layer) -> name of the base's tensor."""
+    templates: dict[str, dict[int, str]] = {}
+    for name in entries:
+        path, _, parameter = name.rpartition(".")
+        try:
+            template, layer = split_layer(path)
+        except UserError:
+            continue
+        if parameter == "weight":
+            templates.setdefault(template, {})[layer] = name
+    where: dict[tuple[str, int], str] = {}
+    missed: list[str] = []
+    for wanted in loaded.names:
+        same = [t for t in templates if _same(t, wanted, canonical)]
+        if len(same) > 1 and wanted in same:
+            same = [wanted]
+        if len(same) > 1:
+            raise UserError(f"{wanted} may be {examples(same)} of the base model")
+        if not same:
+            missed.append(wanted)
+            continue
+        where |= {(wanted, layer): name for layer, name in templates[same[0]].items()}
+    if missed:
+        raise UserError(
+            f"the base model has {len(loaded.names) - len(missed)} of the {len(loaded.names)} adapted "
+            f"projections; not {examples(missed)}, it has {examples([t for t in templates if 'norm' not in t.lower()])}"
+        )
+    return where
+
+
+def _same(base: str, adapted: str, canonical: Callable[[str], str | None] | None) -> bool:
+    if canonical is not None:
+        names = canonical(base), canonical(adapted)
+        if names[1] is not None:
+            return names[0] == names[1]
+    return base == adapted or base.endswith(f".{adapted}") or adapted.endswith(f".{base}")
+
+
+def _changes(
+    deltas: Deltas,
+    loaded: LoadedAdapters,
+    where: Mapping[tuple[str, int], str],
+    entries: Mapping[str, Entry],
+) -> dict[str, Factors | Full]:
+    """Tensor name -> what is added to it; zero deltas are left out."""
+    transposed = {adapter.settings.fan_in_fan_out for adapter in loaded.adapters.values()}
+    if len(transposed) > 1:
+        raise UserError("some adapters have fan_in_fan_out and some have not: their bases differ")
+    changes: dict[str, Factors | Full] = {}
+    for template, delta in deltas.items():
+        present = loaded.stack.pairs[template].present.any(axis=1)
+        for layer in np.flatnonzero(present).tolist():
+            parts = one_layer(delta, layer)
+            change = Full(*parts) if len(parts) == 1 else Factors(*parts)
+            change = change.T if True in transposed else change
+            name = where.get((template, layer))
+            if name is None:
+                raise UserError(f"the base model has no layer {layer} of {template}: it is another base")
+            entry = entries[name]
+            if entry.dtype not in FLOATS:
+                raise UserError(
+                    f"{name} of the base model has type {entry.dtype}: quantised weights cannot change"
+                )
+            if entry.shape != change.shape:
+                raise UserError(
+                    f"{name} is {'x'.join(map(str, entry.shape))} in the base model, but the adapters were "
+                    f"trained on {'x'.join(map(str, change.shape))}: it is another base"
+                )
+            if not all(np.isfinite(part).all() for part in parts):
+                raise UserError(f"the merged delta of {name} has NaN or Inf in it")
+            if all(part.any() for part in parts):
+                changes[name] = change
+    return changes
+
+
+def _tied(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:
+    """Copies of tied weights, which loading fills in (and safetensors files should not hold)."""
+    output, embedding = _TIED
+    if config.get("tie_word_embeddings") is not True:
+        return set()
+    tied = any(name == embedding or name.endswith(f".{embedding}") for name in entries)
+    return {output} & set(entries) if tied else set()
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """Copy configuration, tokenizer, processor and licence files that are not there yet."""
+    for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
+        skip = path.name == INDEX or path.name.endswith((".safetensors", ".bin.index.json"))
+        if not skip and not (target / path.name).exists() and path.is_file():
+            write_file(target / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+            if (target / path.name).read_bytes() != path.read_bytes():
+                raise UserError(f"{target / path.name} does not read back as written: check the disk")
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Say the new type wherever config.json says one (transformers 4: torch_dtype, 5: dtype)."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    for key in keys:
+        config[key] = dtype
+    for value in config.values():
+        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            _set_dtype(value, dtype)
