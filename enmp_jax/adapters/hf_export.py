@@ -161,7 +161,8 @@ def _match(
     if missed:
         raise UserError(
             f"the base model has {len(loaded.names) - len(missed)} of the {len(loaded.names)} adapted "
-            f"projections; not {examples(missed)}, it has {examples([t for t in templates if 'norm' not in t.lower()])}"
+            f"projections; not {examples(missed)}, it has "
+            f"{examples([t for t in templates if 'norm' not in t.lower()])}"
         )
     return where
 
