@@ -5,9 +5,10 @@ from enmp_jax.data.batches import Batches, batch
 from enmp_jax.data.labels import require_class_names
 from enmp_jax.data.load import load_examples, open_source
 from enmp_jax.data.preprocess import preprocess_for
+from enmp_jax.data.prompts import Prompts, prompts
 from enmp_jax.data.splits import check_splits, leaks
 
 __all__ = [
-    "Batches", "Examples", "Preprocess", "Raw", "Source", "Span", "batch", "check_splits", "leaks",
-    "load_examples", "open_source", "preprocess_for", "require_class_names",
+    "Batches", "Examples", "Preprocess", "Prompts", "Raw", "Source", "Span", "batch", "check_splits", "leaks",
+    "load_examples", "open_source", "preprocess_for", "prompts", "require_class_names",
 ]  # fmt: skip
