@@ -2,10 +2,10 @@
 
 from enmp_jax.data.base import Examples, Preprocess, Raw, Source, Span
 from enmp_jax.data.batches import Batches, batch
+from enmp_jax.data.clip_prompts import Prompts, prompts
 from enmp_jax.data.labels import require_class_names
 from enmp_jax.data.load import load_examples, open_source
 from enmp_jax.data.preprocess import preprocess_for
-from enmp_jax.data.prompts import Prompts, prompts
 from enmp_jax.data.splits import check_splits, leaks
 
 __all__ = [

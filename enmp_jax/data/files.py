@@ -45,19 +45,21 @@ def text_keys(config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
 def number_labels(values: Sequence[Any], config: DataConfig) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as int64 numbers, and the class names when the labels are names.
 
-    Names are numbered in the order of ``config.class_names`` if it has them all, else sorted.
+    Names are numbered in the order of ``config.class_names`` if it has them all, else sorted. None
+    becomes -1: no label.
 
     Raises:
         UserError: labels that are neither integers nor names.
     """
-    if all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values):
-        return np.asarray(values, np.int64).reshape(-1), ()
-    if not all(isinstance(v, str) for v in values):
-        wrong = next(v for v in values if not isinstance(v, str | int | np.integer) or isinstance(v, bool))
-        raise UserError(f"{config.source}: the label {wrong!r} is neither a whole number nor a class name")
-    found = sorted(set(values))
+    given = [v for v in values if v is not None]
+    if all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in given):
+        return np.asarray([-1 if v is None else v for v in values], np.int64), ()
+    for v in given:
+        if not isinstance(v, str):
+            raise UserError(f"{config.source}: the label {v!r} is neither a whole number nor a class name")
+    found = sorted(set(given))
     names = config.class_names if set(found) <= set(config.class_names) else tuple(found)
-    number = {name: i for i, name in enumerate(names)}
+    number = {None: -1} | {name: i for i, name in enumerate(names)}
     return np.asarray([number[v] for v in values], np.int64), names
 
 

@@ -104,11 +104,8 @@ class HuggingFaceSource:
         is_image, keys = self._columns
         columns = self._splits[split].select(list(map(int, rows)))[:]
         values = columns[self._config.label]
-        if self._names and values and isinstance(values[0], str):
-            number = {name: i for i, name in enumerate(self._names)}
-            values = [number[value] for value in values]
-        # missing labels are None in some data sets, -1 in others
-        labels, _ = number_labels([-1 if value is None else value for value in values], self._config)
+        number = {name: i for i, name in enumerate(self._names)}
+        labels, _ = number_labels([number.get(value, value) for value in values], self._config)
         names = [f"{split}[{row}]" for row in rows]
         if is_image:
             return Raw("image", [_encoded(value) for value in columns[keys[0]]], labels, names)

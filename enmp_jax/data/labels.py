@@ -12,29 +12,33 @@ from enmp_jax.errors import UserError
 
 
 def apply(
-    labels: np.ndarray, names: Sequence[str], config: DataConfig, source: Source, where: str
+    labels: np.ndarray,
+    names: Sequence[str],
+    table: Sequence[int] | None,
+    known_names: Sequence[str],
+    where: str,
 ) -> np.ndarray:
     """Map the labels of a source to the classes of the head; -1 means that the example is left out.
 
     Args:
         labels: int64 ``[n]``; -1 where the source gives none.
         names: what to call each example.
-        config: holds the label map and the class names.
-        source: knows how many classes there are, if its labels have names.
+        table: the label map, or None.
+        known_names: names of the classes (see ``class_names``); empty when nobody knows them.
         where: what to call the data in messages.
 
     Raises:
         UserError: a label without a name or without an entry in the label map.
     """
-    known = len(config.labels) if config.labels is not None else len(class_names(config, source))
+    known = len(known_names) if table is None else len(table)
     wrong = (labels < -1) | ((labels >= known) if known else False)
     if wrong.any():
         i = int(np.flatnonzero(wrong)[0])
-        what = "class names are known" if config.labels is None else "entries are in the label map"
+        what = "class names are known" if table is None else "entries are in the label map"
         raise UserError(f"{where}: label {labels[i]} of {names[i]} is out of range: {known} {what}")
-    if config.labels is None:
+    if table is None:
         return labels
-    return np.where(labels == -1, -1, np.asarray(config.labels, np.int64)[labels])
+    return np.where(labels == -1, -1, np.asarray(table, np.int64)[labels])
 
 
 def class_names(config: DataConfig, source: Source) -> tuple[str, ...]:

@@ -114,6 +114,7 @@ class _Reader:
     ) -> None:
         self.config, self.source, self.where = config, source, where
         self.transform, self.preprocess = transform, preprocess
+        self.class_names = label_map.class_names(config, source)
         self.kind: Kind | None = None
         self.bad: list[str] = []
         self.first: tuple[str, tuple[int, ...]] | None = None
@@ -150,9 +151,7 @@ class _Reader:
         }
         labels = np.concatenate([chunk[1] for chunk in chunks])
         keys = np.concatenate([chunk[2] for chunk in chunks])
-        examples = Examples(
-            inputs, labels, label_map.class_names(self.config, self.source), keys, notes=self._notes()
-        )
+        examples = Examples(inputs, labels, self.class_names, keys, notes=self._notes())
         if limit is None:
             return examples
         return examples.take(np.argsort(np.concatenate(kept)[:total]))
@@ -173,7 +172,7 @@ class _Reader:
             )
         names = [name for part in parts for name in part.names]
         given = np.concatenate([part.labels for part in parts])
-        labels = label_map.apply(given, names, self.config, self.source, self.where)
+        labels = label_map.apply(given, names, self.config.labels, self.class_names, self.where)
         unlabelled = given == -1
         self.unlabelled += int(unlabelled.sum())
         self.unmapped += int(((labels < 0) & ~unlabelled).sum())
