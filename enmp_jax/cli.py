@@ -1,0 +1,83 @@
+"""The command line: parse, call, print. Every command imports only what it needs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from enmp_jax import __version__
+from enmp_jax.errors import UserError
+
+COMMANDS = {
+    "demo": ("enmp_jax.commands", "Demo", "search on the digits that come with the package"),
+    "search": ("enmp_jax.commands", "Search", "find the negative modules of a run file's adapters"),
+    "evaluate": ("enmp_jax.commands", "Evaluate", "score adapters alone, merged, or merged under a mask"),
+    "merge": ("enmp_jax.merge_command", "MergeArgs", "merge adapters; needs no base model and no data"),
+    "inspect": ("enmp_jax.inspect_command", "InspectArgs", "show what is in adapters"),
+    "train": ("enmp_jax.commands", "Train", "train LoRA experts (and a small base) from a run file"),
+    "report": ("enmp_jax.commands", "Report", "write the plots and report.html of a run directory again"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (2 for bad input, with one line on stderr)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"enmp-jax {__version__}")
+        return 0
+    name = arguments.pop(0)
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"enmp: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    return run(name, arguments)
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Parse and run one command."""
+    import tyro
+
+    # A transformer without torch says so on every import; TensorFlow's logs are nobody's business here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    module_name, class_name, _ = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    args = tyro.cli(
+        getattr(module, class_name), args=arguments, prog=f"enmp {name}",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )  # fmt: skip
+    try:
+        module.run(args)
+    except UserError as error:
+        print(f"enmp {name}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print(f"enmp {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def overview() -> str:
+    """The text of ``enmp --help``."""
+    lines = [
+        "enmp: find and prune the negative modules of LoRA adapters before merging them",
+        "",
+        "usage: enmp COMMAND [OPTIONS]      (enmp COMMAND --help says more)",
+        "",
+    ]
+    lines += [f"  {name:<10}{text}" for name, (_, _, text) in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Where the classification heads of a run come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from enmp_jax import models
+from enmp_jax.config import HeadConfig, RunConfig, TaskConfig
+from enmp_jax.errors import UserError
+from enmp_jax.models.base import Backbone
+from enmp_jax.tasks import Heads, stack_heads
+
+Head = tuple[np.ndarray, np.ndarray | None]
+AdapterHeads = Mapping[str, Mapping[str, np.ndarray]]  # module path -> {"weight": .., "bias": ..}
+
+
+def load_heads(
+    run: RunConfig,
+    saved: Mapping[str, AdapterHeads],
+    base: str,
+    backbone: Backbone,
+    tasks: Sequence[TaskConfig] | None = None,
+) -> Heads:
+    """The heads of a run's tasks, as their run file says.
+
+    Args:
+        run: the run.
+        saved: task -> heads saved with its adapter (``modules_to_save``).
+        base: resolved directory or hub id of the base model.
+        backbone: the base model.
+        tasks: which tasks; default: all of the run.
+
+    Raises:
+        UserError: no such head, a head of another width, or CLIP and other heads mixed.
+    """
+    tasks = run.tasks if tasks is None else tasks
+    zero_shot = [task.head.source == "zero-shot" for task in tasks]
+    if any(zero_shot) and not all(zero_shot):
+        odd = tasks[zero_shot.index(False)].name
+        raise UserError(f"tasks.{odd}.head: zero-shot heads cannot be mixed with others in one run")
+    found = [_load(run, task, saved.get(task.name, {}), base) for task in tasks]
+    for task, (weight, _) in zip(tasks, found, strict=True):
+        if weight.shape[1] != backbone.width:
+            raise UserError(
+                f"the head of {task.name!r} takes {weight.shape[1]} features, "
+                f"the base model gives {backbone.width}"
+            )
+    masked = [task.head.masked_classes for task in tasks]
+    return stack_heads(found, masked, normalise=any(zero_shot))
+
+
+def _load(run: RunConfig, task: TaskConfig, saved: AdapterHeads, base: str) -> Head:
+    config: HeadConfig = task.head
+    if config.source == "adapter":
+        return _from_adapter(task, saved)
+    if config.source == "base":
+        head = models.load_head(base)
+        if head is None:
+            raise UserError(f"tasks.{task.name}.head: the base model {base} has no head of its own")
+        return np.asarray(head[0]), None if head[1] is None else np.asarray(head[1])
+    return _from_file(task, run.path(config.source))
+
+
+def _from_adapter(task: TaskConfig, saved: AdapterHeads) -> Head:
+    usable = {name: head for name, head in saved.items() if head.get("weight", np.zeros(0)).ndim == 2}
+    if len(usable) != 1:
+        found = "no head" if not usable else f"{len(usable)} heads ({', '.join(usable)})"
+        raise UserError(
+            f"the adapter of {task.name!r} has {found} among its saved modules: "
+            f"set tasks.{task.name}.head.source to base, zero-shot or a safetensors file"
+        )
+    (head,) = usable.values()
+    return np.asarray(head["weight"], np.float32), _optional(head.get("bias"))
+
+
+def _from_file(task: TaskConfig, path: str) -> Head:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"tasks.{task.name}.head: cannot read {path}: {error}") from None
+    if "weight" not in tensors or tensors["weight"].ndim != 2:
+        raise UserError(f"tasks.{task.name}.head: {path} needs a tensor 'weight' [classes, width]")
+    return tensors["weight"].astype(np.float32), _optional(tensors.get("bias"))
+
+
+def _optional(bias: np.ndarray | None) -> np.ndarray | None:
+    return None if bias is None else np.asarray(bias, np.float32)

@@ -1,0 +1,129 @@
+"""Task heads, scores and fitness: from features to numbers per task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from enmp_jax.errors import UserError
+
+
+@flax.struct.dataclass
+class Heads:
+    """The classification heads of all tasks, padded to the largest number of classes."""
+
+    weight: Float[Array, "task class width"]
+    bias: Float[Array, "task class"]
+    allowed: Bool[Array, "task class"]  # False: padding, or a class never predicted
+    logit_scale: Float[Array, " task"]
+    normalise: bool = flax.struct.field(pytree_node=False, default=False)
+    """Divide features by their norm first (CLIP's zero-shot heads)."""
+
+
+class Counts(NamedTuple):
+    """Sums over examples, per task. Divide by the number of examples for means."""
+
+    correct: Float[Array | np.ndarray, "*member task"]
+    log_likelihood: Float[Array | np.ndarray, "*member task"]
+
+
+def stack_heads(
+    heads: Sequence[tuple[np.ndarray, np.ndarray | None]],
+    masked: Sequence[Sequence[int]] = (),
+    normalise: bool = False,
+    logit_scale: float = 1.0,
+) -> Heads:
+    """Stack one (weight [class, width], bias [class] or None) per task.
+
+    Args:
+        heads: in task order; the numbers of classes may differ.
+        masked: classes that are never predicted, per task.
+        normalise: see ``Heads``.
+        logit_scale: factor of all logits (100 for CLIP).
+
+    Raises:
+        UserError: a masked class does not exist, or widths differ.
+    """
+    widths = {weight.shape[1] for weight, _ in heads}
+    if len(widths) != 1:
+        raise UserError(f"the task heads differ in width ({sorted(widths)}): they belong to different bases")
+    classes = max(weight.shape[0] for weight, _ in heads)
+    stacked = np.zeros((len(heads), classes, widths.pop()), np.float32)
+    biases = np.zeros((len(heads), classes), np.float32)
+    allowed = np.zeros((len(heads), classes), bool)
+    for i, (weight, bias) in enumerate(heads):
+        stacked[i, : len(weight)] = weight
+        biases[i, : len(weight)] = 0 if bias is None else bias
+        allowed[i, : len(weight)] = True
+        for c in masked[i] if masked else ():
+            if not 0 <= c < len(weight):
+                raise UserError(f"masked class {c} does not exist: the head has {len(weight)} classes")
+            allowed[i, c] = False
+    scale = jnp.full(len(heads), logit_scale, jnp.float32)
+    return Heads(jnp.asarray(stacked), jnp.asarray(biases), jnp.asarray(allowed), scale, normalise)
+
+
+def class_log_probabilities(
+    heads: Heads, features: Float[Array, "batch width"], task: Int[Array, " batch"]
+) -> Float[Array, "batch class"]:
+    """Log-probabilities under each example's own task head; -inf for classes not allowed."""
+    features = features.astype(jnp.float32)
+    if heads.normalise:
+        features = features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+    # Every head on every example: one matmul beats gathering a [class, width] head per example.
+    logits = jnp.einsum("bd,tcd->btc", features, heads.weight) * heads.logit_scale[:, None] + heads.bias
+    own = jnp.take_along_axis(logits, task[:, None, None], axis=1)[:, 0]
+    return jax.nn.log_softmax(jnp.where(heads.allowed[task], own, -jnp.inf), axis=-1)
+
+
+def count(
+    log_probabilities: Float[Array, "batch class"],
+    label: Int[Array, " batch"],
+    task: Int[Array, " batch"],
+    mask: Bool[Array, " batch"],
+    n_tasks: int,
+) -> Counts:
+    """Correct answers and summed log-likelihoods of a padded batch, per task."""
+    correct = jnp.argmax(log_probabilities, axis=-1) == label
+    own = jnp.take_along_axis(log_probabilities, label[:, None], axis=1)[:, 0]
+    member = jax.nn.one_hot(task, n_tasks) * mask[:, None]
+    return Counts(correct.astype(jnp.float32) @ member, jnp.where(mask, own, 0.0) @ member)
+
+
+class Scoring(NamedTuple):
+    """What turns counts into fitness: sizes of the split and accuracies to normalise by."""
+
+    examples: Float[Array, " task"]
+    reference: Float[Array, " task"]
+
+    def accuracy(self, counts: Counts) -> Float[Array, "*member task"]:
+        """Accuracies in 0..1."""
+        return counts.correct / self.examples
+
+    def normalised(self, counts: Counts) -> Float[Array, "*member"]:
+        """Mean over tasks of accuracy / reference accuracy."""
+        return (self.accuracy(counts) / self.reference).mean(-1)
+
+    def mean_log_likelihood(self, counts: Counts) -> Float[Array, "*member"]:
+        """Mean over tasks of the mean log-likelihood of the labels (natural logarithm)."""
+        return (counts.log_likelihood / self.examples).mean(-1)
+
+    def fitness(self, counts: Counts, kind: str) -> Float[Array, "*member"]:
+        """Higher is better; ``kind`` is ``accuracy`` or ``log_likelihood``."""
+        return self.normalised(counts) if kind == "accuracy" else self.mean_log_likelihood(counts)
+
+
+def by_task(tasks: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    """``{task: value}`` as plain floats, for JSON."""
+    return {task: float(value) for task, value in zip(tasks, np.asarray(values), strict=True)}
+
+
+def mean_normalised(accuracy: Mapping[str, float], reference: Mapping[str, float]) -> float:
+    """Mean over tasks of accuracy / reference, on plain dictionaries."""
+    return float(np.mean([accuracy[task] / reference[task] for task in reference]))

@@ -1,0 +1,161 @@
+"""LoRA experts, all tasks at once: one vmapped step trains every adapter on its own data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from enmp_jax.config import TrainConfig
+from enmp_jax.data import Examples
+from enmp_jax.deltas import Deltas, LowRank
+from enmp_jax.errors import UserError
+from enmp_jax.models.base import Backbone, Params
+from enmp_jax.tasks import Heads, class_log_probabilities
+from enmp_jax.training.loop import OnProgress, Schedule, train
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value")
+
+
+class Experts(NamedTuple):
+    """Trained adapters. ``factors[template] = (A [task, layer, r, in], B [task, layer, out, r])``,
+    B without alpha / r; ``heads`` are those the adapters were trained with."""
+
+    factors: dict[str, tuple[np.ndarray, np.ndarray]]
+    heads: Heads
+    losses: list[float]
+
+
+def target_templates(backbone: Backbone, targets: Sequence[str]) -> list[str]:
+    """Templates of the backbone whose last part is in ``targets`` (default: attention projections).
+
+    Raises:
+        UserError: a target names no module.
+    """
+    if not targets:
+        return sorted(name for name in backbone.modules if name.rsplit(".", 1)[-1] in ATTENTION)
+    found = []
+    for target in targets:
+        matching = [name for name in backbone.modules if name == target or name.endswith("." + target)]
+        if not matching:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in backbone.modules}))
+            raise UserError(f"train.target_modules: {target!r} names no module; there are {known}")
+        found += matching
+    return sorted(set(found))
+
+
+def init_factors(backbone: Backbone, templates: Sequence[str], rank: int, n_tasks: int, key: Array) -> Any:
+    """PEFT's start: A uniform as torch's Linear (Kaiming with a = sqrt(5)), B zero."""
+    factors = {}
+    for i, name in enumerate(templates):
+        out, inner = backbone.modules[name]
+        bound = 1.0 / np.sqrt(inner)
+        shape = (n_tasks, backbone.n_layers, rank, inner)
+        a = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound)
+        factors[name] = (a, jnp.zeros((n_tasks, backbone.n_layers, out, rank), jnp.float32))
+    return factors
+
+
+def expert_deltas(factors: Any, scaling: float) -> Deltas:
+    """Deltas of one expert from factors without a task axis; ``scaling`` is alpha / r."""
+    deltas: Deltas = {}
+    for name, (a, b) in factors.items():
+        core = jnp.broadcast_to(jnp.eye(a.shape[1]) * scaling, (a.shape[0], a.shape[1], a.shape[1]))
+        deltas[name] = LowRank(b, core, a)
+    return deltas
+
+
+class _Data(NamedTuple):
+    params: Params
+    inputs: dict[str, Array]  # each [task, example, ...], padded to the largest task
+    label: Array  # [task, example]
+    size: Array  # [task]
+    heads: Heads
+
+
+def stack_examples(examples: Sequence[Examples]) -> tuple[dict[str, Array], Array, Array]:
+    """Inputs [task, example, ...], labels [task, example] and sizes [task], padded with zeros."""
+    size = max(len(e.labels) for e in examples)
+
+    def pad(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
+
+    inputs = {
+        key: jnp.asarray(np.stack([pad(np.asarray(e.inputs[key])) for e in examples]))
+        for key in examples[0].inputs
+    }
+    labels = jnp.asarray(np.stack([pad(np.asarray(e.labels)) for e in examples]))
+    return inputs, labels, jnp.asarray([len(e.labels) for e in examples])
+
+
+def train_experts(
+    backbone: Backbone,
+    params: Params,
+    examples: Sequence[Examples],
+    heads: Heads,
+    config: TrainConfig,
+    on_progress: OnProgress | None = None,
+    checkpoints: Path | None = None,
+) -> Experts:
+    """Train one LoRA expert per entry of ``examples``.
+
+    Args:
+        backbone: the frozen base model.
+        params: its weights.
+        examples: training examples of each task.
+        heads: start values, or with ``config.head`` other than ``train`` the fixed heads.
+        config: hyperparameters.
+        on_progress: see ``loop.train``.
+        checkpoints: see ``loop.train``.
+    """
+    key = jax.random.key(config.seed)
+    templates = target_templates(backbone, config.target_modules)
+    factors = init_factors(backbone, templates, config.rank, len(examples), jax.random.fold_in(key, 1))
+    train_head = config.head == "train"
+    weights: dict[str, Any] = {"lora": factors}
+    if train_head:
+        weights["head"] = (heads.weight, heads.bias)
+    data = _Data(params, *stack_examples(examples), heads)
+    scaling = config.alpha / config.rank
+
+    def task_loss(task, lora, head, data: _Data, key) -> Float[Array, ""]:
+        index = jax.random.randint(key, (config.batch_size,), 0, data.size[task])
+        inputs = {name: x[task, index] for name, x in data.inputs.items()}
+        features = backbone.features(data.params, inputs, expert_deltas(lora, scaling))
+        own = Heads(
+            head[0][None], head[1][None], data.heads.allowed[task][None], data.heads.logit_scale[task][None],
+            data.heads.normalise,
+        )  # fmt: skip
+        scores = class_log_probabilities(own, features, jnp.zeros(config.batch_size, int))
+        return -jnp.take_along_axis(scores, data.label[task, index][:, None], axis=1).mean()
+
+    def loss(weights, data: _Data, key) -> Float[Array, ""]:
+        head = weights["head"] if train_head else (data.heads.weight, data.heads.bias)
+        tasks = jnp.arange(len(examples))
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(tasks)
+        losses = jax.vmap(task_loss, in_axes=(0, 0, 0, None, 0))(tasks, weights["lora"], head, data, keys)
+        # The sum: a task's steps must not shrink because others are trained beside it.
+        return losses.sum()
+
+    factor = {"lora": 1.0, "head": (config.head_learning_rate or config.learning_rate) / config.learning_rate}
+    schedule = Schedule(config.steps, config.learning_rate, config.warmup, config.weight_decay)
+    trained, losses = train(
+        loss,
+        weights,
+        data,
+        schedule,
+        jax.random.fold_in(key, 2),
+        rates=lambda w: {name: jax.tree.map(lambda _, f=factor[name]: f, w[name]) for name in w},
+        independent=True,
+        on_progress=on_progress,
+        checkpoints=checkpoints,
+    )
+    if train_head:
+        heads = heads.replace(weight=trained["head"][0], bias=trained["head"][1])  # type: ignore[attr-defined]
+    final = {name: (np.asarray(a), np.asarray(b)) for name, (a, b) in trained["lora"].items()}
+    return Experts(final, heads, [value / len(examples) for value in losses])
