@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from enmp_jax.errors import UserError
-from enmp_jax.models import checkpoint, convert, vit
+from enmp_jax.models import bert, checkpoint, clip, convert, llama, vit
 from enmp_jax.models.base import Backbone, Inputs, Params
 from enmp_jax.models.convert import Head, Placement, logical_axes
 
@@ -20,24 +20,36 @@ __all__ = [
 
 FAMILIES: dict[str, Callable[..., Backbone]] = {
     "vit": vit.build,
+    "clip": clip.build,
+    "clip_vision_model": clip.build,
+    "clip_text_model": clip.build_text,
+    "bert": bert.build,
+    "roberta": bert.build,
+    "xlm-roberta": bert.build,
+    "llama": llama.build,
+    "mistral": llama.build,
+    "qwen2": llama.build,
+    "qwen3": llama.build,
 }
-"""``model_type`` of config.json -> ``build(config, dtype)``."""
+"""``model_type`` of config.json -> ``build(config, dtype)``. ``clip`` is its vision tower."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def build(config: Mapping[str, Any], dtype: Any = "float32") -> Backbone:
+def build(config: Mapping[str, Any], dtype: Any = "float32", family: str | None = None) -> Backbone:
     """The backbone of a Hugging Face ``config.json``.
 
     Args:
         config: its content; ``image_mean`` and ``image_std`` may be added (default 0.5).
         dtype: ``float32`` or ``bfloat16``, of weights and activations. Norms, softmax and whatever
             the backbone returns are float32 in both.
+        family: key of ``FAMILIES`` instead of the config's ``model_type``: ``clip_text_model`` for the
+            text tower of a ``clip``.
 
     Raises:
         UserError: unknown ``model_type`` or dtype, or a config that contradicts itself.
     """
-    kind = config.get("model_type")
+    kind = family or config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
@@ -46,19 +58,22 @@ def build(config: Mapping[str, Any], dtype: Any = "float32") -> Backbone:
     return FAMILIES[kind](config, DTYPES[name])
 
 
-def load(path: str | Path, dtype: Any = "float32", place: Placement = None) -> tuple[Backbone, Params]:
+def load(
+    path: str | Path, dtype: Any = "float32", place: Placement = None, family: str | None = None
+) -> tuple[Backbone, Params]:
     """Read a base model.
 
     Args:
         path: directory in Hugging Face layout or hub id (``name`` or ``name@revision``).
         dtype: see ``build``.
         place: how to shard parameters (see ``convert.Placement``); None: the default device.
+        family: see ``build``.
 
     Raises:
         UserError: not found, unreadable, or not what its config.json says.
     """
     directory = checkpoint.find(path)
-    backbone = build(checkpoint.read_config(directory), dtype)
+    backbone = build(checkpoint.read_config(directory), dtype, family)
     return backbone, convert.read_params(backbone, directory, place)
 
 

@@ -65,8 +65,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json``, with the mean and standard deviation of ``preprocessor_config.json`` added."""
+    """``config.json`` and what other files say of the forward pass.
+
+    ``image_mean`` and ``image_std`` come from ``preprocessor_config.json``, ``pooling`` from the files of
+    sentence-transformers.
+    """
     config = read_json(directory / "config.json")
+    if (directory / "1_Pooling" / "config.json").exists():
+        pooling = read_json(directory / "1_Pooling" / "config.json")
+        config.setdefault("pooling", "mean" if pooling.get("pooling_mode_mean_tokens") else "cls")
+    elif (directory / "modules.json").exists():
+        config.setdefault("pooling", "mean")
     if (directory / "preprocessor_config.json").exists():
         images = read_json(directory / "preprocessor_config.json")
         for key in ("image_mean", "image_std"):
@@ -121,8 +130,10 @@ def _files(directory: Path) -> list[Path]:
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     if not (directory / INDEX).exists():
-        hint = "it has .bin weights only; convert them to safetensors" if any(directory.glob("*.bin")) else ""
-        raise UserError(f"{directory} has no {SINGLE} and no {INDEX}{'; ' + hint if hint else ''}")
+        raise UserError(
+            f"{directory} has no {SINGLE} and no {INDEX}; pickled .bin weights are not read: convert them, or "
+            "name the hub's revision that has safetensors (often name@refs/pr/N)"
+        )
     names = read_json(directory / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{directory / INDEX} has no weight_map")

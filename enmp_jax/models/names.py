@@ -24,7 +24,9 @@ class KeyTable:
         modules: block short name (q, k, v, o, up, down, gate) -> plain name inside a layer.
         norms: block norm name (norm1, norm2, q_norm, k_norm) -> plain name inside a layer.
         other: path in our parameters, joined by ``/`` -> plain name of the remaining parameters.
-        aliases: (old spelling, plain spelling) of dotted segments, applied in order.
+        unprefixed: plain names of ``other`` that stand outside the model prefix (projections, LM heads).
+        aliases: (spelling of files that ``save`` writes, plain spelling) of dotted segments, in order.
+        old_aliases: the same for spellings that are only read.
         ignored: regular expression of plain names that may be in a file and are not read.
         heads: plain or full names of classification heads, read by ``load_head``.
     """
@@ -36,7 +38,9 @@ class KeyTable:
     modules: Mapping[str, str]
     norms: Mapping[str, str]
     other: Mapping[str, str]
+    unprefixed: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    old_aliases: tuple[tuple[str, str], ...] = ()
     ignored: str = r"(?!)"
     heads: tuple[str, ...] = ("classifier", "score")
 
@@ -48,7 +52,7 @@ class KeyTable:
             for prefix in self.prefixes:
                 if key.startswith(prefix):
                     key, stripped = key.removeprefix(prefix), True
-        for old, new in self.aliases:
+        for old, new in (*self.old_aliases, *self.aliases):
             key = _replace(key, old, new)
         return key
 
@@ -83,6 +87,8 @@ class KeyTable:
     def file_name(self, path: str) -> str:
         """The name that ``save`` writes for a path of our parameters, ``{}`` for the layer."""
         name = next(name for name, known in self.paths().items() if known == path)
+        if name in self.unprefixed:
+            return name
         for old, new in self.aliases:
             name = _replace(name, new, old)
         return self.file_prefix + name

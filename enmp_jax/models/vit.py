@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import BlockSpec, init_layers, init_norm, normalise, run_layers, short_deltas
+from enmp_jax.models.layers import BlockSpec, init_layers, init_norm, normalise
 from enmp_jax.models.names import KeyTable
+from enmp_jax.models.transformer import Embedded, init_normal, transformer
 
 KEYS = KeyTable(
     prefix="vit.",
@@ -62,6 +63,11 @@ class PatchSpec:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of an image."""
+        return self.height, self.width, self.channels
 
     @property
     def n_patches(self) -> int:
@@ -137,15 +143,11 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
         dtype=jnp.dtype(dtype),
     )
     c = ViTConfig(block, patch_spec(config), config.get("num_hidden_layers", 12), config)
-    short = KEYS.modules_by_template()
 
     def init(key: Array) -> Params:
         keys = jax.random.split(key, 4)
+        normal = partial(init_normal, std=block.init_std, dtype=block.dtype)
         shape = (block.width, c.patch.channels, c.patch.patch_height, c.patch.patch_width)
-
-        def normal(k: Array, shape: tuple[int, ...]) -> Array:
-            return block.init_std * jax.random.truncated_normal(k, -2, 2, shape, block.dtype)
-
         embeddings = {
             "cls": normal(keys[0], (1, 1, block.width)),
             "positions": normal(keys[1], (1, c.patch.n_patches + 1, block.width)),
@@ -154,34 +156,23 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
         layers = init_layers(keys[3], block, c.n_layers)
         return {"embeddings": embeddings, "layers": layers, "norm": init_norm(block.width)}
 
-    def embed(params: Params, inputs: Inputs) -> Array:
+    def embed(params: Params, inputs: Inputs) -> Embedded:
         e = params["embeddings"]
         x = embed_patches(c.patch, e["patch"]["weight"], inputs["image"]) + e["patch"]["bias"]
         cls = jnp.broadcast_to(e["cls"], (x.shape[0], 1, block.width))
-        return jnp.concatenate([cls, x], axis=1) + e["positions"]
+        return Embedded(jnp.concatenate([cls, x], axis=1) + e["positions"])
 
-    def features(params: Params, inputs: Inputs, deltas: Deltas | None = None) -> Float[Array, "batch width"]:
-        x, _ = run_layers(
-            block, params["layers"], embed(params, inputs), short_deltas(deltas, short), token=0
-        )
-        return normalise(x[:, 0].astype(jnp.float32), params["norm"], block.eps)
+    def pool(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch width"]:
+        return normalise(hidden[:, 0].astype(jnp.float32), params["norm"], block.eps)
 
-    def hidden_states(params: Params, inputs: Inputs, deltas: Deltas | None = None) -> Array:
-        x = embed(params, inputs)
-        _, states = run_layers(block, params["layers"], x, short_deltas(deltas, short))
-        return jnp.concatenate([x[None], states])
-
-    shapes = block.shapes()
-    return Backbone(
-        family="vit",
-        n_layers=c.n_layers,
+    return transformer(
+        "vit",
+        c,
+        KEYS,
         width=block.width,
-        modules={template: shapes[name] for template, name in short.items()},
         init=init,
-        features=features,
-        canonical=KEYS.canonical,
-        input_spec={"image": ((c.patch.height, c.patch.width, c.patch.channels), jnp.uint8)},
-        config=c,
-        keys=KEYS,
-        hidden_states=hidden_states,
+        embed=embed,
+        token=lambda inputs: 0,
+        pool=pool,
+        input_spec={"image": (c.patch.shape, jnp.uint8)},
     )

@@ -1,0 +1,290 @@
+"""CLIP (Radford et al., arXiv 2103.00020): vision and text towers, and zero-shot heads made of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from enmp_jax.errors import UserError
+from enmp_jax.models.base import Backbone, Inputs, Params
+from enmp_jax.models.layers import BlockSpec, init_layers, init_norm, normalise
+from enmp_jax.models.names import KeyTable
+from enmp_jax.models.transformer import Embedded, init_normal, transformer
+from enmp_jax.models.vit import PatchSpec, embed_patches, patch_spec
+
+_MODULES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.out_proj",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_NORMS = {"norm1": "layer_norm1", "norm2": "layer_norm2"}
+
+# The KnOTS adapters sit on the inner vision model: base_model.model.encoder..., others have vision_model.
+VISION_KEYS = KeyTable(
+    prefix="vision_model.",
+    file_prefix="vision_model.",
+    prefixes=("base_model.model.", "vision_model."),
+    layer="encoder.layers.{}.",
+    modules=_MODULES,
+    norms=_NORMS,
+    other={
+        "embeddings/cls": "embeddings.class_embedding",
+        "embeddings/positions": "embeddings.position_embedding.weight",
+        "embeddings/patch/weight": "embeddings.patch_embedding.weight",
+        "pre_norm/weight": "pre_layrnorm.weight",
+        "pre_norm/bias": "pre_layrnorm.bias",
+        "norm/weight": "post_layernorm.weight",
+        "norm/bias": "post_layernorm.bias",
+        "projection/weight": "visual_projection.weight",
+    },
+    unprefixed=("visual_projection.weight",),
+    ignored=r"text_model\.|text_projection\.|logit_scale$|embeddings\.position_ids$",
+)
+TEXT_KEYS = KeyTable(
+    prefix="text_model.",
+    file_prefix="text_model.",
+    prefixes=("base_model.model.", "text_model."),
+    layer="encoder.layers.{}.",
+    modules=_MODULES,
+    norms=_NORMS,
+    other={
+        "embeddings/tokens": "embeddings.token_embedding.weight",
+        "embeddings/positions": "embeddings.position_embedding.weight",
+        "norm/weight": "final_layer_norm.weight",
+        "norm/bias": "final_layer_norm.bias",
+        "projection/weight": "text_projection.weight",
+        "logit_scale": "logit_scale",
+    },
+    unprefixed=("text_projection.weight", "logit_scale"),
+    ignored=r"vision_model\.|visual_projection\.|embeddings\.position_ids$",
+)
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIPImageProcessor, where no preprocessor_config.json says
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ClipVisionConfig:
+    """Vision tower; ``raw`` is a ``clip_vision_model`` config.json."""
+
+    block: BlockSpec
+    patch: PatchSpec
+    n_layers: int
+    projection: int
+    raw: Mapping[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class ClipTextConfig:
+    """Text tower; ``raw`` is a ``clip_text_model`` config.json, or that of the whole CLIP."""
+
+    block: BlockSpec
+    n_layers: int
+    projection: int
+    vocabulary: int
+    positions: int
+    eos: int
+    has_scale: bool
+    raw: Mapping[str, Any] = field(hash=False)
+
+
+def _tower(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
+    """The config.json of one tower, from its own or from that of the whole CLIP."""
+    if config.get("model_type") != "clip":
+        return dict(config)
+    inner = {**config.get(f"{tower}_config", {}), "model_type": f"clip_{tower}_model"}
+    inner["projection_dim"] = config.get("projection_dim", 512)
+    kind = "CLIPVisionModelWithProjection" if tower == "vision" else "CLIPTextModelWithProjection"
+    return {**inner, "architectures": [kind]}
+
+
+def _block(config: Mapping[str, Any], width: int, heads: int, hidden: int, dtype: Any) -> BlockSpec:
+    return BlockSpec(
+        width=config.get("hidden_size", width),
+        heads=config.get("num_attention_heads", heads),
+        hidden=config.get("intermediate_size", hidden),
+        activation=config.get("hidden_act", "quick_gelu"),
+        eps=config.get("layer_norm_eps", 1e-5),
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def _unit(x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
+    """The vision tower; features: the projected image embedding, of length 1.
+
+    Raises:
+        UserError: sizes that do not fit each other, an unknown activation.
+    """
+    images = {key: config.get(key, value) for key, value in (("image_mean", MEAN), ("image_std", STD))}
+    config = {**_tower(config, "vision"), **images}
+    block = _block(config, 768, 12, 3072, dtype)
+    projection, n_layers = config.get("projection_dim", 512), config.get("num_hidden_layers", 12)
+    c = ClipVisionConfig(block, patch_spec(config, patch_size=32), n_layers, projection, config)
+
+    def init(key: Array) -> Params:
+        keys = jax.random.split(key, 5)
+        normal = partial(init_normal, std=block.init_std, dtype=block.dtype)
+        shape = (block.width, c.patch.channels, c.patch.patch_height, c.patch.patch_width)
+        return {
+            "embeddings": {
+                "cls": normal(keys[0], (block.width,)),
+                "positions": normal(keys[1], (c.patch.n_patches + 1, block.width)),
+                "patch": {"weight": normal(keys[2], shape)},
+            },
+            "pre_norm": init_norm(block.width),
+            "layers": init_layers(keys[3], block, c.n_layers),
+            "norm": init_norm(block.width),
+            "projection": {"weight": normal(keys[4], (c.projection, block.width))},
+        }
+
+    def embed(params: Params, inputs: Inputs) -> Embedded:
+        e = params["embeddings"]
+        x = embed_patches(c.patch, e["patch"]["weight"], inputs["image"])
+        cls = jnp.broadcast_to(e["cls"], (x.shape[0], 1, block.width))
+        x = jnp.concatenate([cls, x], axis=1) + e["positions"]
+        return Embedded(normalise(x, params["pre_norm"], block.eps))
+
+    def pool(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch width"]:
+        x = normalise(hidden[:, 0].astype(jnp.float32), params["norm"], block.eps)
+        return _unit(x @ params["projection"]["weight"].astype(jnp.float32).T)
+
+    return transformer(
+        "clip",
+        c,
+        VISION_KEYS,
+        width=c.projection,
+        init=init,
+        embed=embed,
+        token=lambda inputs: 0,
+        pool=pool,
+        input_spec={"image": (c.patch.shape, jnp.uint8)},
+    )
+
+
+def build_text(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
+    """The text tower; features: the projected embedding at the end-of-text token, of length 1.
+
+    Raises:
+        UserError: sizes that do not fit each other, an unknown activation.
+    """
+    inner = _tower(config, "text")
+    block = _block(inner, 512, 8, 2048, dtype)
+    c = ClipTextConfig(
+        block,
+        n_layers=inner.get("num_hidden_layers", 12),
+        projection=inner.get("projection_dim", 512),
+        vocabulary=inner.get("vocab_size", 49408),
+        positions=inner.get("max_position_embeddings", 77),
+        eos=inner.get("eos_token_id", 49407),
+        has_scale=config.get("model_type") == "clip",
+        raw=config,
+    )
+
+    def init(key: Array) -> Params:
+        keys = jax.random.split(key, 4)
+        normal = partial(init_normal, std=block.init_std, dtype=block.dtype)
+        params = {
+            "embeddings": {
+                "tokens": normal(keys[0], (c.vocabulary, block.width)),
+                "positions": normal(keys[1], (c.positions, block.width)),
+            },
+            "layers": init_layers(keys[2], block, c.n_layers),
+            "norm": init_norm(block.width),
+            "projection": {"weight": normal(keys[3], (c.projection, block.width))},
+        }
+        return params | ({"logit_scale": jnp.asarray(np.log(1 / 0.07), jnp.float32)} if c.has_scale else {})
+
+    def embed(params: Params, inputs: Inputs) -> Embedded:
+        ids, e = inputs["input_ids"], params["embeddings"]
+        length = ids.shape[1]
+        # causal, and read at the first end-of-text token: what pads the right is never looked at
+        mask = jnp.tril(jnp.ones((1, length, length), bool))
+        return Embedded(e["tokens"][ids] + e["positions"][:length], mask)
+
+    def token(inputs: Inputs) -> Array:
+        ids = inputs["input_ids"]
+        # configs older than transformers 4.31 have a wrong eos 2; the end of text is the largest id
+        return jnp.argmax(ids if c.eos == 2 else ids == c.eos, axis=1)
+
+    def pool(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch width"]:
+        x = normalise(hidden[:, 0].astype(jnp.float32), params["norm"], block.eps)
+        return _unit(x @ params["projection"]["weight"].astype(jnp.float32).T)
+
+    return transformer(
+        "clip_text_model",
+        c,
+        TEXT_KEYS,
+        width=c.projection,
+        init=init,
+        embed=embed,
+        token=token,
+        pool=pool,
+        input_spec={"input_ids": ((None,), jnp.int32)},
+    )
+
+
+Tokenizer = Callable[..., Mapping[str, Any]]
+
+
+def zero_shot_head(
+    text: Backbone,
+    params: Params,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    logit_scale: float | None = None,
+    batch_size: int = 64,
+) -> Float[np.ndarray, "classes width"]:
+    """Head weights from prompts, as CLIP and KnOTS make them (Radford et al., section 3.1.4).
+
+    Per class: the mean over templates of the unit text embeddings, made a unit vector again, times
+    the logit scale. On unit image features the head gives CLIP's logits.
+
+    Args:
+        text: text tower (``load(path, family="clip_text_model")``).
+        params: its parameters.
+        class_names: one per class, as they go into the prompts.
+        templates: prompts with ``{}`` for the class name.
+        tokenizer: a Hugging Face tokenizer.
+        logit_scale: multiplies cosines; default: the checkpoint's, ``exp(logit_scale)``.
+        batch_size: prompts per forward pass.
+
+    Raises:
+        UserError: no classes or templates, a template without ``{}``, a prompt beyond the tower's
+            positions, or no logit scale.
+    """
+    if not class_names or not templates:
+        raise UserError("a zero-shot head needs class names and at least one template with {}")
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(f"template {template!r} has no {{}} for the class name")
+    if logit_scale is None:
+        if "logit_scale" not in params:
+            raise UserError("this text tower has no logit_scale; give one, or load it from the whole CLIP")
+        logit_scale = float(np.exp(params["logit_scale"]))
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    ids = np.asarray(tokenizer(prompts, padding=True, return_tensors="np")["input_ids"], np.int32)
+    limit = text.config.positions
+    if ids.shape[1] > limit:
+        raise UserError(f"the longest prompt has {ids.shape[1]} tokens; CLIP's text tower takes {limit}")
+    padding = -len(ids) % batch_size
+    ids = np.concatenate([ids, np.repeat(ids[-1:], padding, axis=0)]).reshape(-1, batch_size, ids.shape[1])
+    features = jax.jit(lambda p, batch: text.features(p, {"input_ids": batch}))
+    embedded = np.concatenate([np.asarray(features(params, jnp.asarray(batch))) for batch in ids])
+    embedded = embedded[: len(prompts)].reshape(len(class_names), len(templates), -1).mean(axis=1)
+    return logit_scale * embedded / np.linalg.norm(embedded, axis=-1, keepdims=True)
