@@ -5,6 +5,7 @@ The loop knows genomes and fitness, nothing of masks or models.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -52,15 +53,18 @@ class Result(NamedTuple):
 class Step(NamedTuple):
     """A compiled ask-evaluate-tell.
 
+    ``init(key, mean) -> state``.
     ``advance(key, start, count, state, operands) -> (state, genomes, scores)`` does generations
     ``start .. start + count - 1``, ``count <= size``; genomes and scores have ``size`` rows, of
     which the first ``count`` are meant. The given state is donated: use the returned one.
     """
 
+    init: Callable[[PRNGKeyArray, Float[Array, " gene"]], State]
     advance: Callable[..., tuple[State, Float[Array, "row member gene"], Any]]
     size: int
 
 
+@functools.lru_cache(maxsize=8)
 def make_step(
     strategy: Strategy,
     evaluate: Evaluate,
@@ -70,7 +74,8 @@ def make_step(
     """Compile one dispatch of the search: no host transfer between ask, evaluate and tell.
 
     How many generations a dispatch does is an argument of the compiled function, so that the rest of
-    a budget does not compile anew and the results do not depend on the dispatch size.
+    a budget does not compile anew and the results do not depend on the dispatch size. The last few
+    steps are remembered: further seeds of the same strategy and evaluation do not compile either.
 
     Args:
         strategy: what proposes genomes.
@@ -109,7 +114,12 @@ def make_step(
         state, (genomes, scores) = jax.lax.fori_loop(0, count, body, (state, archive))
         return state, genomes, scores
 
-    return Step(jax.jit(advance, donate_argnums=3, out_shardings=sharding), generations_per_dispatch)
+    def init(key: PRNGKeyArray, mean: Float[Array, " gene"]) -> State:
+        # copied: the state is donated later, and must not share a buffer with the mean
+        return jax.tree.map(jnp.copy, strategy.init(key, mean))
+
+    first = jax.jit(init, out_shardings=sharding)
+    return Step(first, jax.jit(advance, donate_argnums=3, out_shardings=sharding), generations_per_dispatch)
 
 
 def run(
@@ -126,6 +136,7 @@ def run(
     on_generation: Callable[[int, np.ndarray, Any], None] | None = None,
     on_dispatch: Callable[[int, State], None] | None = None,
     sharding: jax.sharding.Sharding | None = None,
+    step: Step | None = None,
 ) -> Result:
     """Search until ``generations`` generations are done.
 
@@ -140,6 +151,7 @@ def run(
             (numpy leaves, leading member axis).
         on_dispatch: called after each dispatch with the number of generations done and the state, which
             is donated afterwards: save or copy it, do not keep it. The place for checkpoints.
+        step: what ``make_step`` returned for the same arguments; several searches then compile once.
 
     Returns:
         The archive of the generations done by this call.
@@ -151,13 +163,13 @@ def run(
         raise ValueError("resuming needs both the state and the number of generations done")
     if not 0 <= start <= generations or generations < 1:
         raise ValueError(f"cannot do generations {start}..{generations}")
-    step = make_step(strategy, evaluate, generations_per_dispatch, sharding)
+    step = step or make_step(strategy, evaluate, generations_per_dispatch, sharding)
     # generations use fold_in(key, 0), fold_in(key, 1), ..: the initial state has its own stream
     init_key, key = jax.random.split(key)
     if state is None:
-        state = strategy.init(init_key, jnp.asarray(mean, jnp.float32))
-    # donated later: a copy, so that the caller's arrays live on and no two leaves share a buffer
-    state = jax.tree.map(jnp.copy, state)
+        state = step.init(init_key, jnp.asarray(mean, jnp.float32))
+    else:
+        state = jax.tree.map(jnp.copy, state)  # donated later: the caller's arrays live on
     if sharding is not None:
         state, key = jax.device_put((state, key), sharding)
 

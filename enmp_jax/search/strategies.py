@@ -132,8 +132,8 @@ def de(space: Space) -> Strategy:
         return jnp.where(state.generation_counter == 0, state.population, genomes), state
 
     def tell(key: PRNGKeyArray, genomes: Genomes, fitness: Array, state: State) -> State:
-        # NaN never compares as better, so a failed member never replaces its parent
-        state, _ = algorithm.tell(key, genomes, -fitness, state, params)
+        cost = jnp.where(jnp.isnan(fitness), jnp.inf, -fitness)
+        state, _ = algorithm.tell(key, genomes, cost, state, params)
         return _strong(state)
 
     return Strategy(space.population, init, ask, tell)
