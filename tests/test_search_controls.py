@@ -139,6 +139,6 @@ def test_narrow_greedy_is_cheaper_and_uses_what_is_known():
     wide = controls.greedy_removal(Score(interactions=False), SPEC, 1000)
     assert np.array_equal(narrow.keep, wide.keep)
     assert score.calls <= 1 + SPEC.max_count + 1 < wide.evaluations
-    for bad in ({"budget": 0}, {"budget": 5, "width": 0}):
+    for budget, width in ((0, None), (5, 0)):
         with pytest.raises(ValueError, match="at least 1"):
-            controls.greedy_removal(Score(), SPEC, **bad)
+            controls.greedy_removal(Score(), SPEC, budget, width)

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from enmp_jax.search import Memo, build, join, run
+from enmp_jax.search import Memo, build, join, make_step, run
 
 SIZE = 12
 MEAN = np.full(SIZE, -1.0, np.float32)
@@ -91,6 +91,14 @@ def test_resumes_to_the_identical_trajectory(name, tmp_path):
     assert_same(rest, again)
     with pytest.raises(ValueError, match="does not follow"):
         join(whole, rest)
+
+
+def test_a_step_made_beforehand():
+    step = make_step(strategy_of("snes"), evaluate, 4)
+    made = run(strategy_of("snes"), evaluate, jax.random.key(1), MEAN, 6, step=step)
+    assert_same(
+        made, run(strategy_of("snes"), evaluate, jax.random.key(1), MEAN, 6, generations_per_dispatch=4)
+    )
 
 
 def test_resume_at_the_end_does_nothing():

@@ -151,6 +151,7 @@ def run(
             (numpy leaves, leading member axis).
         on_dispatch: called after each dispatch with the number of generations done and the state, which
             is donated afterwards: save or copy it, do not keep it. The place for checkpoints.
+        step: what ``make_step`` returned for this strategy, evaluation and sharding; default: made here.
         step: what ``make_step`` returned for the same arguments; several searches then compile once.
 
     Returns:
