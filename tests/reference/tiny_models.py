@@ -51,16 +51,16 @@ def family(name: str) -> Family:
             hidden_size=24, image_size=16, patch_size=8, projection_dim=10, **sizes
         )
         model = transformers.CLIPVisionModelWithProjection
-        return Family(model, config, ["q_proj", "v_proj", "out_proj", "fc1"], None, inputs, tensors)
+        return Family(model, config, ["q_proj", "fc1"], None, inputs, tensors)
     inputs, tensors = _tokens()
     sizes |= {"hidden_size": 24, "vocab_size": 60, "num_labels": 3, "pad_token_id": 0}
     if name == "llama":
         config = transformers.LlamaConfig(num_key_value_heads=1, **sizes)
         model = transformers.LlamaForSequenceClassification
-        return Family(model, config, ["q_proj", "k_proj", "o_proj", "down_proj"], "SEQ_CLS", inputs, tensors)
+        return Family(model, config, ["k_proj", "down_proj"], "SEQ_CLS", inputs, tensors)
     config = transformers.BertConfig(**sizes)
     model = transformers.BertForSequenceClassification
-    return Family(model, config, ["query", "value", "output.dense"], "SEQ_CLS", inputs, tensors)
+    return Family(model, config, ["query", "attention.output.dense"], "SEQ_CLS", inputs, tensors)
 
 
 def make_base(name: str, path: Path) -> Path:
@@ -105,5 +105,6 @@ def outputs(name: str, model: torch.nn.Module) -> np.ndarray:
 def load_quietly(model: torch.nn.Module, path: Path) -> torch.nn.Module:
     """``PeftModel.from_pretrained`` in which every warning is an error."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers about its own names
         return peft.PeftModel.from_pretrained(model, path).eval()
