@@ -151,7 +151,7 @@ BAD = {
     "text transform": (DataConfig("jsonl:t.jsonl", test="all", transforms=("flip",)), "are for images"),
     "text key": (
         DataConfig("jsonl:t.jsonl", test="all", text=("body",)),
-        "no text key 'body'; available: text, label",
+        "no text key 'body'; available: text",
     ),
     "json": (DataConfig("jsonl:bad.jsonl", test="all"), "bad.jsonl:2: not valid JSON"),
     "json label": (DataConfig("jsonl:t.jsonl", test="all", label="y"), "t.jsonl:1: no label key 'y'"),

@@ -62,9 +62,7 @@ def batch(
     inputs = _join(examples_per_task)
     made = []
     for rows, length in _buckets(inputs, batch_size, lengths):
-        chosen = {
-            name: value[rows] if length is None else value[rows, :length] for name, value in inputs.items()
-        }
+        chosen = {name: _to_length(value[rows], length) for name, value in inputs.items()}
         shaped = jax.tree.map(lambda a: _fold(a, batch_size), (chosen, label[rows], task[rows]))
         mask = np.arange(shaped[1].size).reshape(shaped[1].shape) < len(rows)
         made.append(Batches(*jax.device_put((*shaped, mask), device)))
@@ -111,6 +109,13 @@ def _buckets(
             buckets.append((waiting, length))
             waiting = waiting[:0]
     return buckets
+
+
+def _to_length(array: np.ndarray, length: int | None) -> np.ndarray:
+    """Cut off or add padding tokens (masked zeros) to give sequences a length."""
+    if length is None:
+        return array
+    return np.pad(array, ((0, 0), (0, max(0, length - array.shape[1]))))[:, :length]
 
 
 def _fold(array: np.ndarray, batch_size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from enmp_jax.data.base import Raw, file_identity
 from enmp_jax.errors import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-TEXT_KEYS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("text",), ("sentence",))
-"""Looked for, in this order, when a run file names no text keys."""
+TEXT_PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"))
+"""Looked for when a run file names no text keys."""
 
 
 def existing(path: Path, what: str) -> Path:
@@ -33,13 +34,30 @@ def existing(path: Path, what: str) -> Path:
 
 
 def text_keys(config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
-    """The text keys of a run file, or the first known pair or single key that the data have."""
+    """The text keys of a run file; without any, a known pair or the only text there is.
+
+    Args:
+        config: the run file's data.
+        available: keys that hold text.
+
+    Returns:
+        One or two keys; none if the data hold no text.
+
+    Raises:
+        UserError: a key that is not there, or a choice that the run file has to make.
+    """
     if config.text:
         missing = [key for key in config.text if key not in available]
         if missing:
-            raise UserError(f"{config.source}: no text key {missing[0]!r}; available: {', '.join(available)}")
+            has = ", ".join(available) or "none"
+            raise UserError(f"{config.source}: no text key {missing[0]!r}; available: {has}")
         return config.text
-    return next((keys for keys in TEXT_KEYS if all(key in available for key in keys)), ())
+    pair = next((keys for keys in TEXT_PAIRS if all(key in available for key in keys)), ())
+    if pair or len(available) <= 1:
+        return pair or tuple(available)
+    raise UserError(
+        f"{config.source}: set text to the text keys, one or two of {', '.join(available)} (premise first)"
+    )
 
 
 def number_labels(values: Sequence[Any], config: DataConfig) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -82,7 +100,7 @@ class NpzSource:
         try:
             with np.load(self._path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(
                 f"{self._config.source}: not a readable npz file of plain arrays ({error})"
             ) from None
@@ -104,7 +122,9 @@ class NpzSource:
                     "expected uint8 [n, h, w] or [n, h, w, c] in 0..255"
                 )
             return (image,)
-        keys = text_keys(self._config, list(arrays))
+        special = (self._config.label, "split", "class_names")
+        texts = [name for name, a in arrays.items() if a.dtype.kind == "U" and name not in special]
+        keys = text_keys(self._config, texts)
         if self._config.image or not keys:
             raise UserError(f"{self._config.source}: no array {image!r}; the file has {', '.join(arrays)}")
         return keys
@@ -262,9 +282,11 @@ class JsonlSource:
         chosen = [self._records[split][i] for i in rows]
         labels = self._labels[0][split][np.asarray(rows, np.int64)]
         names = [where for where, _ in chosen]
-        first = list(self._records[split][0][1])
-        texts = text_keys(self._config, first) if not self._config.image else ()
-        image = self._config.image or ("image" if "image" in first and not texts else "")
+        first = {
+            k: v for k, v in self._records[split][0][1].items() if k not in (self._config.label, "split")
+        }
+        image = self._config.image or ("image" if "image" in first and not self._config.text else "")
+        texts = () if image else text_keys(self._config, [k for k, v in first.items() if isinstance(v, str)])
         if not texts and not image:
             raise UserError(f"{self._config.source}: no text or image key found among {', '.join(first)}")
         for where, record in chosen:

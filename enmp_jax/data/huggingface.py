@@ -14,6 +14,8 @@ from enmp_jax.data.base import Raw, file_identity
 from enmp_jax.data.files import number_labels, text_keys
 from enmp_jax.errors import UserError
 
+_STRING = ("string", "large_string")
+
 
 class HuggingFaceSource:
     """A hub data set ``NAME[:CONFIG][@REVISION]``, or a directory written by ``save_to_disk``.
@@ -66,7 +68,7 @@ class HuggingFaceSource:
         names = getattr(self._features[self._config.label], "names", None)
         if names:
             return tuple(names)
-        if getattr(self._features[self._config.label], "dtype", None) != "string":
+        if getattr(self._features[self._config.label], "dtype", None) not in _STRING:
             return ()
         # class names as plain strings: number them over all splits
         return number_labels([v for d in self._splits.values() for v in d[self._config.label]], self._config)[
@@ -92,10 +94,11 @@ class HuggingFaceSource:
             )
         if self._config.image or (images and not self._config.text):
             return True, (self._config.image or images[0],)
-        keys = text_keys(self._config, features)
+        strings = [n for n, f in self._features.items() if getattr(f, "dtype", None) in _STRING]
+        keys = text_keys(self._config, [n for n in strings if n != self._config.label])
         if not keys:
             raise UserError(
-                f"{self._config.source}: set text to the text keys, one or two of {', '.join(features)}"
+                f"{self._config.source}: found neither images nor texts among {', '.join(features)}"
             )
         return False, keys
 

@@ -59,7 +59,7 @@ class TfdsSource:
 
     @functools.cached_property
     def _features(self) -> dict[str, Any]:
-        features = dict(self._builder.info.features)
+        features = dict(sorted(self._builder.info.features.items()))  # their own order is random
         if self._config.label not in features:
             raise UserError(
                 f"{self._config.source}: no label key {self._config.label!r}; it has {', '.join(features)}"
@@ -93,11 +93,10 @@ class TfdsSource:
                 )
             return (self._config.image,)
         found = [n for n, f in self._features.items() if type(f).__name__ == "Image"]
-        keys = () if found and not self._config.text else text_keys(self._config, names)
+        texts = [n for n, f in self._features.items() if type(f).__name__ == "Text"]
+        keys = () if found and not self._config.text else text_keys(self._config, texts)
         if not keys and not found:
-            raise UserError(
-                f"{self._config.source}: set text to the text keys, one or two of {', '.join(names)}"
-            )
+            raise UserError(f"{self._config.source}: found neither images nor texts among {', '.join(names)}")
         return keys or (found[0],)
 
     def _open(self, split: str) -> Any:
@@ -162,7 +161,7 @@ def _missing(name: str, data_dir: Path) -> str:
     """What to do about a data set that is not there."""
     if _known(name.partition("/")[0]):
         return f"tfds:{name} is not in {data_dir}; prepare it: {_command(name)} --data_dir={data_dir}"
-    present = sorted(p.parent.relative_to(data_dir).as_posix() for p in _prepared(data_dir))
+    present = sorted({p.parent.relative_to(data_dir).as_posix() for p in _prepared(data_dir)})
     here = (
         f"{data_dir} holds {', '.join(present[:12])}" if present else f"{data_dir} holds no prepared data set"
     )
