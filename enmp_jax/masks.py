@@ -190,12 +190,14 @@ class MaskSpec:
 
     def to_json(self, keep: Bool[np.ndarray, "*module"], scale: float | None) -> dict[str, Any]:
         """The content of ``mask.json``: modules by name, never by flat index."""
+        finer = {"projections": list(self.projections)} if self.granularity == "projection" else {}
         return {
             "granularity": self.granularity,
             "pruned": [list(module) for module in self.pruned_modules(keep)],
             "scale": None if scale is None else float(scale),
             "tasks": list(self.tasks),
             "layers": self.n_layers,
+            **finer,
         }
 
     def summary(self, keep: Bool[np.ndarray, "*module"]) -> str:

@@ -1,0 +1,241 @@
+"""Plots, report and tables from the files of a run directory."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import matplotlib.image
+import numpy as np
+import pytest
+import yaml
+
+from enmp_jax import report, report_data
+from enmp_jax.errors import UserError
+
+TASKS = ("cars", "dtd", "sun397", "a <very> long task & name")
+
+
+def make_run(path, seeds=1, granularity="layer", layers=12, tasks=TASKS, fitness="accuracy"):
+    """A run directory as ``enmp search`` leaves it, with made-up figures."""
+    rng = np.random.default_rng(0)
+    path.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for seed in range(seeds):
+        best = -np.inf
+        for generation in range(20):
+            values = 0.70 + 0.004 * generation + 0.02 * rng.normal(size=16)
+            best = max(best, float(values.max()))
+            record = {
+                "seed": seed, "generation": generation, "masks_evaluated": 16 * (generation + 1),
+                "distinct_masks": 15 * (generation + 1), "best": best, "mean": float(values.mean()),
+                "fitness": [float(v) for v in values], "pruned": [3] * 16, "scale": [0.5] * 16,
+            }  # fmt: skip
+            lines.append(json.dumps(record))
+    (path / "history.jsonl").write_text("\n".join(lines) + "\n")
+    pruned = [[0, tasks[1]], [3, tasks[1]], [layers - 1, tasks[0]], [5, tasks[3]]]
+    finer = {}
+    if granularity == "projection":
+        names = [f"enc.{{}}.attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+        pruned = [[layer, name, task] for layer, task in pruned for name in names[: 1 + layer % 3]]
+        finer = {"projections": names}
+    mask = {
+        "granularity": granularity,
+        "pruned": pruned,
+        "scale": 0.5,
+        "tasks": list(tasks),
+        "layers": layers,
+    }
+    (path / "mask.json").write_text(json.dumps(mask | finer))
+    reference = {task: 0.85 + 0.02 * i for i, task in enumerate(tasks)}
+    merged = {task: 0.8 * value - 0.03 * i for i, (task, value) in enumerate(reference.items())}
+    enmp = {task: value + (0.05 if i else -0.01) for i, (task, value) in enumerate(merged.items())}
+    mean = {
+        k: float(np.mean([s[t] / reference[t] for t in tasks]))
+        for k, s in (("merged", merged), ("enmp", enmp))
+    }
+    scores = {
+        "split": "test", "tasks": list(tasks), "reference": reference, "base": dict.fromkeys(tasks, 0.1),
+        "merged": merged, "enmp": enmp, "mean_normalised": mean, "pruned": pruned, "scale": 0.5, "seed": 0,
+        "seeds": [
+            {"seed": s, "mean_normalised": mean["enmp"], "gain": 0.05 - 0.01 * s, "pruned": 4,
+             "search": 0.8, "selection": 0.79}
+            for s in range(seeds)
+        ],
+        "gain": {"mean": 0.04, "std": 0.01 if seeds > 1 else None}, "modules": layers * len(tasks),
+        "masks_evaluated": 320 * seeds, "distinct_masks": 300, "masks_per_second": 41.5,
+        "scale_grid": {"0.4": 0.69, "0.5": 0.71},
+        "splits": {
+            which: dict.fromkeys(tasks, n)
+            for which, n in (("search", 200.0), ("selection", 100.0), ("test", 400.0))
+        },
+    }  # fmt: skip
+    (path / "scores.json").write_text(json.dumps(scores))
+    data = {
+        "source": "npz:digits.npz",
+        "train": "train",
+        "search": "search",
+        "selection": "val",
+        "test": "test",
+    }
+    config = {
+        "base": {"model": "some/base", "dtype": "float32"},
+        "tasks": [{"name": task, "adapter": f"adapters/{i}", "data": data} for i, task in enumerate(tasks)],
+        "merge": {"method": "ties", "space": "full", "scale": "auto", "density": 0.4, "gamma": None},
+        "search": {"strategy": "cma_es", "population": 16, "generations": 20, "fitness": fitness},
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    environment = {"enmp_jax": "0.1.0", "packages": {"jax": "0.10.2"}, "devices": ["cpu"], "cpu_count": 2}
+    (path / "environment.json").write_text(json.dumps(environment))
+    return path
+
+
+class Page(HTMLParser):
+    """Checks nesting; collects links, images and text."""
+
+    VOID = ("meta", "img", "source", "link", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.urls, self.words = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        assert tag not in ("script", "link", "iframe")
+        self.urls += [value for key, value in attrs if key in ("src", "srcset", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.mark.parametrize(("seeds", "granularity"), [(1, "layer"), (3, "projection")])
+def test_plots_and_report_end_to_end(tmp_path, seeds, granularity):
+    run = make_run(tmp_path / "run", seeds, granularity)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    plots = report.write_plots(run)
+    assert sorted(p.name for p in plots) == ["accuracies.png", "convergence.png", "mask.png"]
+    for plot in plots:
+        image = matplotlib.image.imread(plot)
+        assert image.shape[0] > 200
+        assert image.shape[1] > 500
+        assert image[..., :3].std() > 0.02
+    page = Page(report.write_report(run).read_text(encoding="utf-8"))
+    assert len(page.urls) == 6  # three pictures, light and dark
+    assert all(url.startswith("data:image/png;base64,") for url in page.urls)
+    assert "url(" not in "".join(page.words)
+    for words in (
+        "a <very> long task & name", "60.0", "cma_es", "ties", "jax", "npz:digits.npz", "test (400)",
+        "4 of 48" if granularity == "layer" else "of 48", "layers 0",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert ("Over 3 seeds the gain is +4.0 ± 1.0 points" in page.text) == (seeds == 3)
+    # nothing of the run was touched, nothing half written left behind
+    assert {
+        p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != "report.html"
+    } == before
+    assert not list(run.rglob("*.tmp"))
+    # again over what is there
+    report.write_plots(run)
+    report.write_report(run)
+
+
+def test_table_has_the_figures():
+    scores = {
+        "split": "test", "tasks": ["a", "b"], "reference": {"a": 0.9, "b": 0.5},
+        "merged": {"a": 0.45, "b": 0.5}, "enmp": {"a": 0.81, "b": 0.4},
+        "mean_normalised": {"merged": 0.75, "enmp": 0.85}, "pruned": [[0, "a"]],
+    }  # fmt: skip
+    header, rows = report.score_rows(scores)
+    assert header == ["task", "expert", "merged", "merged + ENMP", "change"]
+    assert rows == [
+        ["a", "90.0", "45.0 (50.0)", "81.0 (90.0)", "+36.0"],
+        ["b", "50.0", "50.0 (100.0)", "40.0 (80.0)", "-10.0"],
+        ["mean", "70.0", "47.5 (75.0)", "60.5 (85.0)", "+13.0"],
+    ]
+    assert report.verdict(scores).endswith("goes from 75.0 % to 85.0 % (+10.0 points).")
+    assert report.verdict({**scores, "pruned": []}) == (
+        "0 modules pruned: no mask beat the plain merge (75.0 % mean normalised accuracy)."
+    )
+    # an evaluation without a mask, and of the experts alone
+    plain = {key: value for key, value in scores.items() if key not in ("enmp", "pruned")}
+    assert report.score_rows(plain)[0] == ["task", "expert", "merged"]
+    alone = {key: scores[key] for key in ("tasks", "reference")}
+    assert report.score_rows(alone)[1][-1] == ["mean", "70.0"]
+    assert report.score_rows({**scores, "reference": {"a": 0.0, "b": 0.5}})[1][0][2] == "45.0"
+
+
+def test_printed_tables_are_whole_in_a_pipe(capsys, tmp_path):
+    scores = json.loads((make_run(tmp_path / "run", 3) / "scores.json").read_text())
+    report.print_scores(scores)
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for words in (
+        "a <very> long task & name", "4 of 48 modules pruned", "pruned  dtd: layers 0, 3", "Over 3 seeds",
+        "960 masks evaluated, 300 of them distinct, 41.5 masks per second",
+    ):  # fmt: skip
+        assert words in out, words
+    report.print_evaluation(
+        {key: scores[key] for key in ("split", "tasks", "reference", "merged", "mean_normalised")}
+    )
+    assert "sun397" in capsys.readouterr().out
+
+
+def test_history_is_read_as_written(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    lines = (run / "history.jsonl").read_text().splitlines()
+    broken = json.loads(lines[0]) | {"fitness": [None, float("nan"), 0.5], "best": 0.5}
+    (run / "history.jsonl").write_text("\n".join([json.dumps(broken), *lines[1:]]))
+    data = report_data.read(run)
+    assert [len(h) for h in data.by_seed().values()] == [20, 20]
+    np.testing.assert_array_equal(data.history[0].fitness, [np.nan, np.nan, 0.5])
+    assert data.history[1].masks_evaluated == 32
+    assert data.plain_fitness == 0.71
+    count, of = data.pruned_share()
+    assert count.sum() == 4
+    assert count[0, 1] == count[3, 1] == count[11, 0] == count[5, 3] == 1
+    assert (of == 1).all()
+    report.write_plots(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("scores.json", None, "no scores.json: the search there has not finished"),
+        ("scores.json", "{", "scores.json is damaged"),
+        ("scores.json", "[]", "must hold a mapping"),
+        ("scores.json", '{"tasks": ["a"], "reference": {}}', "scores.json is damaged"),
+        ("mask.json", '{"pruned": [[99, "cars"]], "tasks": ["cars"], "layers": 4}', "mask.json is damaged"),
+        ("mask.json", None, "no mask.json"),
+        ("history.jsonl", '{"generation": 0}\n', "history.jsonl is damaged in line 1"),
+        ("history.jsonl", '{"masks_evaluated": 1, "fitness": [0.5]}\n{"masks', "damaged in line 2"),
+        ("config.yaml", "a: [", "config.yaml is damaged"),
+        ("environment.json", "\xff", "environment.json"),
+    ],
+)
+def test_damaged_run_files(tmp_path, name, content, message):
+    run = make_run(tmp_path / "run")
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_bytes(content.encode("latin-1"))
+    for write in (report.write_plots, report.write_report):
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            write(run)
+        assert "\n" not in str(error.value)
+    assert not (run / "plots").exists()
+    assert not (run / "report.html").exists()
+
+
+def test_not_a_run_directory(tmp_path):
+    with pytest.raises(UserError, match="is not a directory"):
+        report.write_report(tmp_path / "none")
+    with pytest.raises(UserError, match="no config"):
+        report.write_report(tmp_path)
