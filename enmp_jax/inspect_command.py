@@ -80,7 +80,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     """One adapter, JSON-ready; see ``inspect``.
 
     Raises:
-        UserError: a module that is not on a numbered layer.
+        UserError: a module that is not on a numbered layer, or of another shape than in other layers.
     """
     projections: dict[str, dict[str, Any]] = {}
     squares: dict[int, float] = {}
@@ -90,6 +90,8 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         found = projections.setdefault(
             template, {"layers": [], "shape": shape, "ranks": [], "scalings": [], "dtype": str(a.dtype)}
         )
+        if found["shape"] != shape:
+            raise UserError(f"{template} has different shapes in different layers: they cannot be stacked")
         found["layers"].append(layer)
         for key, value in (("ranks", a.shape[0]), ("scalings", adapter.settings.scaling(path))):
             if value not in found[key]:
