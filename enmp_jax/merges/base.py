@@ -67,7 +67,8 @@ def lift(method: LayerMethod, seed: int = 0) -> Merge:
             return jax.lax.map(lambda xs: function(*xs), arguments)
         return jax.vmap(function)(*arguments)
 
-    prepare_layers = jax.jit(lambda inputs: over_layers(method.prepare, inputs))
+    # layer by layer: batched QRs side by side deadlock XLA's thread pool on two cores (jax 0.10)
+    prepare_layers = jax.jit(lambda inputs: jax.lax.map(method.prepare, inputs))
 
     def prepare(stack: LoraStack) -> Ingredients:
         ingredients = {}
@@ -97,7 +98,7 @@ def lift(method: LayerMethod, seed: int = 0) -> Merge:
 def merge_population(
     merge: Merge,
     ingredients: Ingredients,
-    keep: Num[Array, "member *module"],
+    keep: Num[Array, " member *module"],
     scale: Float[Array, " member"],
 ) -> Deltas:
     """Merge a population of masks: only ``core`` (or ``weight``) of each delta gets a member axis.

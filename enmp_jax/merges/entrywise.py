@@ -3,7 +3,8 @@
 Each is a choice of what survives of a task's matrix (a random drop, then a band of magnitudes)
 and of how the survivors are combined. In full space nothing of these choices depends on the
 mask, so the bands are found once; the matrices ``B_i A_i`` are formed on the fly, a block of
-rows at a time, and no [task, out, in] array is ever kept.
+rows at a time, and no [task, out, in] array is ever kept. In the KnOTS and core spaces bases,
+bands and the number of entries depend on the mask; the matrices are small there.
 """
 
 from __future__ import annotations
@@ -15,95 +16,141 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from enmp_jax.deltas import Dense
+from enmp_jax.deltas import Dense, LowRank
 from enmp_jax.merges.base import LayerInputs, LayerMethod
+from enmp_jax.merges.spaces import Factors, Size, core_bases, factorise, knots
+from enmp_jax.merges.thresholds import threshold_of_largest
 
 Tasks = Float[Array, "task row column"]
-_BLOCK = 2**20  # entries formed at a time
-
-
-class Band(NamedTuple):
-    """Which magnitudes survive: ``low < |x| <= high``."""
-
-    low: Float[Array, "*task"]
-    high: Float[Array, "*task"]
+_BLOCK = 2**20  # entries formed at a time in full space
 
 
 class Combine(NamedTuple):
-    """How tasks are combined. ``vote`` is summed over all blocks before ``combine`` sees it."""
+    """How tasks are combined: ``combine(survivors, weights, votes)``.
 
-    vote: Callable[[Tasks, Float[Array, " task"]], Float[Array, ""]]
+    ``vote(survivors, weights)`` is summed over all blocks of the matrices first.
+    """
+
+    vote: Callable[[Tasks, Float[Array, " task"]], Float[Array, ""]] | None
     combine: Callable[[Tasks, Float[Array, " task"], Float[Array, ""]], Float[Array, "row column"]]
 
 
 class Entrywise(NamedTuple):
     """An entrywise method.
 
-    ``drop(x, key, first_row)`` rescales and zeroes entries at random; ``band(magnitudes, size)``
-    finds what survives of one task's matrix with ``size`` entries.
+    ``drop(x, keys, first_row)`` rescales and zeroes entries at random. ``counts(size)`` gives
+    (top, last): of ``size`` entries the top + 1-th to the last-th largest survive.
     """
 
     combine: Combine
-    band: Callable[[Float[Array, "row column"], Int[Array, ""] | int], Band] | None = None
+    counts: Callable[[int], tuple[int, int]] | None = None
     drop: Callable[[Tasks, Key[Array, " task"], Int[Array, ""] | int], Tasks] | None = None
+
+    def dropped(self, x: Tasks, key: Key[Array, " task"], first_row: Int[Array, ""] | int = 0) -> Tasks:
+        """After the random drop."""
+        return x if self.drop is None else self.drop(x, key, first_row)
+
+
+def in_space(space: str, method: Entrywise) -> LayerMethod:
+    """The method on the entries of the tasks' matrices in a space."""
+    if space == "full":
+        return _in_full_space(method)
+
+    def prepare(inputs: LayerInputs) -> tuple[Factors, Key[Array, " task"]]:
+        return factorise(inputs), inputs.key
+
+    def merge(ingredients: tuple[Factors, Key[Array, " task"]], weights: Float[Array, " task"]) -> LowRank:
+        factors, key = ingredients
+        if space == "knots":
+            basis, coordinates, size = knots(factors, weights)
+            x = jnp.matmul(coordinates.left, jnp.swapaxes(factors.own_a, 1, 2))
+            return LowRank(factors.q_b, basis @ _merge(method, x, key, weights, size), None)
+        left, right, size = core_bases(factors, weights)
+        x = jnp.matmul(left.T @ factors.r_b, jnp.swapaxes(right.T @ factors.r_a, 1, 2))
+        core = left @ _merge(method, x, key, weights, size) @ right.T
+        return LowRank(factors.q_b, core, factors.q_a.T)
+
+    return LayerMethod(prepare, merge, sequential=True)
+
+
+def _merge(
+    method: Entrywise, x: Tasks, key: Key[Array, " task"], weights: Float[Array, " task"], size: Size
+) -> Float[Array, "row column"]:
+    x = method.dropped(x, key)
+    if method.counts is not None:
+        counts = method.counts
+        top = size.lookup(lambda rows, columns: counts(rows * columns)[0])
+        last = size.lookup(lambda rows, columns: counts(rows * columns)[1])
+        low, high = jax.vmap(lambda m: _limits(m, top, last))(jax.lax.stop_gradient(jnp.abs(x)))
+        x = _survivors(x, low, high)
+    votes = method.combine.vote(x, weights) if method.combine.vote else jnp.zeros((), x.dtype)
+    return method.combine.combine(x, weights, votes)
+
+
+def _limits(
+    magnitudes: Float[Array, "row column"], top: Int[Array, ""] | int, last: Int[Array, ""] | int
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Those magnitudes survive that are above the first and not above the second limit."""
+    high = jnp.asarray(jnp.inf, magnitudes.dtype)
+    if not (isinstance(top, int) and top == 0):
+        high = jnp.where(top > 0, threshold_of_largest(magnitudes, jnp.maximum(top, 1)), high)
+    return threshold_of_largest(magnitudes, last), high
+
+
+def _survivors(x: Tasks, low: Float[Array, " task"], high: Float[Array, " task"]) -> Tasks:
+    magnitude = jnp.abs(x)
+    return jnp.where((magnitude > low[:, None, None]) & (magnitude <= high[:, None, None]), x, 0)
 
 
 class _Full(NamedTuple):
     a: Float[Array, "task rank in"]
     b: Float[Array, "block task row rank"]
     key: Key[Array, " task"]
-    band: Band | None
+    limits: tuple[Float[Array, " task"], Float[Array, " task"]] | None
 
 
-def survivors(x: Tasks, band: Band | None) -> Tasks:
-    """The entries within each task's band; zero elsewhere."""
-    if band is None:
-        return x
-    magnitude = jnp.abs(x)
-    low, high = band.low[:, None, None], band.high[:, None, None]
-    return jnp.where((magnitude > low) & (magnitude <= high), x, 0)
-
-
-def in_full_space(method: Entrywise) -> LayerMethod:
-    """The method on the entries of the deltas themselves."""
-
-    def entries(a: Array, b: Array, key: Array, first_row: Int[Array, ""] | int) -> Tasks:
-        x = jnp.matmul(b, a)
-        return x if method.drop is None else method.drop(x, key, first_row)
-
+def _in_full_space(method: Entrywise) -> LayerMethod:
     def prepare(inputs: LayerInputs) -> _Full:
         tasks, out, rank = inputs.b.shape
-        inner = inputs.a.shape[-1]
-        band = None
-        if method.band is not None:
-            find = method.band
+        size = out * inputs.a.shape[-1]
+        limits = None
+        if method.counts is not None:
+            top, last = method.counts(size)
 
-            def band_of(task: tuple[Array, Array, Array]) -> Band:
-                a, b, key = task
-                x = entries(a[None], b[None], key[None], 0)[0]
-                return find(jnp.abs(x), out * inner)
+            def limits_of(task: LayerInputs) -> tuple[Array, Array]:
+                x = method.dropped((task.b @ task.a)[None], task.key[None])[0]
+                return _limits(jnp.abs(x), top, last)
 
-            band = jax.lax.map(band_of, (inputs.a, inputs.b, inputs.key))
-        blocks = -(-tasks * out * inner // _BLOCK)
+            limits = jax.lax.map(limits_of, inputs)
+        blocks = -(-tasks * size // _BLOCK)
         rows = -(-out // blocks)
         b = jnp.pad(inputs.b, ((0, 0), (0, blocks * rows - out), (0, 0)))
         b = jnp.moveaxis(b.reshape(tasks, blocks, rows, rank), 1, 0)
-        return _Full(inputs.a, b[:, :, :, :], inputs.key, band)
+        return _Full(inputs.a, b, inputs.key, limits)
 
     def merge(x: _Full, weights: Float[Array, " task"]) -> Dense:
         blocks, _, rows, _ = x.b.shape
-        first_rows = jnp.arange(blocks) * rows
+        xs = (x.b, jnp.arange(blocks) * rows)
 
-        def block(b: Array, first_row: Array) -> Tasks:
-            return survivors(entries(x.a, b, x.key, first_row), x.band)
+        def block(b: Float[Array, "task row rank"], first_row: Int[Array, ""]) -> Tasks:
+            entries = method.dropped(jnp.matmul(b, x.a), x.key, first_row)
+            return entries if x.limits is None else _survivors(entries, *x.limits)
 
-        def vote(carry: Array, xs: tuple[Array, Array]) -> tuple[Array, None]:
-            return carry + method.combine.vote(block(*xs), weights), None
-
-        majority, _ = jax.lax.scan(vote, jnp.zeros((), weights.dtype), (x.b, first_rows))
-        merged = jax.lax.map(
-            lambda xs: method.combine.combine(block(*xs), weights, majority), (x.b, first_rows)
-        )
+        votes = jnp.zeros((), weights.dtype)
+        if method.combine.vote is not None:
+            vote = method.combine.vote
+            votes = jnp.sum(jax.lax.map(lambda block_of: vote(block(*block_of), weights), xs))
+        merged = jax.lax.map(lambda block_of: method.combine.combine(block(*block_of), weights, votes), xs)
         return Dense(merged.reshape(blocks * rows, -1))
 
-    return LayerMethod(prepare, merge, sequential=True)
+    def cropped(inputs: LayerInputs) -> tuple[_Full, Float[Array, "out 0"]]:
+        # an array without entries tells merge how many rows are real
+        return prepare(inputs), jnp.zeros((inputs.b.shape[1], 0), inputs.b.dtype)
+
+    def merge_cropped(
+        ingredients: tuple[_Full, Float[Array, "out 0"]], weights: Float[Array, " task"]
+    ) -> Dense:
+        full, rows = ingredients
+        return Dense(merge(full, weights).weight[: rows.shape[0]])
+
+    return LayerMethod(cropped, merge_cropped, sequential=True)

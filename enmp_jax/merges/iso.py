@@ -15,12 +15,18 @@ from jaxtyping import Array, Float
 from enmp_jax.deltas import Delta, Dense, LowRank
 from enmp_jax.merges.base import Ingredients, LayerInputs, LayerMethod
 from enmp_jax.merges.spectral import isotropic
+from enmp_jax.merges.sum import sum_
 
 
 class _Ingredients(NamedTuple):
     inner: Ingredients
     left: tuple[Float[Array, "out k"], Float[Array, "k k"]] | None
     right: tuple[Float[Array, "in j"], Float[Array, "j j"]] | None
+
+
+def iso(space: str = "full") -> LayerMethod:
+    """Iso-C: the sum, isotropic. The same delta in every space."""
+    return isotropized(sum_(space))
 
 
 def isotropized(method: LayerMethod) -> LayerMethod:
@@ -35,8 +41,8 @@ def isotropized(method: LayerMethod) -> LayerMethod:
         delta = method.merge(inner, jnp.ones(inputs.b.shape[0], inputs.b.dtype))
         if isinstance(delta, Dense):
             return _Ingredients(inner, None, None)
-        right = None if delta.right is None else tuple(jnp.linalg.qr(delta.right.T))
-        return _Ingredients(inner, tuple(jnp.linalg.qr(delta.left)), right)
+        right = None if delta.right is None else _qr(delta.right.T)
+        return _Ingredients(inner, _qr(delta.left), right)
 
     def merge(ingredients: _Ingredients, weights: Float[Array, " task"]) -> Delta:
         delta = method.merge(ingredients.inner, weights)
@@ -50,3 +56,8 @@ def isotropized(method: LayerMethod) -> LayerMethod:
         return LowRank(q_left, isotropic(r_left @ delta.core @ r_right.T), q_right.T)
 
     return LayerMethod(prepare, merge, method.sequential)
+
+
+def _qr(factor: Float[Array, "out k"]) -> tuple[Float[Array, "out j"], Float[Array, "j k"]]:
+    q, r = jnp.linalg.qr(factor)
+    return q, r

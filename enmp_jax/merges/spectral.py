@@ -20,7 +20,7 @@ Select = Callable[[Float[Array, " k"]], Bool[Array, " k"]]
 def _function(
     matrix: Float[Array, "p q"], flat: bool, cut: Float[Array, ""], count: Int[Array, ""]
 ) -> Float[Array, "p q"]:
-    """``sum f(s_i) u_i v_i^T`` over the first ``count`` triplets with ``s_i > cut``; f(s) = 1 if flat else s."""
+    """``sum f(s_i) u_i v_i^T`` over the first ``count`` triplets above ``cut``; f(s) = 1 if flat else s."""
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     return jnp.matmul(u * _values(s, flat, cut, count), vt)
 

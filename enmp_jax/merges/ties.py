@@ -11,11 +11,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from enmp_jax.merges.base import LayerMethod
-from enmp_jax.merges.entrywise import Band, Combine, Entrywise, Tasks, in_full_space
-from enmp_jax.merges.thresholds import threshold_of_largest
+from enmp_jax.merges.entrywise import Combine, Entrywise, Tasks, in_space
 
 
 def ties(space: str = "full", density: float = 0.2) -> LayerMethod:
@@ -25,42 +24,33 @@ def ties(space: str = "full", density: float = 0.2) -> LayerMethod:
         space: see ``SPACES``.
         density: share of the largest entries kept of each task (the paper's k, there 20 %).
     """
-    return in_full_space(Entrywise(elect, largest(density)))
+    return in_space(space, Entrywise(elect, largest(density)))
 
 
-def largest(density: float) -> Callable[[Float[Array, "row column"], int], Band]:
-    """The band of the ``int(density * size) + 1`` largest magnitudes, and those equal to them."""
-
-    def band(magnitudes: Float[Array, "row column"], size: int) -> Band:
-        low = threshold_of_largest(magnitudes, int(size * density) + 1)
-        return Band(low, jnp.full_like(low, jnp.inf))
-
-    return band
+def largest(density: float) -> Callable[[int], tuple[int, int]]:
+    """Of d entries the ``int(density * d) + 1`` largest survive, as in the reference."""
+    return lambda size: (0, int(size * density) + 1)
 
 
-def _weighted(x: Tasks, weights: Float[Array, " task"]) -> Float[Array, "row column"]:
+def total(x: Tasks, weights: Float[Array, " task"]) -> Float[Array, "row column"]:
+    """The weighted sum over tasks."""
     return jnp.tensordot(weights, x, 1)
 
 
 def _vote(x: Tasks, weights: Float[Array, " task"]) -> Float[Array, ""]:
-    return jax.lax.stop_gradient(jnp.sum(jnp.sign(_weighted(x, weights))))
+    return jax.lax.stop_gradient(jnp.sum(jnp.sign(total(x, weights))))
 
 
-def _elect(
-    x: Tasks, weights: Float[Array, " task"], majority: Float[Array, ""]
-) -> Float[Array, "row column"]:
+def _elect(x: Tasks, weights: Float[Array, " task"], votes: Float[Array, ""]) -> Float[Array, "row column"]:
     """Mean of the entries with the elected sign.
 
-    The sign is that of the sum; where that is zero, that of the sum of all signs (``majority``).
+    The sign is that of the sum; where that is zero, that of the sum of all signs (``votes``).
     """
-    total = jax.lax.stop_gradient(_weighted(x, weights))
-    positive = jnp.where(total == 0, majority, total) > 0
-    sums = jnp.where(positive, _weighted(jnp.maximum(x, 0), weights), _weighted(jnp.minimum(x, 0), weights))
-    counts = jnp.where(
-        positive,
-        _weighted((x > 0).astype(x.dtype), weights),
-        _weighted((x < 0).astype(x.dtype), weights),
-    )
+    sums = jax.lax.stop_gradient(total(x, weights))
+    positive = jnp.where(sums == 0, votes, sums) > 0
+    sums = jnp.where(positive, total(jnp.maximum(x, 0), weights), total(jnp.minimum(x, 0), weights))
+    above, below = (x > 0).astype(x.dtype), (x < 0).astype(x.dtype)
+    counts = jnp.where(positive, total(above, weights), total(below, weights))
     return jnp.where(counts > 0, sums / jnp.where(counts > 0, counts, 1), 0)
 
 

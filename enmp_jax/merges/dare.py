@@ -1,0 +1,61 @@
+"""DARE: drop entries of each delta at random, rescale the rest, then sum or TIES.
+
+Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free
+Lunch", ICML 2024, equations (2) to (4). In the reference: ``get_dare_delta_w``, which draws anew at
+every evaluation; here the draw depends on seed, task name, layer and module only, so it is the
+same for every mask of a search and for the final merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from enmp_jax.merges.base import LayerMethod
+from enmp_jax.merges.entrywise import Combine, Entrywise, Tasks, in_space
+from enmp_jax.merges.ties import elect, largest, total
+
+added = Combine(None, lambda x, weights, votes: total(x, weights))
+
+
+def dare(space: str = "full", drop_rate: float = 0.9) -> LayerMethod:
+    """DARE with task arithmetic.
+
+    Args:
+        space: see ``SPACES``.
+        drop_rate: share of entries dropped (the paper's p; it goes up to 0.9 and beyond).
+    """
+    return in_space(space, Entrywise(added, drop=random_drop(drop_rate)))
+
+
+def dare_ties(space: str = "full", drop_rate: float = 0.9, density: float = 0.2) -> LayerMethod:
+    """DARE, then TIES on what is left.
+
+    Args:
+        space: see ``SPACES``.
+        drop_rate: share of entries dropped first.
+        density: share of all entries that TIES then keeps of each task.
+    """
+    return in_space(space, Entrywise(elect, largest(density), random_drop(drop_rate)))
+
+
+def random_drop(rate: float) -> Callable[[Tasks, Key[Array, " task"], Int[Array, ""] | int], Tasks]:
+    """Zero entries with probability ``rate``, divide the others by ``1 - rate``.
+
+    Each row has its own key, so blocks of rows can be drawn apart.
+    """
+    limit = min(round(rate * 2**32), 2**32 - 1)
+
+    def drop(x: Tasks, key: Key[Array, " task"], first_row: Int[Array, ""] | int) -> Tasks:
+        rows = jnp.arange(x.shape[1]) + first_row
+
+        def bits(key: Key[Array, ""], row: Int[Array, ""]) -> Array:
+            return jax.random.bits(jax.random.fold_in(key, row), (x.shape[2],), jnp.uint32)
+
+        drawn = jax.vmap(jax.vmap(bits, (None, 0)), (0, None))(key, rows)
+        return jnp.where(drawn >= jnp.uint32(limit), x / (1 - rate), 0)
+
+    return drop
