@@ -131,8 +131,8 @@ def _files(directory: Path) -> list[Path]:
         return [directory / SINGLE]
     if not (directory / INDEX).exists():
         raise UserError(
-            f"{directory} has no {SINGLE} and no {INDEX}; pickled .bin weights are not read: convert them, or "
-            "name the hub's revision that has safetensors (often name@refs/pr/N)"
+            f"{directory} has no {SINGLE} and no {INDEX}; pickled .bin weights are not read: convert "
+            "them, or name the hub's revision that has safetensors (often name@refs/pr/N)"
         )
     names = read_json(directory / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:

@@ -282,9 +282,11 @@ def zero_shot_head(
     limit = text.config.positions
     if ids.shape[1] > limit:
         raise UserError(f"the longest prompt has {ids.shape[1]} tokens; CLIP's text tower takes {limit}")
-    padding = -len(ids) % batch_size
-    ids = np.concatenate([ids, np.repeat(ids[-1:], padding, axis=0)]).reshape(-1, batch_size, ids.shape[1])
-    features = jax.jit(lambda p, batch: text.features(p, {"input_ids": batch}))
-    embedded = np.concatenate([np.asarray(features(params, jnp.asarray(batch))) for batch in ids])
+    # few shapes, so that other class names find the program compiled; more of the last token is more padding
+    width = min(-(-ids.shape[1] // 16) * 16, limit)
+    ids = np.pad(ids, ((0, -len(ids) % batch_size), (0, width - ids.shape[1])), mode="edge")
+    features = jax.jit(text.features)
+    batches = jnp.asarray(ids.reshape(-1, batch_size, width))
+    embedded = np.concatenate([np.asarray(features(params, {"input_ids": batch})) for batch in batches])
     embedded = embedded[: len(prompts)].reshape(len(class_names), len(templates), -1).mean(axis=1)
     return logit_scale * embedded / np.linalg.norm(embedded, axis=-1, keepdims=True)

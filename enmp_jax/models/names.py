@@ -28,7 +28,7 @@ class KeyTable:
         aliases: (spelling of files that ``save`` writes, plain spelling) of dotted segments, in order.
         old_aliases: the same for spellings that are only read.
         ignored: regular expression of plain names that may be in a file and are not read.
-        heads: plain or full names of classification heads, read by ``load_head``.
+        heads: names of classification heads, read by ``load_head``.
     """
 
     prefix: str
@@ -42,7 +42,7 @@ class KeyTable:
     aliases: tuple[tuple[str, str], ...] = ()
     old_aliases: tuple[tuple[str, str], ...] = ()
     ignored: str = r"(?!)"
-    heads: tuple[str, ...] = ("classifier", "score")
+    heads: tuple[str, ...] = ()
 
     def plain(self, key: str) -> str:
         """The plain name of any known spelling; layer indices stay."""

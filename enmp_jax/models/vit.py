@@ -49,6 +49,7 @@ KEYS = KeyTable(
         ("output.dense", "mlp.fc2"),
     ),
     ignored=r"pooler\.|embeddings\.mask_token$",
+    heads=("classifier",),
 )
 
 

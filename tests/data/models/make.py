@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """Makes the golden outputs in this folder from tiny torch models in the exact Hugging Face layouts.
 
 ``python tests/data/models/make.py`` writes, per case, a model directory and ``golden.npz`` with
@@ -8,8 +9,9 @@ same cases live.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +44,7 @@ class Case(NamedTuple):
     inputs: dict[str, np.ndarray]
     run: Callable[[Any, dict[str, np.ndarray]], dict[str, torch.Tensor]]
     targets: tuple[str, ...]
-    extra_files: dict[str, Any] = {}
+    extra_files: Mapping[str, Any] = MappingProxyType({})
     family: str | None = None
 
 
