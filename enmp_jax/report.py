@@ -250,7 +250,9 @@ def _picture(data: RunData, name: str) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], last_is_total: bool = False) -> str:
+def _table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], last_is_total: bool = False, text: bool = False
+) -> str:
     rows = [list(row) for row in rows]
     body = "".join(
         f"<tr{' class=total' if last_is_total and row is rows[-1] else ''}>"
@@ -259,7 +261,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], last_is_total: 
         for row in rows
     )
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    kind = " class='text'" if text else ""
+    return (
+        f"<div class='scroll'><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:
@@ -277,7 +282,11 @@ def _score_table(scores: Mapping[str, Any]) -> str:
 
 def _pruned_table(scores: Mapping[str, Any]) -> str:
     rows = [line.split(": ", 1) for line in pruned_lines(scores)]
-    return _table(["task", "pruned"], rows) if rows else "<p>Nothing is pruned: every module is merged.</p>"
+    return (
+        _table(["task", "pruned"], rows, text=True)
+        if rows
+        else "<p>Nothing is pruned: every module is merged.</p>"
+    )
 
 
 def _search_notes(data: RunData) -> str:
@@ -311,7 +320,7 @@ def _seed_table(scores: Mapping[str, Any]) -> str:
 def _splits(data: RunData) -> list[str]:
     text = (
         "The search saw only the search split, and the merge coefficient of the plain merge was fixed there "
-        "too, with nothing pruned. The selection split chose between the best masks of the search and the plain "
+        "too, with nothing pruned. The selection split chose between the best masks found and the plain "
         "merge. The test split was scored once, at the end."
     )
     sizes = data.scores.get("splits") or {}
@@ -324,8 +333,8 @@ def _splits(data: RunData) -> list[str]:
             count = (sizes.get(which) or {}).get(task.get("name"))
             cells.append((source.get(which) or "–") + (f" ({count:.0f})" if count is not None else ""))
         rows.append([str(cell) for cell in cells])
-    header = ["task", "source", *(f"{name} (examples)" if name in sizes else name for name in names)]
-    return [f"<p>{text}</p>", _table(header, rows)]
+    note = "<p class='muted'>In brackets: number of examples used.</p>" if sizes else ""
+    return [f"<p>{text}</p>", _table(["task", "source", *names], rows, text=True), note]
 
 
 def _settings(data: RunData) -> list[str]:

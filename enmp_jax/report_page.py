@@ -26,7 +26,7 @@ figcaption{margin-top:.5rem}
 table{border-collapse:collapse;width:100%;font-size:.93rem;font-variant-numeric:tabular-nums}
 th,td{padding:.45rem .75rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--muted);font-weight:600}
-th:first-child,td:first-child{text-align:left}
+th:first-child,td:first-child,.text th,.text td{text-align:left}
 tbody tr:last-child td{border-bottom:0}
 .total td{font-weight:650;border-top:2px solid var(--line)}
 dl{display:grid;grid-template-columns:minmax(9rem,max-content) 1fr;gap:.3rem 1.25rem;

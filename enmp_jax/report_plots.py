@@ -67,7 +67,7 @@ def _legend(axes: Axes, theme: Theme, columns: int) -> None:
 def convergence(data: RunData, theme: Theme = LIGHT) -> Figure:
     """Fitness on the search split against masks evaluated: best so far and mean of each generation,
     with the plain merge as a line. Several seeds: one thin line each, and their mean."""
-    figure, axes = _axes(8, 4, theme)
+    figure, axes = _axes(8.0, 4.0, theme)
     seeds = list(data.by_seed().values())
     several = len(seeds) > 1
     for history in seeds:
@@ -113,7 +113,7 @@ def mask(data: RunData, theme: Theme = LIGHT) -> Figure:
     pruned, of = data.pruned_share()
     layers, tasks = pruned.shape
     longest = max(len(task) for task in data.mask["tasks"])
-    cell = min(0.55, max(0.26, 9 / layers))
+    cell = min(0.5, max(0.19, 6.4 / layers))
     figure, axes = _axes(max(4.5, layers * cell + 0.09 * longest + 1), max(2.2, tasks * 0.42 + 1.3), theme)
     colours = LinearSegmentedColormap.from_list("pruned", [theme.kept, theme.enmp])
     share = (pruned / of).T
@@ -127,7 +127,7 @@ def mask(data: RunData, theme: Theme = LIGHT) -> Figure:
         np.arange(0, layers, stride) + 0.5, [str(n) for n in range(0, layers, stride)], fontsize=9
     )
     counts = pruned.sum(axis=0)
-    labels = [f"{task}  {n}" if n else task for task, n in zip(data.mask["tasks"], counts, strict=True)]
+    labels = [f"{task} ({n})" if n else task for task, n in zip(data.mask["tasks"], counts, strict=True)]
     axes.set_yticks(np.arange(tasks) + 0.5, labels, fontsize=9.5)
     axes.set_xlabel("layer", color=theme.ink)
     if data.mask["granularity"] == "projection":
@@ -137,7 +137,8 @@ def mask(data: RunData, theme: Theme = LIGHT) -> Figure:
                           color=theme.background if share[row, column] > 0.45 else theme.ink)  # fmt: skip
     total = int(counts.sum())
     modules = data.scores.get("modules")
-    title = f"{total} {'module' if total == 1 else 'modules'} pruned" + (f" of {modules}" if modules else "")
+    of_all = f" of {modules}" if modules else ""
+    title = f"{total}{of_all} module{'' if (modules or total) == 1 else 's'} pruned"
     axes.set_title(title, loc="left", fontsize=10, color=theme.ink, pad=8)
     return figure
 
@@ -145,7 +146,7 @@ def mask(data: RunData, theme: Theme = LIGHT) -> Figure:
 def accuracies(data: RunData, theme: Theme = LIGHT) -> Figure:
     """Test accuracy of every task: its own expert, the plain merge, the merge without negative modules."""
     tasks = data.tasks
-    figure, axes = _axes(max(6.0, 1.15 * len(tasks) + 1.5), 4, theme)
+    figure, axes = _axes(max(6.0, 1.15 * len(tasks) + 1.5), 4.0, theme)
     x, width = np.arange(len(tasks)), 0.26
     columns = (("reference", "expert, not merged", theme.expert), ("merged", "merged", theme.merged),
                ("enmp", "merged + ENMP", theme.enmp))  # fmt: skip

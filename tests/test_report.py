@@ -133,7 +133,7 @@ def test_plots_and_report_end_to_end(tmp_path, seeds, granularity):
     assert all(url.startswith("data:image/png;base64,") for url in page.urls)
     assert "url(" not in "".join(page.words)
     for words in (
-        "a <very> long task & name", "60.0", "cma_es", "ties", "jax", "npz:digits.npz", "test (400)",
+        "a <very> long task & name", "68.0 (80.0)", "cma_es", "ties", "jax", "npz:digits.npz", "test (400)",
         "4 of 48" if granularity == "layer" else "of 48", "layers 0",
     ):  # fmt: skip
         assert words in page.text, words
