@@ -190,3 +190,18 @@ def test_same_rows_of_another_source_are_no_overlap(digits, tmp_path):
     np.savez(tmp_path / "b.npz", image=images, label=np.arange(100) % 2)
     other = load_examples(DataConfig("npz:b.npz", test="all"), "test", tmp_path)
     check_splits({"a": digits(search="all[:50]"), "b": {"test": other}})
+
+
+def test_a_split_may_leak_from_two_others(digits):
+    splits = digits(search="all[:5]+all[50:60]", selection="all[83:85]", test="all[80:83]")
+    kept = check_splits({"a": splits}, drop=["a"])["a"]["search"]
+    np.testing.assert_array_equal(kept.keys, splits["search"].keys[5:])
+
+
+def test_same_rows_of_another_split_are_no_overlap(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENMP_CACHE", str(tmp_path / "cache"))
+    images = np.random.default_rng(2).integers(0, 256, (20, 4, 4), dtype=np.uint8)
+    split = np.asarray(["validation", "test"] * 10)
+    np.savez(tmp_path / "c.npz", image=images, label=np.arange(20) % 2, split=split)
+    config = DataConfig("npz:c.npz", search="validation", test="test")
+    check_splits({"a": {w: load_examples(config, w, tmp_path) for w in ("search", "test")}})

@@ -118,7 +118,12 @@ def test_limit_is_a_fixed_choice_that_grows(root):
     np.testing.assert_array_equal(everything.keys[rows], few.keys)  # in the order of the source
     assert len(load_examples(config, "test", root, limit=1000).labels) == 300
     mapped = DataConfig("npz:a.npz", test="all", labels=(0, -1, 1))
-    assert len(load_examples(mapped, "test", root, limit=150).labels) == 150  # left-out ones are replaced
+    replaced = load_examples(mapped, "test", root, limit=150)
+    assert len(replaced.labels) == 150  # left-out ones are replaced
+    rows = np.flatnonzero(np.isin(everything.keys, replaced.keys))
+    np.testing.assert_array_equal(everything.keys[rows], replaced.keys)
+    np.testing.assert_array_equal(everything.labels[rows], replaced.labels * 2)
+    np.testing.assert_array_equal(everything.inputs["image"][rows], replaced.inputs["image"])
 
 
 def test_progress_counts_up(root):

@@ -86,7 +86,7 @@ def root(tmp_path, monkeypatch):
         "test": [{"image": png(20 + i), "label": i % 3} for i in range(5)],
     }
     features = {"image": IMAGE, "label": label(3)}
-    prepare(tmp_path / "tfds" / "shapes" / "1.0.0", data, features, ["ring", "bar", "dot"])
+    prepare(tmp_path / "tfds" / "shapes" / "1.9.0", data, features, ["ring", "bar", "dot"])
     newer = {"test": [{"image": png(9), "label": 2}, {"image": b"no image", "label": 0}]}
     prepare(tmp_path / "tfds" / "shapes" / "1.10.0", newer, features, ["ring", "bar", "dot"])
     pairs = [{"question": f"q {i}", "sentence": f"s é {i}", "label": -(i % 2)} for i in range(6)]
@@ -100,7 +100,7 @@ def config(name, **more):
 
 
 def test_images(root):
-    examples = load_examples(config("shapes:1.0.0", test="test+train[:2]"), "test", root)
+    examples = load_examples(config("shapes:1.9.0", test="test+train[:2]"), "test", root)
     expected = [pixels(i) for i in (20, 21, 22, 23, 24, 0, 1)]
     np.testing.assert_array_equal(examples.inputs["image"], expected)
     assert examples.labels.tolist() == [0, 1, 2, 0, 1, 0, 1]
@@ -127,11 +127,11 @@ def test_text_pairs_of_a_configuration(root):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (config("shapes:1.0.0", test="dev"), "no split 'dev'; available: train, test"),
-        (config("shapes:9.9.9", test="test"), "has version 1.0.0, 1.10.0 of shapes"),
-        (config("shapes:1.0.0", test="test", label="y"), "no label key 'y'; it has image, label"),
-        (config("shapes:1.0.0", test="test", image="x"), "no image key 'x'; it has image, label"),
-        (config("shapes:1.0.0", test="test", text=("x",)), "no text key 'x'; available: none"),
+        (config("shapes:1.9.0", test="dev"), "no split 'dev'; available: train, test"),
+        (config("shapes:9.9.9", test="test"), "has version 1.10.0, 1.9.0 of shapes"),
+        (config("shapes:1.9.0", test="test", label="y"), "no label key 'y'; it has image, label"),
+        (config("shapes:1.9.0", test="test", image="x"), "no image key 'x'; it has image, label"),
+        (config("shapes:1.9.0", test="test", text=("x",)), "no text key 'x'; available: none"),
         (config("pairs", test="train"), "set text to the text keys, one or two of"),
         (
             config("nothing", test="test"),
@@ -151,20 +151,20 @@ def test_bad_input(root, made, message):
 
 
 def test_sets_stored_otherwise_or_broken(root):
-    info = root / "tfds" / "shapes" / "1.0.0" / "dataset_info.json"
+    info = root / "tfds" / "shapes" / "1.9.0" / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(
-        UserError, match=r"1.0.0 is not array_record; prepare it again: pip install tensorflow && tfds"
+        UserError, match=r"1.9.0 is not array_record; prepare it again: pip install tensorflow && tfds"
     ):
-        load_examples(config("shapes:1.0.0", test="test"), "test", root)
+        load_examples(config("shapes:1.9.0", test="test"), "test", root)
     info.write_text("{")
     with pytest.raises(UserError, match="is not a readable TFDS data set"):
-        load_examples(config("shapes:1.0.0", test="test"), "test", root)
+        load_examples(config("shapes:1.9.0", test="test"), "test", root)
 
 
 def test_default_directory(root, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(root / "tfds"))
-    assert len(load_examples(DataConfig("tfds:shapes:1.0.0", test="test"), "test", root).labels) == 5
+    assert len(load_examples(DataConfig("tfds:shapes:1.9.0", test="test"), "test", root).labels) == 5
 
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")

@@ -44,6 +44,7 @@ def leaks(tasks: Mapping[str, Mapping[str, Examples]]) -> list[Leak]:
     Args:
         tasks: task -> split (``train``, ``search``, ``selection``, ``test``) -> its examples.
     """
+    contents = {(t, s): frozenset(e.keys.tolist()) for t, splits in tasks.items() for s, e in splits.items()}
     found = []
     for i, clean in enumerate(ORDER):
         for seen in ORDER[i + 1 :]:
@@ -52,7 +53,9 @@ def leaks(tasks: Mapping[str, Mapping[str, Examples]]) -> list[Leak]:
                     if clean not in splits or seen not in others:
                         continue
                     a, b = splits[clean], others[seen]
-                    rows = np.flatnonzero(np.isin(b.keys, a.keys))
+                    rows = np.zeros(0, np.int64)
+                    if not contents[task, clean].isdisjoint(contents[other, seen]):
+                        rows = np.flatnonzero(np.isin(b.keys, a.keys))
                     spans = _common_spans(a, b)
                     if len(rows) or spans:
                         found.append(Leak((task, clean), (other, seen), rows, spans))
