@@ -69,6 +69,9 @@ def one_layer(delta: Delta, layer: int) -> tuple[np.ndarray, ...]:
     """(left, right) of a low-rank delta's layer, the core folded into the smaller side; or (weight,)."""
     if not isinstance(delta, LowRank):
         return (np.asarray(delta.weight, np.float32)[layer],)
+    if delta.right is None:  # entrywise methods in the KnOTS space: the core reaches the inputs itself
+        left, right = (np.asarray(x)[layer] for x in (delta.left, delta.core))
+        return left.astype(np.float32), right.astype(np.float32)
     left, core, right = (
         np.asarray(x)[layer].astype(np.float64) for x in (delta.left, delta.core, delta.right)
     )
