@@ -1,5 +1,6 @@
 """Controls: random, leave-one-out, greedy and first-order pruning, against brute force."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -129,6 +130,16 @@ def test_greedy_removal_keeps_to_its_budget(budget):
         assert not found.finished
     if budget == 1:
         assert found.keep.all()
+
+
+def test_greedy_removal_stops_when_nothing_helps():
+    spec = dataclasses.replace(SPEC, max_pruned=1.0)
+    keep, path = greedy_by_hand(spec.max_count)
+    assert len(path) - 1 < spec.max_count
+    found = controls.greedy_removal(Score(), spec, budget=1000)
+    assert np.array_equal(found.keep, keep)
+    assert found.finished
+    np.testing.assert_allclose(found.path, path)
 
 
 def test_narrow_greedy_is_cheaper_and_uses_what_is_known():
