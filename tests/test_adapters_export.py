@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -32,7 +33,7 @@ RECIPE = Recipe(
 )
 
 
-def make(path, seed, rank=2, dtype=np.float32, alpha=None, layers=(0, 1, 2), **options):
+def make(path, seed, rank=2, dtype: Any = np.float32, alpha=None, layers=(0, 1, 2), **options):
     random = np.random.default_rng(seed)
     modules = {
         f"model.layers.{layer}.{name}": (
@@ -73,7 +74,7 @@ def make_base(path, dtype=np.float32, shards=1, **config):
         for name, shape in SHAPES.items():
             tensors[f"model.layers.{layer}.{name}.weight"] = random.normal(size=shape)
         tensors[f"model.layers.{layer}.input_layernorm.weight"] = np.ones(6)
-    tensors = {key: value.astype(dtype) for key, value in tensors.items()}
+    tensors: dict[str, np.ndarray] = {key: value.astype(dtype) for key, value in tensors.items()}
     tensors["model.position_ids"] = np.arange(5)
     (path / "config.json").write_text(json.dumps({"model_type": "tiny", "torch_dtype": "float32"} | config))
     (path / "tokenizer.json").write_text("{}")
@@ -226,12 +227,12 @@ def test_lanczos_agrees_with_the_full_svd(monkeypatch):
 
 def test_nan_in_a_delta_is_refused(loaded, keep, tmp_path):
     deltas = merged(loaded, keep, scale=float("nan"))
-    for export in (export_peft, lambda *a: export_checkpoint(*a[:3], tmp_path / "base", a[3])):
-        if not (tmp_path / "base").exists():
-            make_base(tmp_path / "base")
-        with pytest.raises(UserError, match="NaN or Inf"):
-            export(tmp_path / "out", loaded, deltas, RECIPE)
-        assert not (tmp_path / "out").exists()
+    make_base(tmp_path / "base")
+    with pytest.raises(UserError, match="NaN or Inf"):
+        export_peft(tmp_path / "out", loaded, deltas, RECIPE)
+    with pytest.raises(UserError, match="NaN or Inf"):
+        export_checkpoint(tmp_path / "out", loaded, deltas, tmp_path / "base", RECIPE)
+    assert not (tmp_path / "out").exists()
 
 
 # --- checkpoints
@@ -331,7 +332,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 BASES = {
     "shape": (refused(lambda t: t | {Q: np.ones((4, 7), np.float32)}), "4x7 in the base model"),
     "no such projection": (
-        refused(lambda t: {k: v for k, v in t.items() if "up_proj" not in k}), "1 of the 2 adapted projections",
+        refused(lambda t: {k: v for k, v in t.items() if "up_proj" not in k}), "1 of the 2 adapted",
     ),
     "other names": (refused(lambda t: {f"x{i}": v for i, v in enumerate(t.values())}), "0 of the 2 adapted"),
     "too few layers": (refused(lambda t: {k: v for k, v in t.items() if ".2." not in k}), "no layer 2"),
@@ -514,3 +515,56 @@ def test_inspect_says_when_adapters_do_not_belong_together(tmp_path):
     save_adapter(tmp_path / "b", read_adapter(tmp_path / "a").modules, 2, 2, "org/other")
     assert "org/other" in inspect([str(tmp_path / "a"), str(tmp_path / "b")])["together"]
     assert inspect([str(tmp_path / "a")])["together"] is None
+
+
+# --- the command line
+
+
+def test_the_recorded_command_repeats_the_files(loaded, tmp_path, monkeypatch, capfd):
+    """Run ``enmp merge``, then the command line that it recorded, and compare every file."""
+    import re
+    import shlex
+
+    make_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path / "secret-user")
+    shutil.copytree(tmp_path / "base", "base")
+    prune = ["--prune", "0:model.layers.{}.mlp.up_proj:cars", "--prune", "1:q_proj:dtd"]
+    extra = {
+        "adapters": [],
+        "peft": ["--rank", "3"],
+        "checkpoint": ["--base-model", "base", "--dtype", "bfloat16"],
+    }
+    for kind, options in extra.items():
+        words = [
+            "merge",
+            "--adapter",
+            "cars=cars",
+            "--adapter",
+            "dtd=dtd",
+            "--method",
+            "ties",
+            "--density",
+            "0.4",
+        ]
+        first = tmp_path / f"{kind}-1"
+        assert cli.main([*words, *options, *prune, "--format", kind, "--out", str(first)]) == 0
+        recorded = re.search(r"# +(enmp merge .*)", (first / "enmp_config.yaml").read_text())
+        assert recorded
+        again = [str(tmp_path / f"{kind}-2") if word == "DIR" else word for word in shlex.split(recorded[1])]
+        assert cli.main(again[1:]) == 0
+        files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
+        assert len(files) > 3
+        for file in files:
+            assert (first / file).read_bytes() == (tmp_path / f"{kind}-2" / file).read_bytes(), file
+    capfd.readouterr()
+
+
+def test_files_can_be_read_by_others(loaded, keep, tmp_path):
+    import os
+
+    old = os.umask(0o022)
+    try:
+        export_adapters(tmp_path / "out", loaded, keep, RECIPE)
+    finally:
+        os.umask(old)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").rglob("*") if p.is_file()} == {0o644}

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ from enmp_jax.masks import MaskSpec
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 
-def factors(paths, rank=2, out=4, inner=6, seed=0, dtype=np.float32):
+def factors(paths, rank=2, out=4, inner=6, seed=0, dtype: Any = np.float32):
     random = np.random.default_rng(seed)
     return {
         path: (

@@ -28,7 +28,9 @@ TENSORS = {
     f"{MODULE}.lora_A.weight": np.ones((2, 6), np.float32),
     f"{MODULE}.lora_B.weight": np.ones((4, 2), np.float32),
 }
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+FUZZ = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
 
 # small sizes: no pattern that Python's re would need minutes for
 words = st.text(st.sampled_from("qv_proj.*+?()[]|\\d0\n\0é"), max_size=8)

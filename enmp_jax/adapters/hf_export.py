@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from enmp_jax.adapters.matching import examples
 from enmp_jax.adapters.peft_export import write_heads, write_texts
 from enmp_jax.adapters.peft_import import LoadedAdapters
 from enmp_jax.adapters.reading import FLOATS, is_file, one_line, read_json
-from enmp_jax.adapters.recipe import Recipe
+from enmp_jax.adapters.recipe import Recipe, public_name
 from enmp_jax.adapters.shards import Entry, Factors, Full, read_header, rewrite
 from enmp_jax.adapters.writing import new_directory, write_file, write_text
 from enmp_jax.deltas import Deltas
@@ -78,10 +79,13 @@ def export_checkpoint(
     omit = _tied(config, entries)
 
     with new_directory(out) as directory:
-        sizes: dict[str, int] = {}
-        for shard in shards:
-            source = found.directory / shard
-            sizes |= rewrite(source, directory / shard, changes, DTYPES.get(dtype or ""), omit)
+        kind = DTYPES.get(dtype or "")
+        with ThreadPoolExecutor(2) as pool:  # one shard is flushed to disk while the next is copied
+            jobs = [
+                pool.submit(rewrite, found.directory / shard, directory / shard, changes, kind, omit)
+                for shard in shards
+            ]
+            sizes = {name: size for job in jobs for name, size in job.result().items()}
         if index is not None:
             kept = {name: shard for name, shard in index["weight_map"].items() if name in sizes}
             meta = (index.get("metadata") or {}) | {"total_size": sum(sizes.values())}
@@ -92,7 +96,7 @@ def export_checkpoint(
             write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
         write_heads(directory, loaded)
         notes = (f"{len(changes)} weights of the base model changed.",)
-        options: dict[str, Any] = {"base_model": found.source if found.commit else None, "dtype": dtype}
+        options: dict[str, Any] = {"base_model": public_name(found.source), "dtype": dtype}
         write_texts(directory, "checkpoint", loaded, recipe, notes=notes, **options)
     size = sum(sizes.values()) / 1e9
     return f"{len(changes)} weights changed in {len(shards)} file{'s'[: len(shards) > 1]}, {size:.2f} GB"

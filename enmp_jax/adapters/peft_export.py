@@ -123,7 +123,7 @@ def write_heads(directory: Path, loaded: LoadedAdapters) -> None:
                 for path, head in heads.items()
                 for name, value in head.items()
             }
-            write_tensors(folder / f"{_file_name(task)}.safetensors", tensors, {"format": "pt", "task": task})
+            write_tensors(folder / f"{_file_name(task)}.safetensors", tensors, {"format": "pt"})
 
 
 def check_spelling(loaded: LoadedAdapters) -> None:

@@ -84,11 +84,8 @@ def command(kind: str, loaded: LoadedAdapters, recipe: Recipe, **options: Any) -
             words += [flag, *map(str, value)]
         elif value is not None and value is not False:
             words += [flag, str(value)]
-    if any(len(module) > 2 for module in recipe.pruned):
-        words += ["--mask", "mask.json"]
-    else:
-        for layer, task in recipe.pruned:
-            words += ["--prune", f"{layer}:{task}"]
+    for module in recipe.pruned:
+        words += ["--prune", ":".join(map(str, module))]
     return shlex.join([*words, "--format", kind, "--out", "DIR"])
 
 

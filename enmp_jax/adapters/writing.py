@@ -52,10 +52,14 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch(exist_ok=False)
+        mode = (
+            temporary.stat().st_mode
+        )  # what the umask gives; safetensors makes files that others cannot read
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}") from None
@@ -94,9 +98,3 @@ def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
         return False
     bits = np.dtype(f"u{x.dtype.itemsize}")
     return np.array_equal(np.ascontiguousarray(x).view(bits), np.ascontiguousarray(y).view(bits))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,7 +1,9 @@
 """Adapters made by PEFT itself, imported by us, against PEFT's ``merge_and_unload``."""
 
 import json
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -114,7 +116,7 @@ def test_fan_in_fan_out_is_the_transposed_delta(tmp_path):
 
     loaded = load_adapters({"task": tmp_path / "adapter"})
     merge = merges.make("sum")
-    deltas = merge.merge(merge.prepare(loaded.stack), np.ones((2, 1), bool), 1.0)
+    deltas = merge.merge(merge.prepare(loaded.stack), jnp.ones((2, 1), bool), 1.0)
     export_checkpoint(tmp_path / "merged", loaded, deltas, tmp_path / "base", Recipe())
     with torch.no_grad():
         merged = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()(tokens).logits.numpy()
@@ -128,7 +130,12 @@ def test_vit_adapters_of_transformers_5_and_4(tmp_path):
 
     from enmp_jax.adapters import save_adapter
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 20,
+    }
     model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes))
     model.save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(target_modules=["q_proj", "fc1"], r=2, init_lora_weights=False)

@@ -1,6 +1,7 @@
 """What we export, loaded by PEFT and transformers, against our own backbone with the same deltas."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,9 @@ class Case:
         features = np.asarray(self.features(self.params, inputs, deltas))
         if self.name == "clip":
             return features
-        weight, bias = models.load_head(self.base)
+        head = models.load_head(self.base)
+        assert head is not None
+        weight, bias = head
         return features @ weight.T + (0 if bias is None else bias)
 
 
@@ -170,7 +173,7 @@ def test_checkpoint_in_another_type_loads_in_transformers(case, tmp_path, dtype)
 
 
 def test_sharded_base_stays_sharded(case, tmp_path):
-    model = tiny.load_base(case.name, case.base)
+    model: Any = tiny.load_base(case.name, case.base)
     model.save_pretrained(tmp_path / "base", max_shard_size="30KB")
     shards = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
     assert len(shards) > 2

@@ -70,7 +70,7 @@ def make_base(name: str, path: Path) -> Path:
     model = made.model(made.config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(path)
+    model.save_pretrained(str(path))
     return path
 
 
@@ -88,7 +88,7 @@ def make_adapter(name: str, base: Path, path: Path, seed: int, **options: Any) -
     for key, parameter in model.named_parameters():
         if "lora_" in key or "modules_to_save" in key:
             parameter.data = 0.15 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(path)
+    model.save_pretrained(str(path))
     return path
 
 
