@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from enmp_jax.merges.base import LayerMethod
 from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, in_space
-from enmp_jax.merges.spectral import polar
+from enmp_jax.merges.spectral import polar, svd
 
 
 def iso_cts(space: str = "full", common_fraction: float = 0.8) -> LayerMethod:
@@ -58,7 +58,7 @@ def _leading(
     matrix: Float[Array, "p q"], count: Int[Array, ""]
 ) -> tuple[Float[Array, "p k"], Float[Array, " k"], Float[Array, "q k"]]:
     """The first ``count`` singular triplets; zeros beyond, and where the singular value is zero."""
-    u, s, vt = jnp.linalg.svd(jax.lax.stop_gradient(matrix), full_matrices=False)
+    u, s, vt = svd(matrix)
     noise = 10 * jnp.finfo(s.dtype).eps * s[0]
     kept = (jnp.arange(s.shape[0]) < count) & (s > noise)
     return jnp.where(kept, u, 0), jnp.where(kept, s, 0), jnp.where(kept[:, None], vt, 0).T

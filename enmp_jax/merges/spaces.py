@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from enmp_jax.deltas import LowRank
 from enmp_jax.merges.base import LayerInputs, LayerMethod
+from enmp_jax.merges.spectral import svd
 
 KNOTS_CUT = 1e-5
 SPACES = ("full", "knots", "core")
@@ -112,7 +113,7 @@ def knots(factors: Factors, weights: Float[Array, " task"]) -> tuple[Float[Array
     tasks, p, rank = factors.left.shape
     kept = jax.lax.stop_gradient((weights > 0).astype(weights.dtype))
     stacked = jnp.moveaxis(factors.left * kept[:, None, None], 0, 1).reshape(p, tasks * rank)
-    _, s, vt = jnp.linalg.svd(stacked, full_matrices=False)
+    _, s, vt = svd(stacked)
     # in float32 a zero singular value comes out as some eps times the largest
     valid = s > jnp.maximum(KNOTS_CUT, 10 * jnp.finfo(s.dtype).eps * s[0])
     vt = jnp.where(valid[:, None], vt, 0)
@@ -133,7 +134,7 @@ def core_bases(
 
     def basis(r: Float[Array, "task p rank"], count: Int[Array, ""]) -> Float[Array, "p k"]:
         stacked = jnp.moveaxis(r * kept[:, None, None], 0, 1).reshape(r.shape[1], -1)
-        u = jnp.linalg.svd(stacked, full_matrices=False)[0]
+        u = svd(stacked)[0]
         return jnp.where(jnp.arange(u.shape[1]) < count, u, 0)
 
     rows, columns = size.lookup(lambda rows, _: rows), size.lookup(lambda _, columns: columns)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from enmp_jax.merges.base import LayerMethod
 from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, in_space
-from enmp_jax.merges.spectral import polar
+from enmp_jax.merges.spectral import polar, svd
 
 
 class Triplets(NamedTuple):
@@ -29,7 +29,7 @@ class Triplets(NamedTuple):
 
 def triplets(x: Coordinates) -> Triplets:
     """SVD of every task; its right factors having orthonormal rows, that of the left ones suffices."""
-    u, s, wt = jnp.linalg.svd(x.left, full_matrices=False)
+    u, s, wt = svd(x.left)
     kept = s > 10 * jnp.finfo(s.dtype).eps * s[:, :1]
     v = jnp.swapaxes(jnp.matmul(wt, x.right), 1, 2)
     return Triplets(jnp.where(kept[:, None], u, 0), jnp.where(kept, s, 0), jnp.where(kept[:, None], v, 0))
