@@ -92,7 +92,8 @@ def _scores(scores: Mapping[str, Any] | None) -> list[str]:
     lines = [f"## Accuracy ({scores.get('split', 'test')} split)", ""]
     lines += [f"| task | {' | '.join(titles[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for task in tasks:
-        cells = [f"{scores[c][task]:.4f}" if task in scores[c] else "" for c in columns]
+        values = [scores[c].get(task) for c in columns]
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
         lines.append(f"| {_cell(task)} | {' | '.join(cells)} |")
     return [*lines, ""]
 

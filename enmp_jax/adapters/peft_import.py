@@ -99,7 +99,8 @@ def read_adapter(source: str | Path) -> Adapter:
                 f"{directory / unsafe} is a pickle, which can run code when loaded: convert it with PEFT, "
                 "PeftModel.from_pretrained(base, dir).save_pretrained(new_dir)"
             )
-        raise UserError(f"there is no {WEIGHTS} in {one_line(found.source)}")
+        hint = " (if it has only a .bin file there: convert that with PEFT first)" if found.commit else ""
+        raise UserError(f"there is no {WEIGHTS} in {one_line(found.source)}{hint}")
     modules, heads = _read_weights(directory / WEIGHTS, settings)
     return Adapter(
         found.source, directory, config, settings, modules, heads, settings.base_model, found.commit
