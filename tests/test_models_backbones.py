@@ -57,6 +57,13 @@ def test_spellings_of_module_names(kind, template, canonical):
     assert canonical is None or canonical in backbone.modules
 
 
+def random_params(backbone):
+    """Not ``backbone.init``: drawn by numpy, nothing to compile."""
+    random = np.random.RandomState(0)
+    shapes = jax.eval_shape(backbone.init, jax.random.key(0))
+    return jax.tree.map(lambda s: jnp.asarray(random.normal(size=s.shape, scale=0.1), s.dtype), shapes)
+
+
 def random_deltas(backbone, seed, rank=4, members=None):
     random = np.random.RandomState(seed)
     deltas = {}
@@ -80,7 +87,7 @@ def core_axes(deltas):
 
 def test_a_population_shares_the_base_weights():
     backbone = models.build(VIT)
-    params = jax.jit(backbone.init)(jax.random.key(0))
+    params = random_params(backbone)
     weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
     image = {"image": jnp.zeros((2, 8, 8, 3), jnp.uint8)}
 
@@ -100,10 +107,20 @@ def test_a_population_shares_the_base_weights():
         np.testing.assert_allclose(got[i], features(params, image, one), atol=1e-5)
 
 
+def test_init_gives_hugging_faces_distributions():
+    config = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+    params = jax.jit(models.build(config | {"num_attention_heads": 2}).init)(jax.random.key(0))
+    assert (params["layers"]["norm1"]["weight"] == 1).all() and (params["layers"]["up"]["bias"] == 0).all()
+    weight = params["layers"]["up"]["weight"]
+    assert weight.shape == (2, 64, 32) and not (weight[0] == weight[1]).any()
+    for values in (weight, params["embeddings"]["tokens"]):
+        assert 0.015 < values.std() < 0.021 and abs(values.mean()) < 0.002
+
+
 def test_gradients_reach_deltas_and_weights():
     backbone = models.build(VIT)
     params, image = (
-        jax.jit(backbone.init)(jax.random.key(0)),
+        random_params(backbone),
         {"image": jnp.full((2, 8, 8, 3), 99, jnp.uint8)},
     )
     deltas = random_deltas(backbone, 1)
@@ -128,7 +145,7 @@ def test_gradients_reach_deltas_and_weights():
 
 def test_unknown_deltas_are_refused():
     backbone = models.build(VIT)
-    params = jax.jit(backbone.init)(jax.random.key(0))
+    params = random_params(backbone)
     deltas = {"nowhere": LowRank(*[jnp.ones((3, 1, 1))] * 3)}
     with pytest.raises(UserError, match="nowhere"):
         backbone.features(params, {"image": jnp.zeros((1, 8, 8, 3), jnp.uint8)}, deltas)
