@@ -21,7 +21,6 @@ from enmp_jax.errors import UserError
 from enmp_jax.population import Fixed
 from enmp_jax.problem import Problem, load
 from enmp_jax.progress import Reporter
-from enmp_jax.report import write_plots, write_report
 from enmp_jax.runs import Checkpoints, RunDirectory
 from enmp_jax.search import loop, strategies
 from enmp_jax.search.memo import Memo
@@ -85,6 +84,8 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
     directory.write_json("scores.json", scores)
     if directory.writes:
         export(problem, best, scores, out, reporter)
+        from enmp_jax.report import write_plots, write_report  # matplotlib is slow to import
+
         write_plots(out)
         write_report(out)
         reporter.say(f"report: {out / 'report.html'}")

@@ -84,7 +84,7 @@ def make_evaluate(
             return jax.tree.map(jnp.add, total, counts), None
 
         zero = jnp.zeros(n_tasks, jnp.float32)
-        total = jax.lax.pcast(Counts(zero, zero), tuple(sorted(manual)), to="varying")
+        total = Counts(zero, zero)
         for bucket in fixed.batches:
             total, _ = jax.lax.scan(step, total, bucket)
         return total
@@ -101,8 +101,14 @@ def make_evaluate(
         keep, scale = (_pad(x, -size % n_shards) for x in (keep, scale))
         members, replicated = PartitionSpec("population"), PartitionSpec()
         specs = Fixed(replicated, replicated, replicated, PartitionSpec(None, "data"))  # type: ignore[arg-type]
+        # No check of varying axes: merges and models, which know no mesh, have scans of their own.
         counts = jax.shard_map(
-            shard, mesh=mesh, in_specs=(specs, members, members), out_specs=members, axis_names=manual
+            shard,
+            mesh=mesh,
+            in_specs=(specs, members, members),
+            out_specs=members,
+            axis_names=manual,
+            check_vma=False,
         )(fixed, keep, scale)
         counts = jax.lax.with_sharding_constraint(counts, NamedSharding(mesh, replicated))
         return jax.tree.map(lambda x: x[:size], counts)

@@ -11,7 +11,8 @@ import numpy as np
 from enmp_jax import models
 from enmp_jax.adapters.peft_export import save_adapter
 from enmp_jax.config import RunConfig
-from enmp_jax.data import Examples, load_examples
+from enmp_jax.data import Examples, load_examples, preprocess_for
+from enmp_jax.data.preprocess import PlainImages
 from enmp_jax.errors import UserError
 from enmp_jax.heads import load_heads
 from enmp_jax.models.base import Backbone, Params
@@ -53,7 +54,8 @@ def _train_base(run: RunConfig, out: Path, say: Say) -> None:
     config = run.pretrain
     assert config is not None
     backbone = models.build(dict(config.architecture), run.base.dtype)
-    preprocess = None
+    height, width, channels = _image_shape(backbone)
+    preprocess = PlainImages((height, width), channels)
     examples = [load_examples(task.data, "train", run.root, preprocess) for task in config.tasks]
     out.mkdir(parents=True, exist_ok=True)
     params, losses = pretrain(
@@ -63,16 +65,27 @@ def _train_base(run: RunConfig, out: Path, say: Say) -> None:
     _record(out, "base", {"steps": config.steps, "final_loss": losses[-1] if losses else None})
 
 
+def _image_shape(backbone: Backbone) -> tuple[int, int, int]:
+    spec = backbone.input_spec.get("image")
+    if spec is None:
+        raise UserError("pretrain: only image models can be trained from random weights here")
+    height, width, channels = spec[0]
+    assert height is not None and width is not None and channels is not None
+    return height, width, channels
+
+
 def _train_adapters(
     run: RunConfig, backbone: Backbone, params: Params, base: str, out: Path, say: Say
 ) -> None:
     config = run.train
-    preprocess = None
     todo = [task for task in run.tasks if not (out / "adapters" / task.name).exists()]
     if not todo:
         say(f"all adapters are in {out / 'adapters'} already")
         return
-    examples = [load_examples(task.data, "train", run.root, preprocess) for task in todo]
+    examples = [
+        load_examples(task.data, "train", run.root, preprocess_for(base, backbone.family, task.data))
+        for task in todo
+    ]
     if config.head == "given":
         heads = load_heads(run, {}, base, backbone, tasks=todo)
     else:
