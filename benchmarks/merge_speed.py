@@ -123,6 +123,12 @@ def theirs(reference: Any, stack: LoraStack, case: tuple) -> float:
     return (time.perf_counter() - start) * stack.n_layers
 
 
+def best_of_two(reference: Any, stack: LoraStack, case: tuple) -> float:
+    """The second run is free of torch's start-up; a layer that takes over 20 s is run once."""
+    first = theirs(reference, stack, case)
+    return first if first > 20 * stack.n_layers else min(first, theirs(reference, stack, case))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--reference", type=Path)
@@ -146,7 +152,7 @@ def main() -> None:
             continue
         prepared, seconds = ours(stack, case, arguments.population)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        other = theirs(reference, stack, case) if reference else float("nan")
+        other = best_of_two(reference, stack, case) if reference else float("nan")
         print(
             f"| {method} | {space} | {'yes' if isotropize else ''} | {prepared:.2f} | {seconds:.4f} "
             f"| {other:.1f} | {other / seconds:.0f} | {peak:.2f} |",

@@ -86,9 +86,7 @@ def _weighted(merge: Merge, weights: Sequence[float]) -> Merge:
 
     def prepare(stack: LoraStack) -> Any:
         if len(weights) != stack.n_tasks:
-            raise UserError(
-                f"task_weights has {len(weights)} numbers for {stack.n_tasks} tasks: give one each"
-            )
+            raise UserError(f"task_weights: give one number a task, {stack.n_tasks}, not {len(weights)}")
         pairs = {}
         for name, pair in stack.pairs.items():
             factor = jnp.asarray(weights, pair.b.dtype)[:, None, None]
