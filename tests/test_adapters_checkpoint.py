@@ -164,9 +164,9 @@ def test_rewrite_notices_bytes_that_do_not_read_back(tmp_path, monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, bytes(len(data)), at))
     monkeypatch.setattr(os, "copy_file_range", lambda *a: (_ for _ in ()).throw(OSError()))
-    for deltas in ({}, {"a": Full(np.ones((300, 50), np.float32))}):
+    for deltas, omit in (({}, ()), ({"a": Full(np.ones((300, 50), np.float32))}, ("b",))):
         with pytest.raises(UserError, match="does not read back"):
-            rewrite(tmp_path / "x.safetensors", tmp_path / "y.safetensors", deltas)
+            rewrite(tmp_path / "x.safetensors", tmp_path / "y.safetensors", deltas, omit=omit)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 

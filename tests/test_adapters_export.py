@@ -152,3 +152,15 @@ def test_nan_in_a_delta_is_refused(loaded, keep, tmp_path):
     with pytest.raises(UserError, match="NaN or Inf"):
         export_checkpoint(tmp_path / "out", loaded, deltas, tmp_path / "base", RECIPE)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("k,j", [(3, 5), (5, 3), (4, 4)])
+def test_a_core_that_is_not_square_goes_to_the_side_that_keeps_the_rank_small(k, j):
+    random = np.random.default_rng(0)
+    parts = [random.normal(size=shape) for shape in ((2, 9, k), (2, k, j), (2, j, 8))]
+    delta = LowRank(*(jnp.asarray(part, jnp.float32) for part in parts))
+    found = factorise({"h.{}": delta}, {"h.{}": "h.{}"}, None, 1)
+    assert found.rank == min(k, j) and found.error == 0
+    for layer in range(2):
+        a, b = found.modules[f"h.{layer}"]
+        np.testing.assert_allclose(b @ a, np.asarray(delta.materialise())[layer], rtol=1e-4, atol=1e-5)

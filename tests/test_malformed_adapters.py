@@ -311,10 +311,13 @@ INDICES = {
 
 @pytest.mark.parametrize("name", INDICES)
 def test_index_files_with_tricks(name, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    loop(tmp_path / "loop.safetensors")
-    (tmp_path / "dir.safetensors").mkdir()
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(INDICES[name]))
+    base = tmp_path / "base"
+    (base / "sub").mkdir(parents=True)
+    for place in (tmp_path, base, base / "sub"):  # what the tricks point to is there
+        (place / "model.safetensors").write_bytes(b"")
+    loop(base / "loop.safetensors")
+    (base / "dir.safetensors").mkdir()
+    (base / "model.safetensors.index.json").write_text(json.dumps(INDICES[name]))
     with pytest.raises(UserError) as caught:
-        find_shards(tmp_path)
+        find_shards(base)
     assert str(caught.value).isprintable()

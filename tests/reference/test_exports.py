@@ -86,10 +86,10 @@ def case(request, tmp_path_factory):
 
 @pytest.mark.parametrize("method,space,iso", _merges())
 def test_every_method_gives_the_same_outputs_everywhere(case, tmp_path, method, space, iso):
-    deltas = case.merge(method, space, iso)
+    deltas = case.merge(method, space, iso, scale=2.0)
     ours = case.ours(deltas)
     base = tiny.load_base(case.name, case.base)
-    assert np.abs(ours - tiny.outputs(case.name, base)).max() > 100 * ATOL  # the deltas matter
+    assert np.abs(ours - tiny.outputs(case.name, base)).max() > 20 * ATOL  # the deltas matter
 
     full = None if all(isinstance(d, LowRank) for d in deltas.values()) else 24  # exact for Dense too
     line = export_peft(tmp_path / "peft", case.loaded, deltas, RECIPE, rank=full)
