@@ -105,7 +105,8 @@ def theirs(reference: Any, stack: LoraStack, case: tuple) -> float:
     for pair in stack.pairs.values():
         a = [torch.from_numpy(np.array(x)) for x in pair.a[0]]
         b = [torch.from_numpy(np.array(x)) for x in pair.b[0]]
-        left = right = None
+        left: Any = None
+        right: Any = None
         if space == "core":
             tensors, left, right = merger.get_core_matrices(a, b, "", config, False)
         else:
