@@ -154,6 +154,8 @@ class EvaluationConfig:
     """Examples per task of the search split; default: all."""
     selection_examples: int | None = None
     test_examples: int | None = None
+    member_chunk: int | None = None
+    """Members merged and scored together on a device; default: 4 on CPUs (caches), else all."""
     mesh: Mapping[str, int] | None = None
     """Devices along ``population``, ``data`` and ``model``; default: chosen."""
 

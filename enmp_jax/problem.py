@@ -76,7 +76,8 @@ class Problem:
 
     def evaluator(self, merge: Merge | None = None) -> Callable[..., Counts]:
         """The function ``(fixed, keep, scale) -> Counts`` of ``population.make_evaluate``, counted."""
-        evaluate = make_evaluate(self.backbone, merge or self.merge, len(self.tasks), self.mesh)
+        chunk = self.run.evaluation.member_chunk or (4 if jax.default_backend() == "cpu" else None)
+        evaluate = make_evaluate(self.backbone, merge or self.merge, len(self.tasks), self.mesh, chunk)
 
         def counted(fixed, keep, scale):
             self.compilations += 1  # runs when traced, not when called

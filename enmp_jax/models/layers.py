@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from enmp_jax.deltas import Delta, Deltas
+from enmp_jax.deltas import Delta, Deltas, Dense, LowRank
 from enmp_jax.errors import UserError
 
 ACTIVATIONS = {
@@ -86,7 +86,11 @@ class BlockSpec:
 
 
 class Linear(nn.Module):
-    """``x W^T + b + delta.apply(x)``, the weight kept [out, in] as Hugging Face and PEFT do."""
+    """``x (W + delta)^T + b``, the weight kept [out, in] as Hugging Face and PEFT do.
+
+    Low-rank deltas stay factored, so that population members share the weight; a dense delta belongs
+    to one member anyway, and adding it first saves the second large product.
+    """
 
     out: int
     bias: bool = True
@@ -100,10 +104,12 @@ class Linear(nn.Module):
         """Apply to the last axis."""
         shape = (self.out, x.shape[-1])
         weight = self.param("weight", nn.initializers.truncated_normal(self.init_std), shape, self.dtype)
+        if isinstance(delta, Dense):
+            weight = (weight + delta.weight).astype(weight.dtype)
         y = jnp.matmul(x, weight.T)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.out,), self.dtype)
-        return y if delta is None else y + delta.apply(x)
+        return y + delta.apply(x) if isinstance(delta, LowRank) else y
 
 
 def normalise(
