@@ -117,7 +117,8 @@ def knots(factors: Factors, weights: Float[Array, " task"]) -> tuple[Float[Array
     # in float32 a zero singular value comes out as some eps times the largest
     valid = s > jnp.maximum(KNOTS_CUT, 10 * jnp.finfo(s.dtype).eps * s[0])
     vt = jnp.where(valid[:, None], vt, 0)
-    vt = _orthonormal(vt.T).T
+    # twice: CART truncates between nearly equal singular values, which magnifies rounding 1000 times
+    vt = _orthonormal(_orthonormal(vt.T)).T
     v = jnp.moveaxis(vt.reshape(-1, tasks, rank), 1, 0)
     columns = factors.own_a.shape[1]
     table = tuple((k, columns) for k in range(s.shape[0] + 1))
