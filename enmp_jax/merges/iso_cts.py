@@ -51,7 +51,8 @@ def iso_cts(space: str = "full", common_fraction: float = 0.8) -> LayerMethod:
         gain = jnp.concatenate([jnp.ones_like(s), jnp.repeat(weights, most)])
         return sigma * (polar(left) * gain) @ polar(right).T
 
-    return in_space(space, MatrixMethod(lambda x: x, combine), sequential=True)
+    # the core space's size is the rank R that is shared out
+    return in_space("core", MatrixMethod(lambda x: x, combine), sequential=True)
 
 
 def _leading(
