@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from enmp_jax import config
+from enmp_jax.errors import UserError
 
 RunFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN.yaml")]
 
@@ -22,10 +23,12 @@ class Search:
 
     run: RunFile
     """A run file, or the name of a packaged suite (demo, vision-small, ...)."""
-    out: Path
-    """Run directory to make."""
+    out: Path | None = None
+    """Run directory to make; needed unless --dry-run."""
     resume: bool = False
     """Go on with the search in --out."""
+    dry_run: bool = False
+    """Load everything, compile, score one batch under one mask, say what would run; write no results."""
     seeds: int | None = None
     """Number of searches, with seeds following search.seed."""
     generations: int | None = None
@@ -92,7 +95,18 @@ def _search(args: Search) -> None:
 
     run = _load(args.run, seeds=args.seeds, generations=args.generations, population=args.population,
                 seed=args.seed)  # fmt: skip
-    _show(lambda reporter: search_run(run, args.out, reporter, args.resume), args.out)
+    if args.dry_run:
+        from enmp_jax.dry_run import dry_run
+        from enmp_jax.progress import make_reporter
+
+        with make_reporter() as reporter:
+            lines = dry_run(run, reporter)
+        print("\n".join(lines))
+        return
+    if args.out is None:
+        raise UserError("give --out DIR, the run directory to make (or --dry-run to see what would run)")
+    out = args.out
+    _show(lambda reporter: search_run(run, out, reporter, args.resume), out)
 
 
 def _demo(args: Demo) -> None:

@@ -51,6 +51,8 @@ class DataConfig:
     text: tuple[str, ...] = ()
     """Keys of the text and, for pairs, the second text."""
     label: str = "label"
+    pretext: str | None = None
+    """Compute the label from the image instead (``rotation`` or ``ink:ROW,COLUMN``, see ``data.pretexts``)."""
     transforms: tuple[str, ...] = ()
     """Applied to images in this order: rotate90, rotate180, rotate270, mirror, flip, invert, occlude."""
     labels: tuple[int, ...] | None = None
@@ -72,8 +74,10 @@ class HeadConfig:
     source: str = "adapter"
     """``adapter`` (saved by PEFT's modules_to_save), ``zero-shot`` (CLIP prompts), ``base`` (the base
     model's own), or a safetensors file with ``weight`` [classes, width] and, optionally, ``bias``."""
+    prompts: str | None = None
+    """Packaged class names and templates for ``zero-shot``: ``stanford_cars``, ``dtd``, ..."""
     templates: tuple[str, ...] = ()
-    """Prompts with ``{}`` for the class name, for ``zero-shot``."""
+    """Prompts with ``{}`` for the class name, for ``zero-shot``; the names are those of the data."""
     masked_classes: tuple[int, ...] = ()
     """Classes never predicted (two-way NLI in a three-way head)."""
 

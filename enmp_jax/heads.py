@@ -8,9 +8,15 @@ import numpy as np
 
 from enmp_jax import models
 from enmp_jax.config import HeadConfig, RunConfig, TaskConfig
+from enmp_jax.data import Prompts, prompts, require_class_names
 from enmp_jax.errors import UserError
+from enmp_jax.models import checkpoint
 from enmp_jax.models.base import Backbone
+from enmp_jax.models.clip import zero_shot_head
 from enmp_jax.tasks import Heads, stack_heads
+
+LOGIT_SCALE = 100.0
+"""Of zero-shot heads: what CLIP's learned temperature was clipped to (Radford et al., section 2.5)."""
 
 Head = tuple[np.ndarray, np.ndarray | None]
 AdapterHeads = Mapping[str, Mapping[str, np.ndarray]]  # module path -> {"weight": .., "bias": ..}
@@ -22,6 +28,7 @@ def load_heads(
     base: str,
     backbone: Backbone,
     tasks: Sequence[TaskConfig] | None = None,
+    class_names: Mapping[str, Sequence[str]] | None = None,
 ) -> Heads:
     """The heads of a run's tasks, as their run file says.
 
@@ -31,16 +38,21 @@ def load_heads(
         base: resolved directory or hub id of the base model.
         backbone: the base model.
         tasks: which tasks; default: all of the run.
+        class_names: task -> names of its classes in the data, for zero-shot heads.
 
     Raises:
-        UserError: no such head, a head of another width, or CLIP and other heads mixed.
+        UserError: no such head, a head of another width, CLIP and other heads mixed, or a zero-shot
+            head without text tower, class names or templates.
     """
     tasks = run.tasks if tasks is None else tasks
     zero_shot = [task.head.source == "zero-shot" for task in tasks]
     if any(zero_shot) and not all(zero_shot):
         odd = tasks[zero_shot.index(False)].name
         raise UserError(f"tasks.{odd}.head: zero-shot heads cannot be mixed with others in one run")
-    found = [_load(run, task, saved.get(task.name, {}), base) for task in tasks]
+    if any(zero_shot):
+        found = _zero_shot(run, tasks, base, class_names or {})
+    else:
+        found = [_load(run, task, saved.get(task.name, {}), base) for task in tasks]
     for task, (weight, _) in zip(tasks, found, strict=True):
         if weight.shape[1] != backbone.width:
             raise UserError(
@@ -48,7 +60,50 @@ def load_heads(
                 f"the base model gives {backbone.width}"
             )
     masked = [task.head.masked_classes for task in tasks]
-    return stack_heads(found, masked, normalise=any(zero_shot))
+    if any(zero_shot):
+        return stack_heads(found, masked, normalise=True, logit_scale=LOGIT_SCALE)
+    return stack_heads(found, masked)
+
+
+def _zero_shot(
+    run: RunConfig, tasks: Sequence[TaskConfig], base: str, class_names: Mapping[str, Sequence[str]]
+) -> list[Head]:
+    """Heads made of prompts by the text tower of the base's checkpoint; none is kept in memory."""
+    chosen = [_prompts(task, class_names.get(task.name, ())) for task in tasks]
+    directory = checkpoint.find(base)
+    if checkpoint.read_json(directory / "config.json").get("model_type") != "clip":
+        raise UserError(
+            f"tasks.{tasks[0].name}.head: zero-shot heads need the text tower of a whole CLIP, and "
+            f"{base} has none"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{base}: its tokenizer cannot be loaded ({reason})") from None
+    text, params = models.load(base, family="clip_text_model")  # float32: done once
+    return [
+        (zero_shot_head(text, params, names, templates, tokenizer, logit_scale=1.0), None)
+        for names, templates in chosen
+    ]
+
+
+def _prompts(task: TaskConfig, class_names: Sequence[str]) -> Prompts:
+    """Class names and templates of a task: packaged ones by name, else the data's and the run file's."""
+    where, head = f"tasks.{task.name}.head", task.head
+    if head.prompts is not None:
+        if head.templates:
+            raise UserError(f"{where}: give either prompts or templates")
+        packaged = prompts(head.prompts)
+        return packaged._replace(class_names=tuple(task.data.class_names) or packaged.class_names)
+    if not head.templates:
+        raise UserError(
+            f"{where}: a zero-shot head needs prompts: NAME (packaged), or templates with {{}} for the "
+            "class name"
+        )
+    return Prompts(require_class_names(class_names, where), head.templates)
 
 
 def _load(run: RunConfig, task: TaskConfig, saved: AdapterHeads, base: str) -> Head:

@@ -54,7 +54,7 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
     """
     directory = RunDirectory(out, resume)
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
-    problem = load(run)
+    problem = load(run, reporter=reporter)
     for which, examples in problem.examples.items():
         for task, e in zip(problem.tasks, examples, strict=True):
             for note in e.notes:

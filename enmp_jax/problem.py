@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Num
 
-from enmp_jax import merges, models
+from enmp_jax import experts, merges, models
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.config import RunConfig
 from enmp_jax.data import Examples, batch, check_splits, load_examples, preprocess_for
@@ -24,6 +24,7 @@ from enmp_jax.masks import MaskSpec
 from enmp_jax.merges.base import Ingredients, Merge
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.population import AXES, Fixed, make_evaluate, make_mesh, place
+from enmp_jax.progress import SILENT, Reporter
 from enmp_jax.tasks import Counts, Heads, Scoring
 
 Which = Literal["train", "search", "selection", "test"]
@@ -42,6 +43,8 @@ class Problem:
     examples: dict[Which, list[Examples]]
     mesh: Mesh
     merge: Merge
+    base: str
+    """Directory or hub id of the base model, resolved."""
     compilations: int = field(default=0)
     """How often an evaluation was traced for compilation."""
     _evaluators: dict[str, Callable[..., Counts]] = field(default_factory=dict)
@@ -94,7 +97,13 @@ class Problem:
         return in_populations(self._evaluators["merge"], fixed, keep, scale, self.run.search.population)
 
     def score_experts(self, which: Which) -> Counts:
-        """Every adapter alone, unmerged, at its own scaling: the reference accuracies."""
+        """Every adapter alone, unmerged, at its own scaling: the reference accuracies.
+
+        Measured once: later calls, in this process or another, read them from the cache.
+        """
+        return experts.remembered(self, which, lambda: self._measure_experts(which))
+
+    def _measure_experts(self, which: Which) -> Counts:
         merge = merges.make("sum")
         fixed = self.fixed(which)
         fixed = fixed._replace(ingredients=merge.prepare(self.stack))
@@ -143,7 +152,11 @@ def in_populations(evaluate, fixed: Fixed, keep: np.ndarray, scale: np.ndarray, 
     return Counts(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def load(run: RunConfig, splits: Sequence[Which] = ("search", "selection", "test")) -> Problem:
+def load(
+    run: RunConfig,
+    splits: Sequence[Which] = ("search", "selection", "test"),
+    reporter: Reporter = SILENT,
+) -> Problem:
     """Load base model, adapters, heads and data of a run.
 
     Raises:
@@ -162,8 +175,9 @@ def load(run: RunConfig, splits: Sequence[Which] = ("search", "selection", "test
         base_name=run.base.model,
         allow_base_mismatch=run.base.allow_mismatch,
     )
-    heads = load_heads(run, adapters.heads, base, backbone)
-    examples = load_splits(run, backbone, base, splits)
+    examples = load_splits(run, backbone, base, splits, reporter)
+    names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
+    heads = load_heads(run, adapters.heads, base, backbone, class_names=names)
     check_labels(run, heads, examples)
     shape = run.evaluation.mesh or {"population": jax.device_count()}
     unknown = [axis for axis in shape if axis not in AXES]
@@ -175,11 +189,11 @@ def load(run: RunConfig, splits: Sequence[Which] = ("search", "selection", "test
             f"evaluation.batch_size {run.evaluation.batch_size} does not divide over the "
             f"{mesh.shape['data']} devices of the mesh axis data"
         )
-    return Problem(run, backbone, params, adapters.stack, adapters, heads, examples, mesh, merge)
+    return Problem(run, backbone, params, adapters.stack, adapters, heads, examples, mesh, merge, base)
 
 
 def load_splits(
-    run: RunConfig, backbone: Backbone, base: str, splits: Sequence[Which]
+    run: RunConfig, backbone: Backbone, base: str, splits: Sequence[Which], reporter: Reporter = SILENT
 ) -> dict[Which, list[Examples]]:
     """The examples of every task, by split; refused where splits share examples."""
     limits = {
@@ -191,9 +205,12 @@ def load_splits(
     for task in run.tasks:
         preprocess = preprocess_for(base, backbone.family, task.data)
         loaded[task.name] = {
-            which: load_examples(task.data, which, run.root, preprocess, limits.get(which))
+            which: load_examples(
+                task.data, which, run.root, preprocess, limits.get(which),
+                progress=reporter.reading(f"{task.name}, {which}"),
+            )
             for which in splits
-        }
+        }  # fmt: skip
     drop = [task.name for task in run.tasks if task.data.duplicates == "drop"]
     checked = check_splits(loaded, drop)
     return {which: [checked[task.name][which] for task in run.tasks] for which in splits}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from enmp_jax.config import DataConfig, resolve_path, to_dict
-from enmp_jax.data import cache, images, slices, transforms
+from enmp_jax.data import cache, images, pretexts, slices, transforms
 from enmp_jax.data import labels as label_map
 from enmp_jax.data.base import Examples, Kind, Preprocess, Progress, Raw, Source, Span
 from enmp_jax.data.files import FolderSource, JsonlSource, NpzSource
@@ -114,7 +114,10 @@ class _Reader:
     ) -> None:
         self.config, self.source, self.where = config, source, where
         self.transform, self.preprocess = transform, preprocess
-        self.class_names = label_map.class_names(config, source)
+        self.pretext = pretexts.parse(config.pretext, config.source) if config.pretext else None
+        if self.pretext and config.labels is not None:
+            raise UserError(f"{config.source}: pretext makes the labels, so a label map has nothing to map")
+        self.class_names = () if self.pretext else label_map.class_names(config, source)
         self.kind: Kind | None = None
         self.bad: list[str] = []
         self.first: tuple[str, tuple[int, ...]] | None = None
@@ -170,8 +173,14 @@ class _Reader:
             raise UserError(
                 f"{self.config.source} holds texts: transforms ({self.config.transforms[0]}) are for images"
             )
+        if self.pretext and self.kind == "text":
+            raise UserError(
+                f"{self.config.source} holds texts: pretexts ({self.config.pretext}) are for images"
+            )
         names = [name for part in parts for name in part.names]
         given = np.concatenate([part.labels for part in parts])
+        if self.pretext:
+            given = np.zeros_like(given)  # whatever the source says, also that it has no label
         labels = label_map.apply(given, names, self.config.labels, self.class_names, self.where)
         unlabelled = given == -1
         self.unlabelled += int(unlabelled.sum())
@@ -194,6 +203,8 @@ class _Reader:
                 continue
             good.append(i)
             keys.append(content_key(value))
+            if self.pretext:
+                value, labels[i] = self.pretext(value, keys[-1])
             values.append(self.transform(value) if self.kind == "image" else value)
         index = np.asarray(good, np.int64)
         inputs: dict[str, np.ndarray] = {}

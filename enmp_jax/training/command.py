@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from enmp_jax.data.preprocess import PlainImages
 from enmp_jax.errors import UserError
 from enmp_jax.heads import load_heads
 from enmp_jax.models.base import Backbone, Params
+from enmp_jax.progress import read_lines
 from enmp_jax.runs import environment, write_text
 from enmp_jax.tasks import Heads, stack_heads
 from enmp_jax.training.experts import Experts, train_experts
@@ -56,7 +58,11 @@ def _train_base(run: RunConfig, out: Path, say: Say) -> None:
     backbone = models.build(dict(config.architecture), run.base.dtype)
     height, width, channels = _image_shape(backbone)
     preprocess = PlainImages((height, width), channels)
-    examples = [load_examples(task.data, "train", run.root, preprocess) for task in config.tasks]
+    read = read_lines(say)
+    examples = [
+        load_examples(task.data, "train", run.root, preprocess, progress=partial(read, f"{task.name}, train"))
+        for task in config.tasks
+    ]
     out.mkdir(parents=True, exist_ok=True)
     params, losses = pretrain(
         backbone, examples, config, _progress(say, "base", config.steps), out / "checkpoints" / "base"
@@ -82,12 +88,17 @@ def _train_adapters(
     if not todo:
         say(f"all adapters are in {out / 'adapters'} already")
         return
+    read = read_lines(say)
     examples = [
-        load_examples(task.data, "train", run.root, preprocess_for(base, backbone.family, task.data))
+        load_examples(
+            task.data, "train", run.root, preprocess_for(base, backbone.family, task.data),
+            progress=partial(read, f"{task.name}, train"),
+        )
         for task in todo
-    ]
+    ]  # fmt: skip
     if config.head == "given":
-        heads = load_heads(run, {}, base, backbone, tasks=todo)
+        names = {task.name: e.class_names for task, e in zip(todo, examples, strict=True)}
+        heads = load_heads(run, {}, base, backbone, tasks=todo, class_names=names)
     else:
         heads = _fresh_heads(backbone, examples)
         if config.head == "probe":
