@@ -42,8 +42,8 @@ class Finalist:
     seed: int
     keep: Bool[np.ndarray, "*module"]
     scale: float
-    search: float
-    selection: float
+    search: float | None  # fitness on the search split; None: the search never scored it
+    selection: float = float("nan")
 
 
 def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
@@ -204,12 +204,12 @@ def _remember(memo: Memo, archive: dict[str, np.ndarray], generation: int, with_
 def finalists(problem: Problem, memo: Memo, seed: int, scale: float) -> list[Finalist]:
     """The best distinct masks of a search, and the plain merge: pruning must win its place."""
     found = [
-        Finalist(seed, c.keep, scale if c.scale is None else c.scale, c.fitness, np.nan)
+        Finalist(seed, c.keep, scale if c.scale is None else c.scale, c.fitness)
         for c in memo.finalists(problem.run.search.finalists)
     ]
     plain = problem.mask_spec.all_kept()
     if not any(f.keep.all() and f.scale == scale for f in found):
-        found.append(Finalist(seed, plain, scale, np.nan, np.nan))
+        found.append(Finalist(seed, plain, scale, None))
     return found
 
 
@@ -231,7 +231,7 @@ def select(problem: Problem, candidates: list[Finalist]) -> dict[int, Finalist]:
 
 
 def _rank(finalist: Finalist) -> tuple[float, float]:
-    return finalist.selection, -np.inf if np.isnan(finalist.search) else finalist.search
+    return finalist.selection, -np.inf if finalist.search is None else finalist.search
 
 
 def test(problem: Problem, best: Finalist, winners: Mapping[int, Finalist], scale: float) -> dict[str, Any]:

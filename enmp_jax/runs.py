@@ -73,7 +73,7 @@ class RunDirectory:
 
     def write_json(self, name: str, data: Any) -> None:
         """Write JSON, whole or not at all."""
-        self.write(name, json.dumps(data, indent=1) + "\n")
+        self.write(name, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
     def append_history(self, record: dict[str, Any]) -> None:
         """Add a line to ``history.jsonl``."""

@@ -1,0 +1,37 @@
+"""Fixtures that several rooms share; every test process has its own cache."""
+
+import os
+import tempfile
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["ENMP_CACHE"] = tempfile.mkdtemp(prefix="enmp-test-cache-")
+
+import dataclasses
+
+import pytest
+
+from enmp_jax import config
+
+
+@pytest.fixture(scope="session")
+def demo_run():
+    """The packaged demo, with few examples and a short search."""
+    run = config.load(config.SUITES / "demo.yaml")
+    return dataclasses.replace(
+        run,
+        search=dataclasses.replace(
+            run.search, population=4, generations=3, seeds=1, finalists=3, sigma0=1.0, checkpoint_every=1
+        ),
+        evaluation=dataclasses.replace(
+            run.evaluation, batch_size=30, search_examples=10, selection_examples=8, test_examples=9
+        ),
+        merge=dataclasses.replace(run.merge, scale_grid=(0.3, 0.6)),
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_problem(demo_run):
+    """The demo, loaded."""
+    from enmp_jax.problem import load
+
+    return load(demo_run)
