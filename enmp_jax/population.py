@@ -7,21 +7,21 @@ left to the compiler: sharded base weights decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num
 
 from enmp_jax.data.batches import Batches
-from enmp_jax.errors import UserError
 from enmp_jax.merges.base import Ingredients, Merge
+from enmp_jax.mesh import AXES, make_mesh, put, replicate, shard_params
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.tasks import Counts, Heads, class_log_probabilities, count
-
-AXES = ("population", "data", "model")
 
 
 class Fixed(NamedTuple):
@@ -33,27 +33,9 @@ class Fixed(NamedTuple):
     batches: tuple[Batches, ...]  # one per bucket of input lengths
 
 
+__all__ = ["AXES", "Evaluate", "Fixed", "make_evaluate", "make_mesh", "place"]
+
 Evaluate = Callable[[Fixed, Num[Array, "member ..."], Float[Array, " member"]], Counts]
-
-
-def make_mesh(
-    population: int = 1, data: int = 1, model: int = 1, devices: Sequence[Any] | None = None
-) -> Mesh:
-    """A mesh with the axes ``population``, ``data`` and ``model``, on the first devices.
-
-    Raises:
-        UserError: fewer devices than asked for.
-    """
-    n = population * data * model
-    devices = list(devices) if devices is not None else jax.devices()
-    if n > len(devices):
-        raise UserError(
-            f"a mesh of {population} x {data} x {model} needs {n} devices; there are {len(devices)}"
-        )
-    # Auto axes: under Explicit ones, vmap of scan and evosax's tell fail.
-    return jax.make_mesh(
-        (population, data, model), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:n]
-    )
 
 
 def make_evaluate(
@@ -66,7 +48,7 @@ def make_evaluate(
         merge: the merge method.
         n_tasks: number of tasks T.
         mesh: devices; default: one device.
-        member_chunk: members evaluated together on a device (memory); default: all of them.
+        member_chunk: most members evaluated together on a device (memory); default: all of them.
 
     Any P works on any mesh: it is padded with copies of the last member, which are dropped.
     """
@@ -89,21 +71,22 @@ def make_evaluate(
             total, _ = jax.lax.scan(step, total, bucket)
         return total
 
-    def shard(fixed: Fixed, keep: Array, scale: Array) -> Counts:
-        # member_chunk None is a plain vmap: shared base weights, one batched matmul over all members.
-        counts = jax.lax.map(
-            lambda args: member(fixed, *args), (keep, scale), batch_size=member_chunk or keep.shape[0]
-        )
-        return jax.lax.psum(counts, "data")
+    def shard(fixed: Fixed, keep: Array, scale: Array, chunk: int) -> Counts:
+        # One chunk is a plain vmap: shared base weights, one batched matmul over all members.
+        counts = jax.lax.map(lambda args: member(fixed, *args), (keep, scale), batch_size=chunk)
+        return jax.lax.psum(counts, "data") if mesh.shape["data"] > 1 else counts
 
     def evaluate(fixed: Fixed, keep: Num[Array, "member ..."], scale: Float[Array, " member"]) -> Counts:
         size = keep.shape[0]
-        keep, scale = (_pad(x, -size % n_shards) for x in (keep, scale))
+        share = math.ceil(size / n_shards)
+        rounds = math.ceil(share / (member_chunk or share))
+        chunk = math.ceil(share / rounds)  # equal chunks: a remainder would compile all of it again
+        keep, scale = (_pad(x, n_shards * rounds * chunk - size) for x in (keep, scale))
         members, replicated = PartitionSpec("population"), PartitionSpec()
         specs = Fixed(replicated, replicated, replicated, PartitionSpec(None, "data"))  # type: ignore[arg-type]
         # No check of varying axes: merges and models, which know no mesh, have scans of their own.
         counts = jax.shard_map(
-            shard,
+            partial(shard, chunk=chunk),
             mesh=mesh,
             in_specs=(specs, members, members),
             out_specs=members,
@@ -117,10 +100,17 @@ def make_evaluate(
 
 
 def place(fixed: Fixed, mesh: Mesh) -> Fixed:
-    """Put what all members share on the mesh: batches split over ``data``, the rest replicated."""
-    batches = jax.device_put(fixed.batches, NamedSharding(mesh, PartitionSpec(None, "data")))
-    rest = jax.device_put(fixed._replace(batches=()), NamedSharding(mesh, PartitionSpec()))
-    return rest._replace(batches=batches)
+    """Put what all members share on the mesh.
+
+    Batches are split over ``data``, base weights over ``model`` by their logical axes, adapters and
+    heads are everywhere. Parameters that are there already (``models.load(place=...)``) do not move.
+    """
+    return Fixed(
+        jax.tree.map(put, fixed.params, shard_params(fixed.params, mesh)),
+        replicate(fixed.ingredients, mesh),
+        replicate(fixed.heads, mesh),
+        put(fixed.batches, NamedSharding(mesh, PartitionSpec(None, "data"))),
+    )
 
 
 def _pad(x: Array, extra: int) -> Array:

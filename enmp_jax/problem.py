@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Num
 
-from enmp_jax import experts, merges, models
+from enmp_jax import experts, merges, models, plan
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.config import RunConfig
 from enmp_jax.data import Examples, batch, check_splits, load_examples, preprocess_for
@@ -22,8 +23,10 @@ from enmp_jax.heads import load_heads
 from enmp_jax.lora import LoraStack
 from enmp_jax.masks import MaskSpec
 from enmp_jax.merges.base import Ingredients, Merge
+from enmp_jax.mesh import AXES, choose_shape, make_mesh, param_sharding
+from enmp_jax.models import checkpoint
 from enmp_jax.models.base import Backbone, Params
-from enmp_jax.population import AXES, Fixed, make_evaluate, make_mesh, place
+from enmp_jax.population import Fixed, make_evaluate, place
 from enmp_jax.progress import SILENT, Reporter
 from enmp_jax.tasks import Counts, Heads, Scoring
 
@@ -79,14 +82,30 @@ class Problem:
 
     def evaluator(self, merge: Merge | None = None) -> Callable[..., Counts]:
         """The function ``(fixed, keep, scale) -> Counts`` of ``population.make_evaluate``, counted."""
-        chunk = self.run.evaluation.member_chunk or (4 if jax.default_backend() == "cpu" else None)
-        evaluate = make_evaluate(self.backbone, merge or self.merge, len(self.tasks), self.mesh, chunk)
+        merge = merge or self.merge
 
         def counted(fixed, keep, scale):
             self.compilations += 1  # runs when traced, not when called
-            return evaluate(fixed, keep, scale)
+            chunk = self.member_chunk(merge, fixed)
+            return make_evaluate(self.backbone, merge, len(self.tasks), self.mesh, chunk)(fixed, keep, scale)
 
         return counted
+
+    def member_chunk(self, merge: Merge, fixed: Fixed) -> int:
+        """Members that a device evaluates together: the run file's, or what fits (see ``plan``)."""
+        members = math.ceil(self.run.search.population / self.mesh.shape["population"])
+        if self.run.evaluation.member_chunk:
+            return min(members, self.run.evaluation.member_chunk)
+        deltas, _ = plan.delta_bytes(merge, fixed.ingredients, self.mask_spec.shape)
+        data = self.mesh.shape["data"]  # inside a trace nothing knows how it is divided
+        activations = max(
+            plan.activation_bytes(self.backbone, {k: _rows(v, data) for k, v in bucket.inputs.items()})
+            for bucket in fixed.batches
+        )
+        shared = plan.n_bytes(self.params) + plan.n_bytes((fixed.ingredients, fixed.heads))
+        shared += plan.n_bytes(fixed.batches) // data
+        free = int(plan.USABLE * plan.device_memory()) - shared
+        return plan.choose_member_chunk(members, deltas + activations, free)
 
     def score(
         self, fixed: Fixed, keep: Num[np.ndarray, "member ..."], scale: Float[np.ndarray, " member"]
@@ -138,6 +157,11 @@ class Problem:
         return Scoring(jnp.asarray(sizes), jnp.asarray(reference, jnp.float32))
 
 
+def _rows(x: Any, data: int) -> jax.ShapeDtypeStruct:
+    """What a device has of one batch, of inputs [batches, row, ...]."""
+    return jax.ShapeDtypeStruct((x.shape[1] // data, *x.shape[2:]), x.dtype)
+
+
 def in_populations(evaluate, fixed: Fixed, keep: np.ndarray, scale: np.ndarray, size: int) -> Counts:
     """Call a compiled evaluation on any number of masks, ``size`` at a time (one shape, one compilation)."""
     parts: list[Counts] = []
@@ -166,7 +190,9 @@ def load(
         run.merge.method, run.merge.space, run.merge.isotropize, **run.merge.hyperparameters()
     )
     base = run.path(run.base.model)
-    backbone, params = models.load(base, dtype=run.base.dtype)
+    backbone = models.build(checkpoint.read_config(checkpoint.find(base)), run.base.dtype)
+    mesh = choose_mesh(run, backbone)
+    backbone, params = models.load(base, dtype=run.base.dtype, place=param_sharding(mesh))
     adapters = load_adapters(
         {task.name: run.path(task.adapter) for task in run.tasks},
         backbone.canonical,
@@ -179,17 +205,29 @@ def load(
     names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
     heads = load_heads(run, adapters.heads, base, backbone, class_names=names)
     check_labels(run, heads, examples)
-    shape = run.evaluation.mesh or {"population": jax.device_count()}
+    return Problem(run, backbone, params, adapters.stack, adapters, heads, examples, mesh, merge, base)
+
+
+def choose_mesh(run: RunConfig, backbone: Backbone) -> Mesh:
+    """The run file's mesh, or the one for these devices, this population and this base model.
+
+    Raises:
+        UserError: an unknown axis, too few devices, or a batch that ``data`` does not divide.
+    """
+    shape = run.evaluation.mesh
+    if shape is None:
+        model = plan.smallest_model_axis(backbone, jax.device_count())
+        shape = choose_shape(jax.device_count(), run.search.population, run.evaluation.batch_size, model)
     unknown = [axis for axis in shape if axis not in AXES]
     if unknown:
         raise UserError(f"evaluation.mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
-    mesh = make_mesh(*(shape.get(axis, 1) for axis in AXES))
+    mesh = make_mesh(shape.get("population", 1), shape.get("data", 1), shape.get("model", 1))
     if run.evaluation.batch_size % mesh.shape["data"]:
         raise UserError(
             f"evaluation.batch_size {run.evaluation.batch_size} does not divide over the "
             f"{mesh.shape['data']} devices of the mesh axis data"
         )
-    return Problem(run, backbone, params, adapters.stack, adapters, heads, examples, mesh, merge, base)
+    return mesh
 
 
 def load_splits(

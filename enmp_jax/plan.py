@@ -1,0 +1,242 @@
+"""What a search costs before it runs: bytes on a device, FLOPs of a mask, time; and what follows from it.
+
+The cost model is small on purpose. Per member and batch, the live activations of one layer are about
+
+    rows * (4 bytes or 2 * tokens * (6 width + 2 hidden (3 where gated)) + 8 bytes * heads * tokens^2)
+
+(measured with XLA's ``memory_analysis`` on ViT-B/32 and Llama shapes: within 30 % there, rather above
+than below in float32). To that come the member's deltas: the cores of low-rank ones; of dense
+ones every full matrix, and while they are merged three arrays per task of the largest.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from enmp_jax.deltas import Dense, LowRank
+from enmp_jax.flops import count_flops
+from enmp_jax.merges.base import Ingredients, Merge
+from enmp_jax.models.base import Backbone
+
+BASE_SHARE = 0.6
+"""Most of a device's memory that base weights may take; above it they are divided over ``model``."""
+USABLE = 0.85
+"""Share of a device's memory that is planned with; the rest is the compiler's and the allocator's."""
+
+
+def device_memory(device: Any = None) -> int:
+    """Bytes of memory of a device; of a CPU, its share of half of the machine's memory."""
+    device = device or jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // 2 // jax.local_device_count()
+
+
+def n_bytes(tree: Any) -> int:
+    """Bytes of a pytree on one device: of sharded arrays, one shard."""
+
+    def one(x: Any) -> int:
+        sharding = getattr(x, "sharding", None)
+        shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+        return math.prod(shape) * _itemsize(x.dtype)
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def _itemsize(dtype: Any) -> int:
+    return 16 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else jnp.dtype(dtype).itemsize
+
+
+def smallest_model_axis(backbone: Backbone, devices: int, memory: int | None = None) -> int:
+    """Over how many devices the base weights must be divided to fit: the smallest divisor that does."""
+    base = n_bytes(jax.eval_shape(backbone.init, jax.random.key(0)))
+    room = BASE_SHARE * (memory or device_memory())
+    fitting = (m for m in range(1, devices + 1) if devices % m == 0 and base / m <= room)
+    return next(fitting, devices)
+
+
+def n_tokens(backbone: Backbone, inputs: Any) -> int:
+    """Tokens of one example that the layers see."""
+    params = jax.eval_shape(backbone.init, jax.random.key(0))
+    return jax.eval_shape(backbone.hidden_states, params, inputs).shape[2]
+
+
+def activation_bytes(backbone: Backbone, inputs: Any, platform: str | None = None) -> int:
+    """Activations of one member for one batch (see the module docstring), in bytes.
+
+    Args:
+        backbone: the base model.
+        inputs: one batch of inputs, arrays or shapes [row, ...]; rows of one device.
+        platform: CPUs compute bfloat16 in float32; default: the default backend.
+    """
+    block, rows = backbone.config.block, jax.tree.leaves(inputs)[0].shape[0]
+    tokens = n_tokens(backbone, inputs)
+    width = 4 if (platform or jax.default_backend()) == "cpu" else jnp.dtype(block.dtype).itemsize
+    per_token = 6 * block.width + (3 if block.gated else 2) * block.hidden
+    return rows * (tokens * width * per_token + 8 * block.heads * tokens**2)
+
+
+def delta_bytes(merge: Merge, ingredients: Ingredients, keep_shape: tuple[int, ...]) -> tuple[int, bool]:
+    """Bytes of deltas that each member has of its own, and whether any is dense."""
+    keep, scale = jax.ShapeDtypeStruct(keep_shape, jnp.bool_), jax.ShapeDtypeStruct((), jnp.float32)
+    deltas = jax.eval_shape(merge.merge, ingredients, keep, scale)
+    own = [d.core if isinstance(d, LowRank) else d.weight for d in deltas.values()]
+    dense = [d.weight for d in deltas.values() if isinstance(d, Dense)]
+    largest = max((math.prod(w.shape[1:]) for w in dense), default=0)
+    return n_bytes(own) + 3 * keep_shape[-1] * 4 * largest, bool(dense)
+
+
+def choose_member_chunk(members: int, per_member: int, free: int, platform: str | None = None) -> int:
+    """How many members a device evaluates together.
+
+    As many as fit, but at most a quarter of its members (4 on a CPU, for its caches): known masks are
+    left out by the chunk, so large chunks would evaluate masks that nobody needs.
+
+    Args:
+        members: of a generation, on this device.
+        per_member: bytes that each takes.
+        free: bytes that there are for them.
+        platform: of the devices; default: the default backend.
+    """
+    most = 4 if (platform or jax.default_backend()) == "cpu" else max(1, math.ceil(members / 4))
+    fits = max(1, free // max(per_member, 1))
+    return min(members, most, fits)
+
+
+def matmul_rate(dtype: Any, size: int | None = None, repeats: int = 5) -> float:
+    """Measured FLOP/s of a square matrix product on one device: the ceiling of any forward pass."""
+    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``enmp search --plan`` prints. Bytes are those of one device."""
+
+    mesh: dict[str, int]
+    member_chunk: int
+    memory: int
+    base: int
+    adapters: int
+    batches: int
+    deltas: int
+    activations: int
+    flops_per_mask: int
+    masks: int
+    matmul_rate: float
+    devices: int
+
+    @property
+    def total(self) -> int:
+        """All bytes on a device."""
+        return self.base + self.adapters + self.batches + self.deltas + self.activations
+
+    @property
+    def seconds(self) -> float:
+        """Time of all masks at the measured rate of matrix products: nothing can be faster."""
+        return self.masks * self.flops_per_mask / (self.matmul_rate * self.devices)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+        parts = {
+            "base weights": self.base, "adapters and heads": self.adapters, "batches": self.batches,
+            f"deltas of {self.member_chunk} members": self.deltas,
+            f"activations of {self.member_chunk} members": self.activations,
+            "total": self.total,
+        }  # fmt: skip
+        wide = max(map(len, parts)) + 2
+        return [
+            f"mesh: {mesh} ({self.devices} device{'s' * (self.devices > 1)})",
+            f"members together on a device: {self.member_chunk}",
+            f"bytes on a device, of {_bytes(self.memory)}:",
+            *(f"  {name:<{wide}}{_bytes(value):>10}" for name, value in parts.items()),
+            *(["  MORE THAN THERE IS: set evaluation.mesh, batch_size or member_chunk"] * self.too_large),
+            f"one mask: {self.flops_per_mask / 1e9:,.1f} GFLOP",
+            f"the search: at most {self.masks} masks (repeated ones cost nothing)",
+            f"measured matrix products: {self.matmul_rate / 1e9:,.0f} GFLOP/s a device",
+            f"time at that rate: {_seconds(self.seconds)}; no pass is faster, and compiling comes on top",
+        ]
+
+    @property
+    def too_large(self) -> bool:
+        """Whether a device has less memory than that."""
+        return self.total > self.memory
+
+
+def make_plan(problem: Any, rate: float | None = None) -> Plan:
+    """The plan of a loaded ``Problem``'s search; runs nothing but a matrix product.
+
+    Args:
+        problem: a ``problem.Problem`` with its search split.
+        rate: FLOP/s of a device; default: measured.
+    """
+    fixed, search = problem.fixed("search"), problem.run.search
+    chunk = problem.member_chunk(problem.merge, fixed)
+    own, _ = delta_bytes(problem.merge, problem.ingredients, problem.mask_spec.shape)
+    return Plan(
+        mesh=dict(problem.mesh.shape),
+        member_chunk=chunk,
+        memory=device_memory(),
+        base=n_bytes(fixed.params),
+        adapters=n_bytes((fixed.ingredients, fixed.heads)),
+        batches=n_bytes(fixed.batches),
+        deltas=chunk * own,
+        activations=chunk * largest_activations(problem.backbone, fixed.batches),
+        flops_per_mask=mask_flops(problem.backbone, problem.merge, fixed, problem.mask_spec.shape),
+        masks=search.population * search.generations * search.seeds,
+        matmul_rate=rate or matmul_rate(problem.backbone.config.block.dtype),
+        devices=problem.mesh.size,
+    )
+
+
+def largest_activations(backbone: Backbone, batches: Any) -> int:
+    """Activations of one member for the largest batch on a device."""
+
+    def rows(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(x, "sharding", None)
+        shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+        return jax.ShapeDtypeStruct(shape[1:], x.dtype)
+
+    return max(activation_bytes(backbone, jax.tree.map(rows, bucket.inputs)) for bucket in batches)
+
+
+def mask_flops(backbone: Backbone, merge: Merge, fixed: Any, keep_shape: tuple[int, ...]) -> int:
+    """FLOPs of the forward passes of one mask over all batches, low-rank deltas included."""
+    keep, scale = jax.ShapeDtypeStruct(keep_shape, jnp.bool_), jax.ShapeDtypeStruct((), jnp.float32)
+    deltas = jax.eval_shape(merge.merge, fixed.ingredients, keep, scale)
+    total = 0
+    for bucket in fixed.batches:
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), bucket.inputs)
+        total += bucket.label.shape[0] * count_flops(backbone.features, fixed.params, one, deltas)
+    return total
+
+
+def _bytes(n: int) -> str:
+    value, units = float(n), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.1f} {units[0]}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
