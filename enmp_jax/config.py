@@ -52,7 +52,7 @@ class DataConfig:
     """Keys of the text and, for pairs, the second text."""
     label: str = "label"
     pretext: str | None = None
-    """Compute the label from the image instead (``rotation`` or ``ink:ROW,COLUMN``, see ``data.pretexts``)."""
+    """Compute the label from the image: ``rotation`` or ``ink:ROW,COLUMN`` (``data.pretexts``)."""
     transforms: tuple[str, ...] = ()
     """Applied to images in this order: rotate90, rotate180, rotate270, mirror, flip, invert, occlude."""
     labels: tuple[int, ...] | None = None

@@ -40,7 +40,10 @@ def evaluate_run(
     if mask is not None and not mask.exists():
         raise UserError(f"there is no mask {mask}")
     tunes = not experts and scale is None and run.merge.scale == "auto"
-    problem = load(run, tuple(dict.fromkeys((split, *(["search"] if tunes and mask is None else [])))), reporter)
+    splits: list[Which] = [split]
+    if tunes and mask is None and split != "search":
+        splits.append("search")
+    problem = load(run, splits, reporter)
     saved = None if mask is None else masks.load(mask, problem.stack)
     reporter.say(f"scoring {sum(problem.sizes(split)):.0f} examples of {split}")
     sizes = problem.sizes(split)

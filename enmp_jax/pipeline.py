@@ -30,7 +30,7 @@ from enmp_jax.tasks import Scoring, by_task
 class MemberScores(NamedTuple):
     """What the search records of every member of a generation."""
 
-    fitness: Float[Array, " member"]
+    fitness: Float[Array | np.ndarray, " member"]
     keep: Bool[Array, "member *module"]
     scale: Float[Array, " member"]
 

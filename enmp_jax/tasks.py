@@ -102,19 +102,19 @@ class Scoring(NamedTuple):
     examples: Float[Array, " task"]
     reference: Float[Array, " task"]
 
-    def accuracy(self, counts: Counts) -> Float[Array, "*member task"]:
+    def accuracy(self, counts: Counts) -> Float[Array | np.ndarray, "*member task"]:
         """Accuracies in 0..1."""
         return counts.correct / self.examples
 
-    def normalised(self, counts: Counts) -> Float[Array, "*member"]:
+    def normalised(self, counts: Counts) -> Float[Array | np.ndarray, "*member"]:
         """Mean over tasks of accuracy / reference accuracy."""
         return (self.accuracy(counts) / self.reference).mean(-1)
 
-    def mean_log_likelihood(self, counts: Counts) -> Float[Array, "*member"]:
+    def mean_log_likelihood(self, counts: Counts) -> Float[Array | np.ndarray, "*member"]:
         """Mean over tasks of the mean log-likelihood of the labels (natural logarithm)."""
         return (counts.log_likelihood / self.examples).mean(-1)
 
-    def fitness(self, counts: Counts, kind: str) -> Float[Array, "*member"]:
+    def fitness(self, counts: Counts, kind: str) -> Float[Array | np.ndarray, "*member"]:
         """Higher is better; ``kind`` is ``accuracy`` or ``log_likelihood``."""
         return self.normalised(counts) if kind == "accuracy" else self.mean_log_likelihood(counts)
 

@@ -7,10 +7,19 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["ENMP_CACHE"] = tempfile.mkdtemp(prefix="enmp-test-cache-")
 
 import dataclasses
+import getpass
+from importlib.metadata import version
+from pathlib import Path
 
+import jax
 import pytest
 
 from enmp_jax import config
+
+# Compiled programs are shared by the test processes and kept between runs: most of the time goes there.
+_XLA = Path(tempfile.gettempdir()) / f"enmp-test-xla-{getpass.getuser()}-{version('jaxlib')}"
+jax.config.update("jax_compilation_cache_dir", str(_XLA))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,8 @@ def partly_other_base(tmp_path, data):
     tensors = load_file(path)
     renamed = {k.replace("q_proj", "queries"): np.ascontiguousarray(v) for k, v in tensors.items()}
     save_file(renamed, path)
+    settings = path.with_name("adapter_config.json")
+    settings.write_text(settings.read_text().replace("q_proj", "queries"))
 
 
 def nan(tmp_path, data):
