@@ -6,16 +6,16 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-reference check demo-train clean-venv
+.PHONY: demo test test-reference check demo-train
 
 demo: $(VENV)/.base
 	$(BIN)/enmp demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --ignore=tests/reference
+	$(BIN)/python -m pytest -n 2 -rs --ignore=tests/reference
 
 test-reference: $(VENV)/.reference
-	$(BIN)/python -m pytest -n 2 tests/reference
+	$(BIN)/python -m pytest -n 2 -rs tests/reference
 
 check: $(VENV)/.test
 	$(BIN)/ruff check

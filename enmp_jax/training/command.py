@@ -122,20 +122,17 @@ def _save_expert(path: Path, experts: Experts, i: int, run: RunConfig, base: str
     for template, (a, b) in experts.factors.items():
         for layer in range(a.shape[1]):
             modules[template.format(layer)] = (a[i, layer], b[i, layer])
-    n = int(np.asarray(experts.heads.allowed[i]).sum())
-    head = {
-        "weight": np.asarray(experts.heads.weight[i, :n]),
-        "bias": np.asarray(experts.heads.bias[i, :n]),
-    }
+    weight, bias = np.asarray(experts.heads.weight[i]), np.asarray(experts.heads.bias[i])
+    # Rows of padding go; a class that is only masked in this run keeps its row.
+    n = np.flatnonzero(np.asarray(experts.heads.allowed[i]) | weight.any(axis=1))[-1] + 1
+    head = {"weight": weight[:n], "bias": bias[:n]}
     save_adapter(
         path,
         modules,
         rank=run.train.rank,
         alpha=run.train.alpha,
         base_model_name=base,
-        heads={"classifier": head},
-        target_modules=sorted({template.rsplit(".", 1)[-1] for template in experts.factors}),
-        task_type=None,
+        heads={"classifier": head},  # target modules: full names, which match nothing else in any base
     )
 
 
