@@ -67,7 +67,7 @@ def lift(method: LayerMethod, seed: int = 0) -> Merge:
             return jax.lax.map(lambda xs: function(*xs), arguments)
         return jax.vmap(function)(*arguments)
 
-    # layer by layer: batched QRs side by side deadlock XLA's thread pool on two cores (jax 0.10)
+    # layer by layer: the temporaries of one layer at a time
     prepare_layers = jax.jit(lambda inputs: jax.lax.map(method.prepare, inputs))
 
     def prepare(stack: LoraStack) -> Ingredients:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from enmp_jax.deltas import Dense, LowRank
 from enmp_jax.merges.base import LayerInputs, LayerMethod
+from enmp_jax.merges.batching import one_by_one
 from enmp_jax.merges.spaces import Factors, Size, core_bases, factorise, knots
 from enmp_jax.merges.thresholds import threshold_of_largest
 
@@ -81,7 +82,7 @@ def _merge(
         counts = method.counts
         top = size.lookup(lambda rows, columns: counts(rows * columns)[0])
         last = size.lookup(lambda rows, columns: counts(rows * columns)[1])
-        low, high = jax.vmap(lambda m: _limits(m, top, last))(jax.lax.stop_gradient(jnp.abs(x)))
+        low, high = _limits_of_tasks(jax.lax.stop_gradient(jnp.abs(x)), top, last)
         x = _survivors(x, low, high)
     votes = method.combine.vote(x, weights) if method.combine.vote else jnp.zeros((), x.dtype)
     return method.combine.combine(x, weights, votes)
@@ -95,6 +96,9 @@ def _limits(
     if not (isinstance(top, int) and top == 0):
         high = jnp.where(top > 0, threshold_of_largest(magnitudes, jnp.maximum(top, 1)), high)
     return threshold_of_largest(magnitudes, last), high
+
+
+_limits_of_tasks = one_by_one(jax.vmap(_limits, (0, None, None)))
 
 
 def _survivors(x: Tasks, low: Float[Array, " task"], high: Float[Array, " task"]) -> Tasks:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from enmp_jax.deltas import Delta, Dense, LowRank
 from enmp_jax.merges.base import Ingredients, LayerInputs, LayerMethod
+from enmp_jax.merges.linalg import qr
 from enmp_jax.merges.spectral import isotropic
 from enmp_jax.merges.sum import sum_
 
@@ -41,8 +42,8 @@ def isotropized(method: LayerMethod) -> LayerMethod:
         delta = method.merge(inner, jnp.ones(inputs.b.shape[0], inputs.b.dtype))
         if isinstance(delta, Dense):
             return _Ingredients(inner, None, None)
-        right = None if delta.right is None else _qr(delta.right.T)
-        return _Ingredients(inner, _qr(delta.left), right)
+        right = None if delta.right is None else qr(delta.right.T)
+        return _Ingredients(inner, qr(delta.left), right)
 
     def merge(ingredients: _Ingredients, weights: Float[Array, " task"]) -> Delta:
         delta = method.merge(ingredients.inner, weights)
@@ -56,8 +57,3 @@ def isotropized(method: LayerMethod) -> LayerMethod:
         return LowRank(q_left, isotropic(r_left @ delta.core @ r_right.T), q_right.T)
 
     return LayerMethod(prepare, merge, method.sequential)
-
-
-def _qr(factor: Float[Array, "out k"]) -> tuple[Float[Array, "out j"], Float[Array, "j k"]]:
-    q, r = jnp.linalg.qr(factor)
-    return q, r

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from enmp_jax.merges.base import LayerMethod
+from enmp_jax.merges.linalg import svd
 from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, in_space
-from enmp_jax.merges.spectral import polar, svd
+from enmp_jax.merges.spectral import polar
 
 
 def iso_cts(space: str = "full", common_fraction: float = 0.8) -> LayerMethod:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from enmp_jax.deltas import LowRank
 from enmp_jax.merges.base import LayerInputs, LayerMethod
-from enmp_jax.merges.spectral import svd
+from enmp_jax.merges.linalg import orthonormal, qr, svd
 
 KNOTS_CUT = 1e-5
 SPACES = ("full", "knots", "core")
@@ -76,10 +76,9 @@ class MatrixMethod(NamedTuple):
 def factorise(inputs: LayerInputs) -> Factors:
     """QR of the stacked and of the single factors."""
     tasks, out, rank = inputs.b.shape
-    q_b, r_b = _qr(jnp.moveaxis(inputs.b, 0, 1).reshape(out, tasks * rank))
-    q_a, r_a = _qr(inputs.a.reshape(tasks * rank, -1).T)
-    # one task at a time: two batched QRs side by side deadlock XLA's thread pool on two cores
-    own_a, own_r = jax.lax.map(lambda a: _qr(a.T), inputs.a)
+    q_b, r_b = qr(jnp.moveaxis(inputs.b, 0, 1).reshape(out, tasks * rank))
+    q_a, r_a = qr(inputs.a.reshape(tasks * rank, -1).T)
+    own_a, own_r = jax.vmap(lambda a: qr(a.T))(inputs.a)
     r_b, r_a = (jnp.moveaxis(r.reshape(-1, tasks, rank), 1, 0) for r in (r_b, r_a))
     left = jnp.matmul(r_b, jnp.swapaxes(own_r, 1, 2))
     return Factors(q_b, q_a, r_b, r_a, own_a, left, jnp.matmul(jnp.swapaxes(own_a, 1, 2), q_a), inputs.rank)
@@ -118,7 +117,7 @@ def knots(factors: Factors, weights: Float[Array, " task"]) -> tuple[Float[Array
     valid = s > jnp.maximum(KNOTS_CUT, 10 * jnp.finfo(s.dtype).eps * s[0])
     vt = jnp.where(valid[:, None], vt, 0)
     # twice: CART truncates between nearly equal singular values, which magnifies rounding 1000 times
-    vt = _orthonormal(_orthonormal(vt.T)).T
+    vt = orthonormal(orthonormal(vt.T)).T
     v = jnp.moveaxis(vt.reshape(-1, tasks, rank), 1, 0)
     columns = factors.own_a.shape[1]
     table = tuple((k, columns) for k in range(s.shape[0] + 1))
@@ -149,13 +148,3 @@ def _size(space: str, factors: Factors, weights: Float[Array, " task"]) -> Size:
     tasks, _, rank = factors.left.shape
     table = tuple((min(rows, k), min(columns, k)) for k in range(tasks * rank + 1))
     return Size(table, jnp.sum(jnp.where(weights > 0, factors.rank, 0)))
-
-
-def _qr(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m k"], Float[Array, "k n"]]:
-    q = _orthonormal(jnp.linalg.qr(matrix)[0])
-    return q, q.T @ matrix
-
-
-def _orthonormal(q: Float[Array, "m k"]) -> Float[Array, "m k"]:
-    """One Newton step: float32 QR and SVD leave columns orthonormal to about 1e-6, this to 1e-7."""
-    return 1.5 * q - 0.5 * q @ (q.T @ q)

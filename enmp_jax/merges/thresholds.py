@@ -25,13 +25,16 @@ def threshold_of_largest(
 def _kth_largest(magnitudes: Float[Array, "row column"], count: Int[Array, ""] | int) -> Float[Array, ""]:
     width = 8 * magnitudes.dtype.itemsize
     integer = {16: jnp.int16, 32: jnp.int32, 64: jnp.int64}[width]
-    # non-negative floats are ordered like their bits
-    bits = jax.lax.bitcast_convert_type(magnitudes, integer)
 
     def step(i: Int[Array, ""], found: Int[Array, ""]) -> Int[Array, ""]:
+        # non-negative floats are ordered like their bits
         candidate = found | (jnp.ones((), integer) << (width - 2 - i).astype(integer))
-        enough = jnp.sum(bits >= candidate, dtype=jnp.int32) >= count
+        above = magnitudes >= jax.lax.bitcast_convert_type(candidate, magnitudes.dtype)
+        # sums of floats are three times faster on CPUs; exact, a column having fewer than 2**24 rows
+        columns = jnp.sum(above, axis=0, dtype=jnp.float32)
+        enough = jnp.sum(columns.astype(jnp.int32)) >= count
         return jnp.where(enough, candidate, found)
 
     found = jax.lax.fori_loop(0, width - 1, step, jnp.zeros((), integer))
-    return jax.lax.bitcast_convert_type(found, magnitudes.dtype)
+    kth = jax.lax.bitcast_convert_type(found, magnitudes.dtype)
+    return jnp.where(kth >= jnp.finfo(magnitudes.dtype).tiny, kth, 0)  # CPUs compare denormals as zeros

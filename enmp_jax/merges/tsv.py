@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from enmp_jax.merges.base import LayerMethod
+from enmp_jax.merges.linalg import svd
 from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, in_space
-from enmp_jax.merges.spectral import polar, svd
+from enmp_jax.merges.spectral import polar
 
 
 class Triplets(NamedTuple):
@@ -29,7 +31,7 @@ class Triplets(NamedTuple):
 
 def triplets(x: Coordinates) -> Triplets:
     """SVD of every task; its right factors having orthonormal rows, that of the left ones suffices."""
-    u, s, wt = svd(x.left)
+    u, s, wt = jax.vmap(svd)(x.left)
     kept = s > 10 * jnp.finfo(s.dtype).eps * s[:, :1]
     v = jnp.swapaxes(jnp.matmul(wt, x.right), 1, 2)
     return Triplets(jnp.where(kept[:, None], u, 0), jnp.where(kept, s, 0), jnp.where(kept[:, None], v, 0))
