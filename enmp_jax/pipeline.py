@@ -22,7 +22,8 @@ from enmp_jax.population import Fixed
 from enmp_jax.problem import Problem, load
 from enmp_jax.progress import Reporter
 from enmp_jax.runs import Checkpoints, RunDirectory
-from enmp_jax.search import loop, strategies
+from enmp_jax.search import device_memo, loop, strategies
+from enmp_jax.search.device_memo import DeviceMemo
 from enmp_jax.search.memo import Memo
 from enmp_jax.tasks import Scoring, by_task
 
@@ -33,6 +34,8 @@ class MemberScores(NamedTuple):
     fitness: Float[Array | np.ndarray, " member"]
     keep: Bool[Array, "member *module"]
     scale: Float[Array, " member"]
+    evaluated: Bool[Array, " member"]
+    """False where the memo knew the mask: no model was run for it."""
 
 
 @dataclass
@@ -75,6 +78,7 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
     scores = test(problem, best, winners, scale) | {
         "masks_evaluated": sum(memo.evaluated for memo in memos.values()),
         "distinct_masks": sum(len(memo) for memo in memos.values()),
+        "masks_run": searcher.masks_run,
         "masks_per_second": searcher.masks / searcher.seconds if searcher.masks else None,
         "scale_grid": {f"{value:g}": fitness for value, fitness in grid.items()},
         "modules": problem.mask_spec.n_modules,
@@ -105,17 +109,35 @@ def choose_scale(problem: Problem, fixed: Fixed, scoring: Scoring) -> tuple[floa
     return values[int(np.argmax(fitness))], dict(zip(values, map(float, fitness), strict=True))
 
 
-def make_fitness(problem: Problem) -> Callable[..., MemberScores]:
-    """``(genomes [P, G], fixed, scoring, scale) -> MemberScores``: all of it compiled with the search."""
+def make_fitness(problem: Problem, memo: bool = True) -> Callable[..., Any]:
+    """The evaluation of a search, all of it compiled with it.
+
+    ``(genomes [P, G], memo, fixed, scoring, scale) -> (MemberScores, memo)``: models are run only for
+    masks that are neither in the memo nor twice in the generation. Without ``memo``, for all of them:
+    ``(genomes, fixed, scoring, scale) -> MemberScores``.
+    """
     evaluate, kind, spec = problem.evaluator(), problem.run.search.fitness, problem.mask_spec
 
-    def fitness(genomes: Array, fixed: Fixed, scoring: Scoring, scale: Array) -> MemberScores:
-        keep = jax.vmap(spec.decode)(genomes)
+    def decode(genomes: Array, scale: Array) -> tuple[Array, Array]:
         scales = jax.vmap(lambda genome: spec.decode_scale(genome, scale))(genomes)
-        counts = evaluate(fixed, keep, scales)
-        return MemberScores(scoring.fitness(counts, kind), keep, scales)
+        return jax.vmap(spec.decode)(genomes), scales
 
-    return fitness
+    def score(keep: Array, scales: Array, fixed: Fixed, scoring: Scoring) -> Array:
+        return jnp.asarray(scoring.fitness(evaluate(fixed, keep, scales), kind))
+
+    def plain(genomes: Array, fixed: Fixed, scoring: Scoring, scale: Array) -> MemberScores:
+        keep, scales = decode(genomes, scale)
+        return MemberScores(score(keep, scales, fixed, scoring), keep, scales, jnp.ones(len(keep), bool))
+
+    def remembering(
+        genomes: Array, known: DeviceMemo, fixed: Fixed, scoring: Scoring, scale: Array
+    ) -> tuple[MemberScores, DeviceMemo]:
+        chunk = problem.mesh.shape["population"] * problem.member_chunk(problem.merge, fixed)
+        keep, scales = decode(genomes, scale)
+        found, known = device_memo.remembering(score, chunk)(known, keep, scales, fixed, scoring)
+        return MemberScores(found.fitness, keep, scales, found.evaluated), known
+
+    return remembering if memo else plain
 
 
 class Searcher:
@@ -132,8 +154,22 @@ class Searcher:
         sharding = NamedSharding(problem.mesh, PartitionSpec())
         self.step = loop.make_step(self.strategy, self.fitness, search.generations_per_dispatch, sharding)
         self.sharding = sharding
-        # Time and masks of the dispatches after the first, which compiles.
+        # Time and masks run of the dispatches after the first, which compiles.
         self.seconds, self.masks = 0.0, 0
+        self.masks_run = 0
+        # What earlier searches scored: the same masks, split and scale give the same fitness.
+        self._scored: list[dict[str, np.ndarray]] = []
+
+    def _memo(self, archive: dict[str, np.ndarray], start: int) -> DeviceMemo:
+        """The device's memo of the earlier searches and the first ``start`` generations of this one."""
+        search, shape = self.problem.run.search, self.problem.mask_spec.shape
+        own = {name: rows[:start] for name, rows in archive.items()}
+        keep, scale, fitness = (
+            np.concatenate([_flat(a[name]) for a in (*self._scored, own)])
+            for name in ("keep", "scale", "fitness")
+        )
+        capacity = search.population * search.generations * search.seeds
+        return device_memo.start(capacity, shape, keep, scale, fitness)
 
     def search(self, fixed: Fixed, scoring: Scoring, scale: float, seed: int) -> Memo:
         """One search; resumes from its newest checkpoint. Returns all masks that it scored."""
@@ -142,24 +178,28 @@ class Searcher:
         mean = jnp.asarray(spec.start(search.x0, scale))
         archive = _empty_archive(search.generations, search.population, spec.shape)
         checkpoints = Checkpoints(self.directory.path / "checkpoints" / f"seed-{seed}")
-        state, start = None, checkpoints.latest() or 0
+        state, start, run = None, checkpoints.latest() or 0, 0
         if start:
             saved = checkpoints.restore(start, {"state": self.strategy.init(key, mean), "archive": archive})
             state, archive = saved["state"], jax.tree.map(np.array, saved["archive"])
             for generation in range(start):
                 _remember(memo, archive, generation, search.search_scale)
+            run += int(archive["evaluated"][:start].sum())
             self.reporter.say(f"seed {seed}: goes on after generation {start}")
         self.directory.keep_history(seed, start)
-        clock = time.perf_counter()
+        clock, counted = time.perf_counter(), run
 
         def on_generation(generation: int, genomes: np.ndarray, scores: MemberScores) -> None:
+            nonlocal run
             for name, value in scores._asdict().items():
                 archive[name][generation] = value
             _remember(memo, archive, generation, search.search_scale)
+            run += int(scores.evaluated.sum())
             best = float(np.nanmax(archive["fitness"][: generation + 1]))
             self.directory.append_history({
                 "seed": seed, "generation": generation, "masks_evaluated": memo.evaluated,
-                "distinct_masks": len(memo), "best": best, "mean": float(np.nanmean(scores.fitness)),
+                "distinct_masks": len(memo), "masks_run": run, "best": best,
+                "mean": float(np.nanmean(scores.fitness)),
                 "fitness": [float(f) for f in scores.fitness],
                 "pruned": [spec.n_pruned(mask) for mask in scores.keep],
                 "scale": [float(s) for s in scores.scale],
@@ -167,12 +207,12 @@ class Searcher:
             self.reporter.advance(generation + 1, search.generations, best)
 
         def on_dispatch(done: int, state: Any) -> None:
-            nonlocal clock
+            nonlocal clock, counted
             now = time.perf_counter()
             if self._compiled:
                 self.seconds += now - clock
-                self.masks += search.population * min(search.generations_per_dispatch, done - start)
-            self._compiled = True
+                self.masks += run - counted
+            self._compiled, counted = True, run
             if done % search.checkpoint_every == 0 or done == search.generations:
                 checkpoints.save(done, {"state": state, "archive": archive})
             clock = time.perf_counter()
@@ -181,8 +221,11 @@ class Searcher:
             self.strategy, self.fitness, key, mean, search.generations,
             state=state, start=start, operands=(fixed, scoring, jnp.float32(scale)),
             on_generation=on_generation, on_dispatch=on_dispatch, sharding=self.sharding, step=self.step,
+            memory=self._memo(archive, start),
         )  # fmt: skip
         checkpoints.close()
+        self.masks_run += run
+        self._scored.append(archive)
         return memo
 
     _compiled = False
@@ -193,7 +236,12 @@ def _empty_archive(generations: int, population: int, shape: tuple[int, ...]) ->
         "fitness": np.full((generations, population), np.nan, np.float32),
         "keep": np.ones((generations, population, *shape), bool),
         "scale": np.zeros((generations, population), np.float32),
+        "evaluated": np.zeros((generations, population), bool),
     }
+
+
+def _flat(rows: np.ndarray) -> np.ndarray:
+    return rows.reshape(-1, *rows.shape[2:])
 
 
 def _remember(memo: Memo, archive: dict[str, np.ndarray], generation: int, with_scale: bool) -> None:

@@ -28,7 +28,7 @@ def random_stack(backbone, tasks=TASKS, rank=2, seed=1) -> LoraStack:
             task: {
                 name.format(layer): (
                     random.normal(size=(rank, inner)).astype("f"),
-                    random.normal(size=(out, rank), scale=0.3).astype("f"),
+                    random.normal(size=(out, rank)).astype("f"),
                 )
                 for name, (out, inner) in adapted.items()
                 for layer in range(backbone.n_layers)
@@ -45,7 +45,7 @@ def make_fixed(method="mean", examples=7, config=VIT, dtype="float32"):
     shapes = jax.eval_shape(backbone.init, jax.random.key(0))
     # weights large enough that scores differ between masks; norms stay at 1
     params = jax.tree.map(
-        lambda x: random.normal(size=x.shape, scale=0.1).astype("f") if x.ndim > 2 else np.ones(x.shape, "f"),
+        lambda x: random.normal(size=x.shape, scale=0.3).astype("f") if x.ndim > 2 else np.ones(x.shape, "f"),
         shapes,
     )
     params = jax.device_put(params)

@@ -11,9 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from device_problem import TASKS, make_fixed, masks
+from jax.sharding import NamedSharding, PartitionSpec
 
-from enmp_jax.mesh import choose_shape, make_mesh
-from enmp_jax.population import make_evaluate, place
+from enmp_jax import merges, models, plan
+from enmp_jax.data.batches import Batches
+from enmp_jax.lora import LoraPair, LoraStack
+from enmp_jax.masks import MaskSpec
+from enmp_jax.mesh import choose_shape, make_mesh, shard_params
+from enmp_jax.population import Fixed, make_evaluate, place
+from enmp_jax.search import device_memo, loop, strategies
+from enmp_jax.tasks import Heads
 
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 SHAPES = [
@@ -75,7 +82,7 @@ def compiled_text(problem, shape):
     backbone, merge, _, fixed = problem
     mesh = make_mesh(*shape)
     evaluate = jax.jit(make_evaluate(backbone, merge, len(TASKS), mesh))
-    return evaluate.lower(place(fixed, mesh), *masks(16)).compile().as_text()
+    return str(evaluate.lower(place(fixed, mesh), *masks(16)).compile().as_text())
 
 
 def test_the_only_communication_is_the_last_step(problem):
@@ -111,3 +118,115 @@ def test_base_weights_are_divided_over_the_model_axis(problem):
 def test_the_mesh_that_is_chosen(devices, population, batch_size, model, shape):
     chosen = choose_shape(devices, population, batch_size, model)
     assert (chosen["population"], chosen["data"], chosen["model"]) == (*shape, model)
+
+
+LLAMA_3_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0,
+}  # fmt: skip
+
+
+def abstract_problem(mesh, dtype, tasks=6, rank=16, rows=8, tokens=128, **changes):
+    """Llama-3-8B with six adapters as shapes and shardings: nothing is allocated."""
+    backbone, merge = models.build(LLAMA_3_8B | changes, dtype), merges.make("mean")
+
+    def on(x, spec=()):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def struct(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    n = backbone.n_layers
+    pairs = {
+        name: LoraPair(struct(n, tasks, rank, inner), struct(n, tasks, out, rank), ((rank,) * tasks,) * n)
+        for name, (out, inner) in backbone.modules.items()
+    }
+    names = tuple("abcdefgh"[:tasks])
+    params = jax.eval_shape(backbone.init, jax.random.key(0))
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shard_params(params, mesh)
+    )
+    ingredients = jax.eval_shape(merge.prepare, LoraStack(pairs, names))
+    ids, flat = struct(2, rows, tokens, dtype=jnp.int32), struct(2, rows, dtype=jnp.int32)
+    batches = Batches({"input_ids": ids, "attention_mask": ids}, flat, flat, struct(2, rows, dtype=jnp.bool_))
+    width = backbone.width
+    heads = Heads(
+        struct(tasks, 3, width), struct(tasks, 3), struct(tasks, 3, dtype=jnp.bool_), struct(tasks), False
+    )
+    ingredients, heads = jax.tree.map(on, (ingredients, heads))
+    batches = jax.tree.map(lambda x: on(x, (None, "data")), batches)
+    return backbone, merge, Fixed(params, ingredients, heads, (batches,))
+
+
+def compile_abstract(mesh, backbone, merge, fixed, members, tasks=6, chunk=None):
+    evaluate = make_evaluate(backbone, merge, tasks, mesh, chunk)
+    keep = jax.ShapeDtypeStruct((members, backbone.n_layers, tasks), jnp.bool_)
+    scale = jax.ShapeDtypeStruct((members,), jnp.float32)
+    return jax.jit(evaluate).lower(fixed, keep, scale).compile()
+
+
+def test_llama_3_8b_on_eight_devices():
+    """2 x 1 x 4: each device has a quarter of the base weights and never gathers them."""
+    mesh = make_mesh(2, 1, 4)
+    backbone, merge, fixed = abstract_problem(mesh, "bfloat16")
+    memory = compile_abstract(mesh, backbone, merge, fixed, 4).memory_analysis()
+    whole = plan.n_bytes(jax.eval_shape(backbone.init, jax.random.key(0)))
+    assert whole > 15e9
+    shared = plan.n_bytes((fixed.ingredients, fixed.heads, fixed.batches))
+    assert memory.argument_size_in_bytes == pytest.approx(whole / 4 + shared, rel=0.01)
+    # CPUs compute bfloat16 products in float32 and convert a layer, or the stack, of a device's own weights
+    assert memory.temp_size_in_bytes < 2.5 * whole / 4
+
+
+def test_members_add_their_cores_and_no_weights():
+    """16 masks against 1, at the widths of Llama-3-8B (2 layers, float32)."""
+    mesh = make_mesh(1, 1, 1)
+    backbone, merge, fixed = abstract_problem(mesh, "float32", rows=1, tokens=8, num_hidden_layers=2)
+    members, base = 16, plan.n_bytes(fixed.params["layers"])
+    core, dense = plan.delta_bytes(merge, fixed.ingredients, (2, 6))
+    assert not dense and core * members < base / 20
+
+    def temp(n, chunk):
+        compiled = compile_abstract(mesh, backbone, merge, fixed, n, chunk=chunk)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one = temp(1, 1)
+    assert temp(members, 1) - one < members * core  # one after the other
+    inputs = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in fixed.batches[0].inputs.items()}
+    activations = plan.activation_bytes(backbone, inputs)
+    # together: a core and the activations of a layer each, twice (the layer's own and the carry)
+    assert temp(members, members) - one < 2 * members * (core + activations) < base / 8
+
+
+def test_a_generation_moves_nothing_between_host_and_device(problem):
+    """Ask, decode, look up, evaluate, tell: all arguments on the mesh, nothing comes or goes; one program."""
+    backbone, merge, stack, fixed = problem
+    mesh = make_mesh(4, 2, 1)
+    spec = MaskSpec.of(stack, max_pruned=0.5)
+    evaluate = make_evaluate(backbone, merge, len(TASKS), mesh)
+    traced = []
+
+    def score(keep, scale, fixed):
+        traced.append(keep.shape)
+        return evaluate(fixed, keep, scale).log_likelihood.sum(-1)
+
+    def fitness(genomes, memo, fixed):
+        keep = jax.vmap(spec.decode)(genomes)
+        return device_memo.remembering(score, 4)(memo, keep, jnp.ones(len(keep)), fixed)
+
+    strategy = strategies.build("snes", spec.genome_size, 8, 1.0)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    step = loop.make_step(strategy, fitness, 2, replicated)
+    key, count = jax.device_put((jax.random.key(0), jnp.int32(2)), replicated)
+    state = step.init(key, jax.device_put(jnp.full(spec.genome_size, 0.0), replicated))
+    carried = jax.device_put((state, device_memo.start(64, spec.shape)), replicated)
+    operands, starts = (place(fixed, mesh),), jax.device_put([jnp.int32(2 * i) for i in range(3)], replicated)
+    carried, *_ = step.advance(key, starts[0], count, carried, operands)  # compiles
+    with jax.transfer_guard("disallow"):
+        for begin in starts[1:]:
+            carried, _genomes, scores = step.advance(key, begin, count, carried, operands)
+        jax.block_until_ready(scores)
+        with pytest.raises(Exception, match=r"[Dd]isallowed"):
+            step.advance(key, np.int32(0), count, carried, operands)
+    assert traced == [(4, 2, len(TASKS))]
+    assert np.isfinite(scores.fitness).all() and 8 <= int(carried[1].used) <= 48

@@ -26,7 +26,9 @@ class Scores(Protocol):
         ...
 
 
-Evaluate = Callable[..., Any]  # evaluate(genomes [member, gene], *operands) -> Scores
+Evaluate = Callable[..., Any]
+"""``evaluate(genomes [member, gene], *operands) -> Scores``; with a memory, which the search carries from
+generation to generation, ``evaluate(genomes, memory, *operands) -> (Scores, memory)``."""
 
 
 class Result(NamedTuple):
@@ -37,12 +39,14 @@ class Result(NamedTuple):
         scores: what ``evaluate`` returned, numpy leaves with leading axes (generation, member).
         state: the strategy's state after the last generation.
         start: number of the first generation in the archive.
+        memory: what the evaluation remembered, None without a memory.
     """
 
     genomes: Float[np.ndarray, "generation member gene"]
     scores: Any
     state: State
     start: int = 0
+    memory: Any = None
 
     @property
     def generations(self) -> int:
@@ -54,13 +58,13 @@ class Step(NamedTuple):
     """A compiled ask-evaluate-tell.
 
     ``init(key, mean) -> state``.
-    ``advance(key, start, count, state, operands) -> (state, genomes, scores)`` does generations
-    ``start .. start + count - 1``, ``count <= size``; genomes and scores have ``size`` rows, of
-    which the first ``count`` are meant. The given state is donated: use the returned one.
+    ``advance(key, start, count, (state, memory), operands) -> ((state, memory), genomes, scores)`` does
+    generations ``start .. start + count - 1``, ``count <= size``; genomes and scores have ``size`` rows,
+    of which the first ``count`` are meant. The given state is donated: use the returned one.
     """
 
     init: Callable[[PRNGKeyArray, Float[Array, " gene"]], State]
-    advance: Callable[..., tuple[State, Float[Array, "row member gene"], Any]]
+    advance: Callable[..., tuple[tuple[State, Any], Float[Array, "row member gene"], Any]]
     size: int
 
 
@@ -91,17 +95,22 @@ def make_step(
         key: PRNGKeyArray,
         start: Int[Array, ""],
         count: Int[Array, ""],
-        state: State,
+        state: tuple[State, Any],
         operands: tuple[Any, ...],
-    ) -> tuple[State, Array, Any]:
-        def one(generation: Array, state: State) -> tuple[State, Genomes, Any]:
+    ) -> tuple[tuple[State, Any], Array, Any]:
+        def one(generation: Array, carried: tuple[State, Any]) -> tuple[tuple[State, Any], Genomes, Any]:
+            state, memory = carried
             # keyed by the number of the generation: a resumed search draws the same members
             ask_key, tell_key = jax.random.split(jax.random.fold_in(key, generation))
             genomes, state = strategy.ask(ask_key, state)
-            scores = score(genomes, *operands)
-            return strategy.tell(tell_key, genomes, scores.fitness, state), genomes, scores
+            if memory is None:
+                scores = score(genomes, *operands)
+            else:
+                scores, memory = score(genomes, memory, *operands)
+            state = strategy.tell(tell_key, genomes, scores.fitness, state)
+            return (state, memory), genomes, scores
 
-        def body(i: Array, carry: tuple[State, Any]) -> tuple[State, Any]:
+        def body(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             state, archive = carry
             state, *seen = one(start + i, state)
             archive = jax.tree.map(lambda rows, row: rows.at[i].set(row), archive, tuple(seen))
@@ -137,6 +146,7 @@ def run(
     on_dispatch: Callable[[int, State], None] | None = None,
     sharding: jax.sharding.Sharding | None = None,
     step: Step | None = None,
+    memory: Any = None,
 ) -> Result:
     """Search until ``generations`` generations are done.
 
@@ -151,8 +161,8 @@ def run(
             (numpy leaves, leading member axis).
         on_dispatch: called after each dispatch with the number of generations done and the state, which
             is donated afterwards: save or copy it, do not keep it. The place for checkpoints.
-        step: what ``make_step`` returned for this strategy, evaluation and sharding; default: made here.
         step: what ``make_step`` returned for the same arguments; several searches then compile once.
+        memory: a pytree of arrays for an evaluation that has one (see ``Evaluate``); it stays usable.
 
     Returns:
         The archive of the generations done by this call.
@@ -171,24 +181,25 @@ def run(
         state = step.init(init_key, jnp.asarray(mean, jnp.float32))
     else:
         state = jax.tree.map(jnp.copy, state)  # donated later: the caller's arrays live on
+    carried = state, jax.tree.map(jnp.copy, memory)
     if sharding is not None:
-        state, key = jax.device_put((state, key), sharding)
+        carried, key = jax.device_put((carried, key), sharding)
 
     rows: list[tuple[np.ndarray, Any]] = []
     for first in range(start, generations, step.size):
         count = min(step.size, generations - first)
-        state, *seen = step.advance(key, jnp.int32(first), jnp.int32(count), state, operands)
+        carried, *seen = step.advance(key, jnp.int32(first), jnp.int32(count), carried, operands)
         rows.append(_take(jax.tree.map(np.asarray, tuple(seen)), slice(count)))
         if on_generation is not None:
             for i in range(count):
                 on_generation(first + i, *_take(rows[-1], i))
         if on_dispatch is not None:
-            on_dispatch(first + count, state)
+            on_dispatch(first + count, carried[0])
     if not rows:  # resumed at the end
-        shapes = jax.eval_shape(lambda s: step.advance(key, 0, 0, s, operands)[1:], state)
+        shapes = jax.eval_shape(lambda c: step.advance(key, 0, 0, c, operands)[1:], carried)
         rows.append(jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), tuple(shapes)))
     genomes, scores = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
-    return Result(genomes, scores, state, start)
+    return Result(genomes, scores, carried[0], start, carried[1])
 
 
 def _take(tree: Any, index: int | slice) -> Any:
@@ -205,4 +216,4 @@ def join(earlier: Result, later: Result) -> Result:
         raise ValueError(f"generation {later.start} does not follow {earlier.generations - 1}")
     genomes = np.concatenate([earlier.genomes, later.genomes])
     scores = jax.tree.map(lambda a, b: np.concatenate([a, b]), earlier.scores, later.scores)
-    return Result(genomes, scores, later.state, earlier.start)
+    return Result(genomes, scores, later.state, earlier.start, later.memory)
