@@ -18,7 +18,7 @@ from enmp_jax.adapters.hf_export import export_checkpoint
 from enmp_jax.adapters.peft_export import export_adapters, export_peft
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.adapters.recipe import Recipe, config_yaml
-from enmp_jax.adapters.writing import new_directory, write_text
+from enmp_jax.adapters.writing import check_unused, new_directory, write_text
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 
@@ -99,6 +99,7 @@ def run(args: MergeArgs) -> None:
     """
     if args.format == "checkpoint" and args.base_model is None:
         raise UserError("--format checkpoint needs --base-model DIR")
+    check_unused(args.out)
     given = {name: getattr(args, name) for name in (*HYPERPARAMETERS, "task_weights")}
     hyperparameters = {name: value for name, value in given.items() if value is not None}
     # bad methods and values are found before anything is read

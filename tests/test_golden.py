@@ -156,7 +156,7 @@ def test_command_line(tmp_path: Path, suite: str, space: str, method: str) -> No
         assert np.linalg.norm(written[key] - expected) <= 1e-4 * np.linalg.norm(expected)
 
 
-def test_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     adapter = f"--adapter=dtd={GOLDEN / 'clip' / 'dtd'}"
     assert main(["merge", adapter, "--method", "tise", "--out", str(tmp_path / "a")]) == 2
     assert "did you mean 'ties'" in capsys.readouterr().err
@@ -165,5 +165,12 @@ def test_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert not list(tmp_path.iterdir())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
-    assert main(["merge", adapter, "--out", str(tmp_path / "full")]) == 2
+
+    def read(*_, **__):
+        raise AssertionError("a used --out is refused before anything is read or merged")
+
+    monkeypatch.setattr("enmp_jax.merge_command.load_adapters", read)
+    for form in ("delta", "peft", "adapters"):
+        assert main(["merge", adapter, "--format", form, "--out", str(tmp_path / "full")]) == 2
+        assert "already there" in capsys.readouterr().err
     assert (tmp_path / "full" / "mine").read_text() == "x"

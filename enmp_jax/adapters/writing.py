@@ -17,6 +17,23 @@ from enmp_jax.adapters.reading import one_line, open_tensors, reason
 from enmp_jax.errors import UserError
 
 
+def check_unused(path: str | Path) -> Path:
+    """The absolute path, if a new directory can take it; commands call it before long work.
+
+    Raises:
+        UserError: it is there and not an empty directory, or cannot be read.
+    """
+    try:
+        path = Path(path).expanduser()
+        path = Path(os.path.abspath(path))  # "." and a trailing ".." have no name of their own
+        used = path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home directory for "~"
+        raise UserError(f"cannot make the directory {path}: {reason(error)}") from None
+    if used:
+        raise UserError(f"{path} is already there: give a new or empty directory")
+    return path
+
+
 @contextlib.contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A temporary directory next to ``path`` that takes its name when the block ends without error.
@@ -24,11 +41,8 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     Raises:
         UserError: ``path`` is there and not an empty directory, or cannot be made.
     """
-    path = Path(path).expanduser()
-    path = Path(os.path.abspath(path))  # "." and a trailing ".." have no name of their own
+    path = check_unused(path)
     try:
-        if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-            raise UserError(f"{path} is already there: give a new or empty directory")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         temporary.mkdir()
