@@ -155,7 +155,8 @@ def write(
     config = dict(config)
     preprocessor = {key: config.pop(key) for key in ("image_mean", "image_std") if key in config}
     # safetensors writes arrays that are not C-contiguous wrongly (safetensors issue 825)
-    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    # (and ascontiguousarray would make scalars, such as CLIP's logit_scale, one-dimensional)
+    tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         partial = directory / f"{SINGLE}.partial"

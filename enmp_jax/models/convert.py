@@ -156,9 +156,9 @@ def to_tensors(backbone: Backbone, params: Params) -> dict[str, np.ndarray]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, value = backbone.keys.file_name(_join(path)), np.asarray(leaf)
         if _join(path).startswith("layers/"):
-            tensors |= {name.replace("{}", str(i)): np.ascontiguousarray(v) for i, v in enumerate(value)}
+            tensors |= {name.replace("{}", str(i)): np.asarray(v, order="C") for i, v in enumerate(value)}
         else:
-            tensors[name] = np.ascontiguousarray(value)
+            tensors[name] = np.asarray(value, order="C")  # keeps scalars scalar
     return tensors
 
 

@@ -79,17 +79,20 @@ class _Data(NamedTuple):
 
 
 def stack_examples(examples: Sequence[Examples]) -> tuple[dict[str, Array], Array, Array]:
-    """Inputs [task, example, ...], labels [task, example] and sizes [task], padded with zeros."""
-    size = max(len(e.labels) for e in examples)
+    """Inputs [task, example, ...], labels [task, example] and sizes [task], padded with zeros.
 
-    def pad(x: np.ndarray) -> np.ndarray:
-        return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
+    Texts are padded to the longest of all tasks; their attention mask is zero there.
+    """
 
-    inputs = {
-        key: jnp.asarray(np.stack([pad(np.asarray(e.inputs[key])) for e in examples]))
-        for key in examples[0].inputs
-    }
-    labels = jnp.asarray(np.stack([pad(np.asarray(e.labels)) for e in examples]))
+    def stack(arrays: Sequence[np.ndarray]) -> Array:
+        shape = tuple(map(max, zip(*(a.shape for a in arrays), strict=True)))
+        stacked = np.zeros((len(arrays), *shape), arrays[0].dtype)
+        for i, a in enumerate(arrays):
+            stacked[(i, *map(slice, a.shape))] = a
+        return jnp.asarray(stacked)
+
+    inputs = {key: stack([np.asarray(e.inputs[key]) for e in examples]) for key in examples[0].inputs}
+    labels = stack([np.asarray(e.labels) for e in examples])
     return inputs, labels, jnp.asarray([len(e.labels) for e in examples])
 
 

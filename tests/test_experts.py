@@ -1,0 +1,143 @@
+"""Expert accuracies: measured once, remembered for exactly the same thing; dry runs; progress of reading."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from enmp_jax import cli, experts, progress
+from enmp_jax.dry_run import dry_run
+from enmp_jax.errors import UserError
+from enmp_jax.progress import SILENT, Reporter
+from enmp_jax.tasks import Counts
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENMP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "experts"
+
+
+@pytest.fixture
+def measured():
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return Counts(np.arange(6.0), -np.arange(6.0))
+
+    return calls, measure
+
+
+def test_measured_once_and_the_same_when_read(cache, demo_problem, measured):
+    calls, measure = measured
+    first = experts.remembered(demo_problem, "search", measure)
+    again = experts.remembered(demo_problem, "search", measure)
+    assert len(calls) == 1 and len(list(cache.iterdir())) == 1
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    experts.remembered(demo_problem, "test", measure)
+    assert len(calls) == 2
+
+
+def test_the_key_follows_every_ingredient(demo_problem):
+    """Adapters, heads, examples, labels, compute type and base each make another key."""
+    key = experts.key(demo_problem, "search")
+    assert experts.key(dataclasses.replace(demo_problem), "search") == key
+    heads = demo_problem.heads
+    pairs = dict(demo_problem.stack.pairs)
+    name = next(iter(pairs))
+    pairs[name] = dataclasses.replace(pairs[name], b=pairs[name].b * 1.0001)
+    few = [e._replace(labels=e.labels[::-1]) for e in demo_problem.examples["search"]]
+    turned = [e._replace(inputs={"image": 255 - e.inputs["image"]}) for e in demo_problem.examples["search"]]
+    base = dataclasses.replace(demo_problem.run.base, dtype="bfloat16")
+    changed = [
+        {"stack": dataclasses.replace(demo_problem.stack, pairs=pairs)},
+        {"heads": dataclasses.replace(heads, bias=heads.bias + 1)},
+        {"heads": dataclasses.replace(heads, normalise=True)},
+        {"examples": {**demo_problem.examples, "search": few}},
+        {"examples": {**demo_problem.examples, "search": turned}},
+        {"run": dataclasses.replace(demo_problem.run, base=base)},
+    ]
+    keys = [experts.key(dataclasses.replace(demo_problem, **change), "search") for change in changed]
+    assert len({key, *keys}) == len(changed) + 1
+    # what the adapters alone do not depend on
+    merge = dataclasses.replace(demo_problem.run.merge, method="sum", density=None)
+    other = dataclasses.replace(demo_problem.run, merge=merge)
+    assert experts.key(dataclasses.replace(demo_problem, run=other), "search") == key
+
+
+def test_the_base_counts_by_its_files(tmp_path, demo_problem):
+    import shutil
+
+    path = tmp_path / "base"
+    shutil.copytree(demo_problem.base, path)
+    before = experts.base_identity(str(path))
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    assert experts.base_identity(str(path)) != before
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"correct": [1], "log_likelihood": [2]}', "[1]"])
+def test_damaged_files_are_measured_again(cache, demo_problem, measured, content):
+    calls, measure = measured
+    cache.mkdir(parents=True)
+    path = cache / f"{experts.key(demo_problem, 'search')}.json"
+    path.write_text(content)
+    experts.remembered(demo_problem, "search", measure)
+    assert len(calls) == 1 and json.loads(path.read_text())["correct"] == list(range(6))
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(demo_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join(dry_run(demo_run, SILENT))
+    assert "digit: demo/adapters/digit, 10 classes, 10 search, 8 selection, 9 test" in text
+    assert "36 modules, at most 20% pruned" in text
+    assert "one batch of 30 examples under one mask" in text
+    assert "4 x 3 masks, 1 seeds: 12 masks x 2 batches of 30" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_refuses_what_a_search_refuses(demo_run, tmp_path):
+    search = dataclasses.replace(demo_run.search, strategy="cma")
+    with pytest.raises(UserError, match="cma"):
+        dry_run(dataclasses.replace(demo_run, search=search), SILENT)
+    merge = dataclasses.replace(demo_run.merge, scale=1e30)
+    with pytest.raises(UserError, match="not finite"):
+        dry_run(dataclasses.replace(demo_run, merge=merge), SILENT)
+
+
+def test_a_search_needs_out_or_dry_run(capsys):
+    assert cli.main(["search", "demo"]) == 2
+    assert "--out DIR" in capsys.readouterr().err
+
+
+def test_only_slow_loads_say_something(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    reporter = Reporter(said.append, SILENT.advance, progress.read_lines(said.append))
+    read = reporter.reading("mnist, test")
+    for done in range(0, 60, 10):
+        read(done, 60)
+        now[0] += 2.0
+    assert said == ["reading mnist, test: 30 of 60"]
+    reporter.reading("quick, test")(5, 5)
+    assert len(said) == 1
+
+
+def test_texts_of_different_lengths_train_together():
+    """Tasks differ in examples and tokens; what is added is masked."""
+    from enmp_jax.data import Examples
+    from enmp_jax.training.experts import stack_examples
+
+    def made(n, length):
+        ids = np.arange(1, n * length + 1, dtype=np.int32).reshape(n, length)
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        return Examples(inputs, np.ones(n, np.int32), (), np.zeros(n, "S32"))
+
+    inputs, labels, sizes = stack_examples([made(3, 4), made(2, 6)])
+    assert inputs["input_ids"].shape == (2, 3, 6) and sizes.tolist() == [3, 2]
+    np.testing.assert_array_equal(inputs["input_ids"][0, :, :4], np.arange(1, 13).reshape(3, 4))
+    np.testing.assert_array_equal(inputs["attention_mask"].sum(2), [[4, 4, 4], [6, 6, 0]])
+    np.testing.assert_array_equal(labels, [[1, 1, 1], [1, 1, 0]])

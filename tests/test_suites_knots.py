@@ -1,0 +1,81 @@
+"""The packaged KnOTS run files: as generated, and each dry run on a simulated hub."""
+
+import pytest
+import simulated_hub
+
+from enmp_jax import cli, config
+from enmp_jax.suites import make_knots
+
+FILES = make_knots.files()
+
+
+def test_files_are_those_of_the_generator():
+    assert {p.name for p in config.SUITES.glob("knots-*.yaml")} == set(FILES)
+    for name, content in FILES.items():
+        assert (config.SUITES / name).read_text(encoding="utf-8") == content, f"run {make_knots.__name__}"
+
+
+def test_settings_of_the_reference():
+    wanted = {  # vision, Llama: space, method, scale, density, drop rate, isotropic
+        "tv": (("full", "sum", 0.1, None, None, False), ("full", "sum", 0.3, None, None, False)),
+        "ties": (("full", "ties", 0.3, 0.4, None, False), ("full", "ties", 1.2, 0.8, None, False)),
+        "dare-ties": (
+            ("full", "dare_ties", 0.3, 0.2, 0.1, False), ("full", "dare_ties", 1.1, 0.8, 0.1, False)
+        ),
+        "tsv": (("full", "tsv", 0.3, None, None, False), ("full", "tsv", 0.6, None, None, False)),
+        "iso": (("full", "iso", 4.0, None, None, False), ("full", "iso", 2.8, None, None, False)),
+        "knots-ties": (("knots", "ties", 0.6, 0.9, None, False), ("knots", "ties", 1.1, 0.9, None, False)),
+        "core-tsv": (("core", "tsv", 0.9, None, None, True), ("core", "tsv", 0.5, None, None, False)),
+        "cart": (("full", "cart", "auto", None, None, False), ("full", "cart", "auto", None, None, False)),
+    }  # fmt: skip
+    for name, (vision, llama) in wanted.items():
+        for suite, expected in (("vit-b-32", vision), ("vit-l-14", vision), ("llama-3-8b", llama)):
+            suffix = "-iso" if name == "core-tsv" and suite != "llama-3-8b" else ""
+            m = config.load(config.SUITES / f"knots-{suite}-{name}{suffix}.yaml").merge
+            assert (m.space, m.method, m.scale, m.density, m.drop_rate, m.isotropize) == expected, (
+                suite,
+                name,
+            )
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    return root, simulated_hub.make(root / "hub"), simulated_hub.make_data(root / "tfds")
+
+
+@pytest.fixture(autouse=True)
+def connected(request, monkeypatch, tmp_path):
+    if "name" in request.fixturenames:
+        root, download, load = request.getfixturevalue("hub")
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        monkeypatch.setattr("enmp_jax.data.huggingface._load", load)
+        monkeypatch.setenv("TFDS_DATA_DIR", str(root / "tfds"))
+        monkeypatch.chdir(tmp_path)
+
+
+VISION_CLASSES = {
+    "stanford_cars": 196, "dtd": 47, "eurosat": 10, "gtsrb": 43, "mnist": 10, "resisc45": 45, "sun397": 397,
+    "svhn": 10,
+}  # fmt: skip
+LLAMA_CLASSES = {"snli": 3, "mnli": 3, "sick": 3, "qnli": 2, "rte": 2, "scitail": 2}
+
+
+@pytest.mark.parametrize("name", [name.removesuffix(".yaml") for name in sorted(FILES)])
+def test_dry_run(name, capsys, tmp_path):
+    assert cli.main(["search", name, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    suite, classes = ("Llama3_8B", LLAMA_CLASSES) if "llama" in name else ("ViT", VISION_CLASSES)
+    for task, n in classes.items():
+        assert f"{task}: hoffman-lab/KnOTS-{suite}" in out and f"_{task}, {n} classes," in out
+    assert "under one mask" in out and "960 masks" in out and "nothing was written" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_adapter_is_one_line(capsys, hub, monkeypatch):
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **_: hub[1]("nobody/" + repo, allow_patterns=1)
+    )
+    assert cli.main(["search", "knots-vit-b-32-tv", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "openai/clip-vit-base-patch32" in error
