@@ -48,6 +48,7 @@ def run(name: str, arguments: list[str]) -> int:
     # A transformer without torch says so on every import; TensorFlow's logs are nobody's business here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    keep_compiled()
     module_name, class_name, _ = COMMANDS[name]
     module = importlib.import_module(module_name)
     args = tyro.cli(
@@ -65,6 +66,15 @@ def run(name: str, arguments: list[str]) -> int:
         print(f"enmp {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def keep_compiled() -> None:
+    """Let JAX keep compiled programs in ``$ENMP_CACHE/xla`` (default ``~/.cache/enmp-jax/xla``).
+
+    JAX's own variables win: ``JAX_COMPILATION_CACHE_DIR``, or ``JAX_ENABLE_COMPILATION_CACHE=false``.
+    """
+    root = os.environ.get("ENMP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "enmp-jax")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser(root), "xla"))
 
 
 def overview() -> str:

@@ -24,7 +24,7 @@ class Search:
     run: RunFile
     """A run file, or the name of a packaged suite (demo, vision-small, ...)."""
     out: Path | None = None
-    """Run directory to make; needed unless --dry-run."""
+    """Run directory to make; needed unless --dry-run or --plan."""
     resume: bool = False
     """Go on with the search in --out."""
     dry_run: bool = False
@@ -34,6 +34,14 @@ class Search:
     generations: int | None = None
     population: int | None = None
     seed: int | None = None
+    plan: bool = False
+    """Print the mesh, bytes on a device, FLOPs of a mask and the time they take; search and write nothing."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for a search on several hosts (see docs/pods.md); SLURM needs none of these."""
+    processes: int | None = None
+    """Number of processes of the search."""
+    process_id: int | None = None
+    """This process, from 0."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,10 @@ def _load(name: str, **overrides: Any) -> config.RunConfig:
 
 
 def _search(args: Search) -> None:
+    from enmp_jax import distributed
+
+    # before anything else asks JAX for its devices
+    distributed.initialize(distributed.find_job(args.coordinator, args.processes, args.process_id))
     from enmp_jax.pipeline import search_run
 
     run = _load(args.run, seeds=args.seeds, generations=args.generations, population=args.population,
@@ -103,10 +115,23 @@ def _search(args: Search) -> None:
             lines = dry_run(run, reporter)
         print("\n".join(lines))
         return
+    if args.plan:
+        return _plan(run)
     if args.out is None:
         raise UserError("give --out DIR, the run directory to make (or --dry-run to see what would run)")
     out = args.out
     _show(lambda reporter: search_run(run, out, reporter, args.resume), out)
+
+
+def _plan(run: config.RunConfig) -> None:
+    from enmp_jax.plan import make_plan
+    from enmp_jax.problem import load
+    from enmp_jax.progress import make_reporter
+
+    with make_reporter() as reporter:
+        problem = load(run, ("search",), reporter=reporter)
+        for line in make_plan(problem).lines():
+            reporter.say(line)
 
 
 def _demo(args: Demo) -> None:
@@ -116,13 +141,16 @@ def _demo(args: Demo) -> None:
 
 
 def _show(job: Callable[..., dict[str, Any]], out: Path) -> None:
+    import jax
+
     from enmp_jax.progress import make_reporter
     from enmp_jax.report import print_scores
 
     with make_reporter() as reporter:
         scores = job(reporter)
-    print_scores(scores)
-    print(f"results in {out}")
+    if jax.process_index() == 0:
+        print_scores(scores)
+        print(f"results in {out}")
 
 
 def _free(path: Path) -> Path:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from enmp_jax.distributed import put
 from enmp_jax.errors import UserError
 from enmp_jax.models.base import Params
 from enmp_jax.models.convert import logical_axes
@@ -110,20 +109,3 @@ def shard_params(params: Params, mesh: Mesh) -> Any:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Put a pytree that every process holds on all devices of the mesh."""
     return put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def put(tree: Any, sharding: NamedSharding) -> Any:
-    """Put arrays that every process holds whole on the mesh; each process copies only its own slices."""
-    if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
-
-    def one(x: Any) -> jax.Array:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return x if x.sharding == sharding else jax.device_put(x, sharding)
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = one(jax.random.key_data(x))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(one, tree)

@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from enmp_jax import distributed
 from enmp_jax.adapters.peft_export import export_adapters, export_peft
 from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.config import RunConfig
+from enmp_jax.distributed import put
 from enmp_jax.errors import UserError
 from enmp_jax.population import Fixed
 from enmp_jax.problem import Problem, load
@@ -55,15 +57,15 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
     Raises:
         UserError: bad input; nothing has been written by then.
     """
-    directory = RunDirectory(out, resume)
+    directory = distributed.together(lambda: RunDirectory(out, resume))
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
-    problem = load(run, reporter=reporter)
+    problem = distributed.together(lambda: load(run, reporter=reporter))
     for which, examples in problem.examples.items():
         for task, e in zip(problem.tasks, examples, strict=True):
             for note in e.notes:
                 reporter.say(f"{task}, {which}: {note}")
     searcher = Searcher(problem, directory, reporter)
-    directory.start(run)
+    distributed.together(lambda: directory.start(run))
 
     fixed, scoring = problem.fixed("search"), problem.scoring("search")
     scale, grid = choose_scale(problem, fixed, scoring)
@@ -93,6 +95,7 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
         write_plots(out)
         write_report(out)
         reporter.say(f"report: {out / 'report.html'}")
+    distributed.barrier("results are written")
     return scores
 
 
@@ -180,7 +183,9 @@ class Searcher:
         checkpoints = Checkpoints(self.directory.path / "checkpoints" / f"seed-{seed}")
         state, start, run = None, checkpoints.latest() or 0, 0
         if start:
-            saved = checkpoints.restore(start, {"state": self.strategy.init(key, mean), "archive": archive})
+            saved = checkpoints.restore(
+                start, {"state": self.step.init(*put((key, mean), self.sharding)), "archive": archive}
+            )
             state, archive = saved["state"], jax.tree.map(np.array, saved["archive"])
             for generation in range(start):
                 _remember(memo, archive, generation, search.search_scale)
@@ -219,7 +224,7 @@ class Searcher:
 
         loop.run(
             self.strategy, self.fitness, key, mean, search.generations,
-            state=state, start=start, operands=(fixed, scoring, jnp.float32(scale)),
+            state=state, start=start, operands=(fixed, *put((scoring, np.float32(scale)), self.sharding)),
             on_generation=on_generation, on_dispatch=on_dispatch, sharding=self.sharding, step=self.step,
             memory=self._memo(archive, start),
         )  # fmt: skip

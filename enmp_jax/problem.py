@@ -23,7 +23,7 @@ from enmp_jax.heads import load_heads
 from enmp_jax.lora import LoraStack
 from enmp_jax.masks import MaskSpec
 from enmp_jax.merges.base import Ingredients, Merge
-from enmp_jax.mesh import AXES, choose_shape, make_mesh, param_sharding
+from enmp_jax.mesh import AXES, choose_shape, make_mesh, param_sharding, replicate
 from enmp_jax.models import checkpoint
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.population import Fixed, make_evaluate, place
@@ -125,7 +125,7 @@ class Problem:
     def _measure_experts(self, which: Which) -> Counts:
         merge = merges.make("sum")
         fixed = self.fixed(which)
-        fixed = fixed._replace(ingredients=merge.prepare(self.stack))
+        fixed = fixed._replace(ingredients=replicate(merge.prepare(self.stack), self.mesh))
         if "experts" not in self._evaluators:
             self._evaluators["experts"] = jax.jit(self.evaluator(merge))
         n = len(self.tasks)
@@ -171,7 +171,7 @@ def in_populations(evaluate, fixed: Fixed, keep: np.ndarray, scale: np.ndarray, 
         if missing:
             some = np.concatenate([some, np.repeat(some[-1:], missing, axis=0)])
             scales = np.concatenate([scales, np.repeat(scales[-1:], missing)])
-        counts = evaluate(fixed, jnp.asarray(some), jnp.asarray(scales))
+        counts = evaluate(fixed, some, scales)  # numpy: every process gives the same
         parts.append(Counts(*(np.asarray(x)[: size - missing] for x in counts)))
     return Counts(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 

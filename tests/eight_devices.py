@@ -173,6 +173,7 @@ def test_llama_3_8b_on_eight_devices():
     whole = plan.n_bytes(jax.eval_shape(backbone.init, jax.random.key(0)))
     assert whole > 15e9
     shared = plan.n_bytes((fixed.ingredients, fixed.heads, fixed.batches))
+    shared -= plan.n_bytes(fixed.params["lm_head"])  # classifiers do not use it: the compiler drops it
     assert memory.argument_size_in_bytes == pytest.approx(whole / 4 + shared, rel=0.01)
     # CPUs compute bfloat16 products in float32 and convert a layer, or the stack, of a device's own weights
     assert memory.temp_size_in_bytes < 2.5 * whole / 4

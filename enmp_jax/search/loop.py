@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from enmp_jax.distributed import put
 from enmp_jax.search.strategies import Genomes, State, Strategy
 
 
@@ -177,18 +178,21 @@ def run(
     step = step or make_step(strategy, evaluate, generations_per_dispatch, sharding)
     # generations use fold_in(key, 0), fold_in(key, 1), ..: the initial state has its own stream
     init_key, key = jax.random.split(key)
+    mean = jnp.asarray(mean, jnp.float32)
+    if sharding is not None:
+        init_key, mean = put((init_key, mean), sharding)
     if state is None:
-        state = step.init(init_key, jnp.asarray(mean, jnp.float32))
+        state = step.init(init_key, mean)
     else:
         state = jax.tree.map(jnp.copy, state)  # donated later: the caller's arrays live on
     carried = state, jax.tree.map(jnp.copy, memory)
     if sharding is not None:
-        carried, key = jax.device_put((carried, key), sharding)
+        carried, key = put((carried, key), sharding)
 
     rows: list[tuple[np.ndarray, Any]] = []
     for first in range(start, generations, step.size):
         count = min(step.size, generations - first)
-        carried, *seen = step.advance(key, jnp.int32(first), jnp.int32(count), carried, operands)
+        carried, *seen = step.advance(key, np.int32(first), np.int32(count), carried, operands)
         rows.append(_take(jax.tree.map(np.asarray, tuple(seen)), slice(count)))
         if on_generation is not None:
             for i in range(count):

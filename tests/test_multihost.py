@@ -1,0 +1,154 @@
+"""Two processes on this machine give the files that one process gives."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from enmp_jax.config import SUITES
+from enmp_jax.distributed import Job, find_job
+from enmp_jax.errors import UserError
+
+RUN = """
+base: {{model: {suites}/demo/base, allow_mismatch: true}}
+tasks:
+{tasks}
+merge: {{method: mean, scale: 0.5}}
+search: {{population: 4, generations: {generations}, sigma0: 1.0, finalists: 2, checkpoint_every: 1,
+         fitness: log_likelihood}}
+evaluation: {{batch_size: 16, search_examples: 8, selection_examples: 8, test_examples: 8{mesh}}}
+"""
+TASK = """  - name: {name}
+    adapter: {suites}/demo/adapters/{name}
+    reference: 0.8
+    data: {{source: "npz:{suites}/demo/digits.npz", search: search, selection: selection, test: test{more}}}
+"""
+
+
+def write_run(path, generations=2, mesh=""):
+    tasks = "".join(
+        TASK.format(name=name, suites=SUITES, more=more)
+        for name, more in (("digit", ""), ("mirrored", ", transforms: [mirror]"))
+    )
+    path.write_text(RUN.format(suites=SUITES, tasks=tasks, generations=generations, mesh=mesh))
+    return path
+
+
+def search(run, out, processes=1, extra=()):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "XLA_FLAGS"))}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", "enmp_jax.cli", "search", str(run), "--out", str(out), *extra]
+    if processes > 1:
+        command += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
+    started = [
+        subprocess.Popen(
+            [*command, *(["--process-id", str(i)] if processes > 1 else [])],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    return [process.returncode for process in started], outputs
+
+
+def contents(out):
+    scores = json.loads((out / "scores.json").read_text())
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    return json.loads((out / "mask.json").read_text()), scores, history
+
+
+def assert_close(a, b):
+    """Equal, floats to 1e-5; times left out."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"masks_per_second", "seconds"}:
+            assert_close(a[name], b[name])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_close(x, y)
+    elif isinstance(a, float):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    path = tmp_path_factory.mktemp("alone")
+    codes, outputs = search(write_run(path / "run.yaml"), path / "out")
+    assert codes == [0], outputs
+    return path / "out"
+
+
+def test_two_processes_write_what_one_writes(alone, tmp_path):
+    """Examples divided over the two; then again from the checkpoint of the first generation."""
+    run = write_run(tmp_path / "run.yaml", mesh=", mesh: {population: 1, data: 2}")
+    codes, outputs = search(run, tmp_path / "out", processes=2)
+    assert codes == [0, 0], outputs
+    said = [line for line in outputs[1].splitlines() if line and not line.startswith("[Gloo]")]
+    assert said == []  # process 0 alone speaks
+    for a, b in zip(contents(alone), contents(tmp_path / "out"), strict=True):
+        assert_close(a, b)
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "seed-0" / "2")
+    (tmp_path / "out" / "scores.json").unlink()
+    codes, outputs = search(run, tmp_path / "out", processes=2, extra=["--resume"])
+    assert codes == [0, 0] and "goes on after generation 1" in outputs[0], outputs
+    for a, b in zip(contents(alone), contents(tmp_path / "out"), strict=True):
+        assert_close(a, b)
+    assert json.loads((tmp_path / "out" / "environment.json").read_text())["processes"] == 2
+    files = {str(p.relative_to(alone)) for p in alone.rglob("*") if "checkpoints" not in p.parts}
+    assert files == {
+        str(p.relative_to(tmp_path / "out"))
+        for p in (tmp_path / "out").rglob("*")
+        if "checkpoints" not in p.parts
+    }
+
+
+def test_bad_input_stops_all_processes_with_a_line(alone, tmp_path):
+    codes, outputs = search(write_run(tmp_path / "run.yaml"), alone, processes=2)
+    assert codes == [2, 2], outputs
+    assert "is not empty" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "job"),
+    [
+        ({}, None),
+        ({"ENMP_COORDINATOR": "h:1", "ENMP_PROCESSES": "4", "ENMP_PROCESS_ID": "3"}, Job("h:1", 4, 3)),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "2"}, Job()),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NTASKS": "8"}, None),  # an allocation, but not started by srun
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, Job()),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"ENMP_DISTRIBUTED": "1"}, Job()),
+    ],
+)
+def test_which_job_the_environment_names(environment, job):
+    assert find_job(environment=environment) == job
+
+
+def test_flags_win_over_the_environment():
+    environment = {"ENMP_COORDINATOR": "h:1", "ENMP_PROCESSES": "4", "ENMP_PROCESS_ID": "3"}
+    assert find_job("other:2", None, 0, environment) == Job("other:2", 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("h:1", None, None), "needs --processes and --process-id too"),
+        (("h:1", 2, 2), r"process-id 2 is not in 0\.\.1"),
+        (("h", 2, 1), "must be HOST:PORT"),
+    ],
+)
+def test_jobs_that_cannot_be(arguments, message):
+    with pytest.raises(UserError, match=message):
+        find_job(*arguments, environment={})
