@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from enmp_jax import models
 from enmp_jax.config import HeadConfig, RunConfig, TaskConfig
-from enmp_jax.data import Prompts, prompts, require_class_names
+from enmp_jax.data import Prompts, cache, prompts, require_class_names
 from enmp_jax.errors import UserError
+from enmp_jax.experts import base_identity
 from enmp_jax.models import checkpoint
 from enmp_jax.models.base import Backbone
 from enmp_jax.models.clip import zero_shot_head
@@ -50,7 +53,7 @@ def load_heads(
         odd = tasks[zero_shot.index(False)].name
         raise UserError(f"tasks.{odd}.head: zero-shot heads cannot be mixed with others in one run")
     if any(zero_shot):
-        found = _zero_shot(run, tasks, base, class_names or {})
+        found = _zero_shot(tasks, base, class_names or {})
     else:
         found = [_load(run, task, saved.get(task.name, {}), base) for task in tasks]
     for task, (weight, _) in zip(tasks, found, strict=True):
@@ -66,9 +69,9 @@ def load_heads(
 
 
 def _zero_shot(
-    run: RunConfig, tasks: Sequence[TaskConfig], base: str, class_names: Mapping[str, Sequence[str]]
+    tasks: Sequence[TaskConfig], base: str, class_names: Mapping[str, Sequence[str]]
 ) -> list[Head]:
-    """Heads made of prompts by the text tower of the base's checkpoint; none is kept in memory."""
+    """Heads made of prompts by the text tower of the base's checkpoint, kept in the cache on disk."""
     chosen = [_prompts(task, class_names.get(task.name, ())) for task in tasks]
     directory = checkpoint.find(base)
     if checkpoint.read_json(directory / "config.json").get("model_type") != "clip":
@@ -83,11 +86,29 @@ def _zero_shot(
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{base}: its tokenizer cannot be loaded ({reason})") from None
-    text, params = models.load(base, family="clip_text_model")  # float32: done once
-    return [
-        (zero_shot_head(text, params, names, templates, tokenizer, logit_scale=1.0), None)
-        for names, templates in chosen
-    ]
+    heads: list[Head] = []
+    made: dict[str, np.ndarray] = {}
+    tower: tuple[Backbone, models.Params] | None = None
+    for names, templates in chosen:
+        key = cache.key("zero-shot", base_identity(base), _digest(directory), names, templates)
+        if key not in made:
+            found = cache.read_array("heads", key)
+            if found is None:
+                tower = tower or models.load(base, family="clip_text_model")  # float32: done once
+                found = zero_shot_head(tower[0], tower[1], names, templates, tokenizer, logit_scale=1.0)
+                cache.write_array("heads", key, found)
+            made[key] = found
+        heads.append((made[key], None))
+    return heads
+
+
+def _digest(directory: Path) -> str:
+    """Hash of the tokenizer's files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(directory.glob("*.json")) + sorted(directory.glob("*.txt")):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def _prompts(task: TaskConfig, class_names: Sequence[str]) -> Prompts:

@@ -87,3 +87,23 @@ def test_a_saved_text_tower_keeps_its_scalar_logit_scale(base, tmp_path):
     models.save(tmp_path / "text", text, params)
     _, again = models.load(tmp_path / "text", family="clip_text_model")
     assert again["logit_scale"].shape == () and again["logit_scale"] == params["logit_scale"]
+
+
+def test_made_once_and_again_when_the_prompts_or_the_base_change(base, tmp_path, monkeypatch):
+    path, backbone = base
+    monkeypatch.setenv("ENMP_CACHE", str(tmp_path))
+    loads, load = [], models.load
+    monkeypatch.setattr(models, "load", lambda *a, **k: loads.append(1) or load(*a, **k))
+
+    def weight(**head):
+        names = {"t": ("zero", "one")}
+        return load_heads(run(path, task("t", **head)), {}, path, backbone, class_names=names).weight
+
+    first = weight(templates=("a photo of {}",))
+    np.testing.assert_array_equal(weight(templates=("a photo of {}",)), first)
+    assert len(loads) == 1
+    assert not np.array_equal(weight(templates=("my {}",)), first) and len(loads) == 2
+    for cached in (tmp_path / "heads").iterdir():
+        cached.write_bytes(b"damaged")
+    np.testing.assert_array_equal(weight(templates=("a photo of {}",)), first)
+    assert len(loads) == 3

@@ -86,5 +86,34 @@ def write(entry: str, examples: Examples) -> None:
                 os.unlink(temporary)
 
 
+def read_array(kind: str, entry: str) -> np.ndarray | None:
+    """A cached array, or None when there is none or the file is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        array = load_file(directory() / kind / f"{entry}.safetensors")["array"]
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    return array if np.isfinite(array).all() else None
+
+
+def write_array(kind: str, entry: str, array: np.ndarray) -> None:
+    """Store an array under a key, whole or not at all. A cache that cannot be written is no error."""
+    from safetensors.numpy import save_file
+
+    folder, temporary = directory() / kind, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
+        os.close(handle)
+        save_file({"array": np.asarray(array, order="C")}, temporary)
+        os.replace(temporary, folder / f"{entry}.safetensors")
+    except OSError:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
 def _checksums(arrays: dict[str, np.ndarray]) -> dict[str, int]:
     return {name: zlib.crc32(np.ascontiguousarray(value).data.cast("B")) for name, value in arrays.items()}
