@@ -3,8 +3,10 @@
     OPENBLAS_NUM_THREADS=1 python benchmarks/merge_speed.py [--reference DIR] [--population 16]
 
 DIR is a clone of github.com/CaoAnda/ENMP-LoRAMerging; without it only our side is measured. The
-reference merges ONE layer, all projections, and is scaled by the number of layers (its cost is a loop
-over them); ours merges all layers of the shape. Both sides run in this process.
+reference merges ONE projection of ONE layer and is scaled by their number (its cost is a loop over
+them); ours merges the whole shape. Both sides run in this process, in turns (ours, theirs, ours,
+theirs), and the best of each counts. ``--growth`` measures ours at 1, 4, 16 and 64 masks and at a third
+and two thirds of the layers instead.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,26 @@ def stack_of(layers: int, tasks: int, rank: int, shapes: dict[str, tuple[int, in
     return LoraStack(pairs, tuple(f"task{i}" for i in range(tasks)))
 
 
-def ours(stack: LoraStack, case: tuple, population: int) -> tuple[float, float]:
-    method, space, isotropize, hyper, _ = case
-    merge = merges.make(method, space, isotropize, **hyper)
-    jax.block_until_ready(merge.prepare(stack))
-    prepared = time.perf_counter()
-    ingredients = jax.block_until_ready(merge.prepare(stack))
-    prepared = time.perf_counter() - prepared
-    keep = np.random.default_rng(1).random((population, stack.n_layers, stack.n_tasks)) > 0.1
-    arguments = (ingredients, jnp.asarray(keep), jnp.ones(population))
-    run = jax.jit(lambda i, k, s: merges.merge_population(merge, i, k, s))
-    jax.block_until_ready(run(*arguments))
-    best = np.inf
-    for _ in range(2):
+class Ours:
+    """A compiled merge of a population."""
+
+    def __init__(self, stack: LoraStack, case: tuple, population: int):
+        method, space, isotropize, hyper, _ = case
+        merge = merges.make(method, space, isotropize, **hyper)
+        jax.block_until_ready(merge.prepare(stack))
         start = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        best = min(best, time.perf_counter() - start)
-    return prepared, best / population
+        ingredients = jax.block_until_ready(merge.prepare(stack))
+        self.prepare_seconds = time.perf_counter() - start
+        keep = np.random.default_rng(1).random((population, stack.n_layers, stack.n_tasks)) > 0.1
+        self.population = population
+        self.arguments = (ingredients, jnp.asarray(keep), jnp.ones(population))
+        self.run = jax.jit(lambda i, k, s: merges.merge_population(merge, i, k, s))
+        jax.block_until_ready(self.run(*self.arguments))
+
+    def seconds_per_mask(self) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(self.run(*self.arguments))
+        return (time.perf_counter() - start) / self.population
 
 
 def load_reference(path: Path) -> Any:
@@ -89,11 +93,14 @@ def load_reference(path: Path) -> Any:
     utils.get_mask_fn = lambda *_: None
     sys.modules["utils"] = utils
     sys.path.insert(0, str(path.resolve()))
+    import torch
+
+    torch.set_num_threads(2)
     return importlib.import_module("task_merger")
 
 
 def theirs(reference: Any, stack: LoraStack, case: tuple) -> float:
-    """Seconds for one layer times the number of layers."""
+    """Seconds for one projection of one layer, times their number."""
     import torch
 
     method, space, isotropize, _, config = case
@@ -102,7 +109,7 @@ def theirs(reference: Any, stack: LoraStack, case: tuple) -> float:
     merger.device, merger.lmc = "cpu", False
     config = config | {"merge_method": method.replace("_", "-"), "merge_space": space}
     start = time.perf_counter()
-    for pair in stack.pairs.values():
+    for pair in list(stack.pairs.values())[:1]:
         a = [torch.from_numpy(np.array(x)) for x in pair.a[0]]
         b = [torch.from_numpy(np.array(x)) for x in pair.b[0]]
         left: Any = None
@@ -121,13 +128,24 @@ def theirs(reference: Any, stack: LoraStack, case: tuple) -> float:
             merged = reference.isotropize_matrix(merged)
         if space == "core":
             merged = left.to(merged.dtype) @ merged @ right.to(merged.dtype)
-    return (time.perf_counter() - start) * stack.n_layers
+    return (time.perf_counter() - start) * stack.n_layers * len(stack.pairs)
 
 
-def best_of_two(reference: Any, stack: LoraStack, case: tuple) -> float:
-    """The second run is free of torch's start-up; a layer that takes over 20 s is run once."""
-    first = theirs(reference, stack, case)
-    return first if first > 20 * stack.n_layers else min(first, theirs(reference, stack, case))
+def growth(stack: LoraStack, case: tuple) -> None:
+    """Prints seconds for whole populations, and for parts of the layers at 16 masks."""
+    name = f"{case[0]}, {case[1]}{', isotropize' if case[2] else ''}"
+    print("| method | layers | masks | s | s/mask |\n|---|---|---|---|---|")
+    layers = stack.n_layers
+    for n_layers, population in [(layers, n) for n in (1, 4, 16, 64)] + [
+        (layers // 3, 16),
+        (2 * layers // 3, 16),
+    ]:
+        pairs = {
+            k: LoraPair(p.a[:n_layers], p.b[:n_layers], p.rank[:n_layers]) for k, p in stack.pairs.items()
+        }
+        measured = Ours(LoraStack(pairs, stack.tasks), case, population)
+        best = min(measured.seconds_per_mask() for _ in range(3))
+        print(f"| {name} | {n_layers} | {population} | {best * population:.3f} | {best:.4f} |", flush=True)
 
 
 def main() -> None:
@@ -135,7 +153,8 @@ def main() -> None:
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--shape", choices=["vit-b-32", "llama-3-8b"], default="vit-b-32")
-    parser.add_argument("--only", help="METHOD-SPACE, to measure one case")
+    parser.add_argument("--only", help="METHOD-SPACE or METHOD-SPACE-iso, to measure one case")
+    parser.add_argument("--growth", action="store_true")
     arguments = parser.parse_args()
     if arguments.shape == "vit-b-32":
         stack = stack_of(12, 8, 16, {p: (768, 768) for p in ("q_proj", "k_proj", "v_proj", "out_proj")})
@@ -143,17 +162,30 @@ def main() -> None:
         wide, narrow = (4096, 4096), (1024, 4096)
         shapes: dict[str, tuple[int, int]] = {"q": wide, "k": narrow, "v": narrow, "o": wide}
         stack = stack_of(1, 6, 16, shapes)
-    reference: Callable | Any = load_reference(arguments.reference) if arguments.reference else None
+    chosen = [
+        case
+        for case in CASES
+        if arguments.only in (None, "-".join(case[:2]), "-".join(case[:2]) + "-iso" * case[2])
+    ]
+    if arguments.growth:
+        for case in chosen:
+            growth(stack, case)
+        return
+    reference: Any = load_reference(arguments.reference) if arguments.reference else None
     os.chdir(tempfile.mkdtemp())  # the reference makes a .cache where it runs
     print("| method | space | iso | prepare s | ours s/mask | reference s/mask | ratio | peak GB |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    for case in CASES:
+    for case in chosen:
         method, space, isotropize, _, _ = case
-        if arguments.only not in (None, f"{method}-{space}"):
-            continue
-        prepared, seconds = ours(stack, case, arguments.population)
+        measured = Ours(stack, case, arguments.population)
+        seconds = other = np.inf
+        for _ in range(2):  # in turns, so that both meet the same machine
+            seconds = min(seconds, measured.seconds_per_mask())
+            if reference:
+                other = min(other, theirs(reference, stack, case))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        other = best_of_two(reference, stack, case) if reference else float("nan")
+        prepared = measured.prepare_seconds
+        del measured
         print(
             f"| {method} | {space} | {'yes' if isotropize else ''} | {prepared:.2f} | {seconds:.4f} "
             f"| {other:.1f} | {other / seconds:.0f} | {peak:.2f} |",

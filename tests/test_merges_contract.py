@@ -85,13 +85,13 @@ def test_contract(method: str, space: str) -> None:
     close(run(method, space, stack_adapters(adapters(scale=2.0)), KEEPS[0]), 2 * whole)
 
     # gradients with respect to a relaxed mask are finite, at the corners too
-    def size(keep) -> jax.Array:
+    def size(keep, ingredients) -> jax.Array:
         (delta,) = merge.merge(ingredients, keep, 1.0).values()
         return jnp.sum(delta.materialise() ** 2)
 
     gradient = jax.jit(jax.grad(size))
     for keep in (*KEEPS, np.full((LAYERS, 3), 0.6, np.float32)):
-        assert np.isfinite(gradient(jnp.asarray(keep))).all()
+        assert np.isfinite(gradient(jnp.asarray(keep), ingredients)).all()
 
     degenerate_adapters_give_finite_deltas(method, space)  # here, to share what is compiled
 
@@ -106,7 +106,9 @@ def degenerate_adapters_give_finite_deltas(method: str, space: str) -> None:
         [(a, b), (a, -b), (deficient, b)],
         [(0 * a, 0 * b)] * 3,
     ):
-        stack = stack_adapters({t: {"enc.0.q_proj": f, "enc.1.q_proj": f} for t, f in zip(TASKS, factors)})
+        stack = stack_adapters(
+            {t: {f"enc.{i}.attn.q_proj": f for i in range(LAYERS)} for t, f in zip(TASKS, factors)}
+        )
         for keep in (KEEPS[0], KEEPS[2]):
             assert np.isfinite(run(method, space, stack, keep)).all()
 

@@ -60,6 +60,11 @@ def ours(stack: LoraStack, pairs: list[tuple[str, bool]], method: str, keeps: np
     return [np.asarray(x) for x in every(stack, jnp.asarray(keeps, jnp.float64))]
 
 
+@jax.jit
+def drawn(keys, ones):
+    return random_drop(HYPER["drop_rate"])(ones, keys, 0)
+
+
 def oracle(
     stack: LoraStack, keep: np.ndarray, layer: int, method: str, space: str, isotropize: bool
 ) -> np.ndarray:
@@ -70,9 +75,9 @@ def oracle(
         return np.zeros(pair.shape)
 
     def drops(shape: tuple[int, int]) -> np.ndarray:
-        drop = random_drop(HYPER["drop_rate"])
-        drawn = drop(jnp.ones((len(kept), *shape)), _keys(0, stack, NAME)[layer, np.array(kept)], 0)
-        return np.asarray(drawn) > 0
+        # rows have keys of their own, and a shorter row is the beginning of a longer one
+        whole = drawn(_keys(0, stack, NAME)[layer], jnp.ones((stack.n_tasks, 14, 14)))
+        return np.asarray(whole)[kept, : shape[0], : shape[1]] > 0
 
     return merge_oracles.merged(tasks, method, space, isotropize, drops, **hyper(method))
 
