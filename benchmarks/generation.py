@@ -52,7 +52,7 @@ class Case(NamedTuple):
 CASES = {
     "task-arithmetic": Case("full", "sum", {}, {"merge_method": "tv"}),
     "ties": Case("full", "ties", {"density": 0.4}, {"merge_method": "ties", "topK": 40}),
-    "iso": Case("full", "iso", {}, {"merge_method": "iso"}),
+    "iso": Case("full", "iso", {}, {"merge_method": "tv", "isotropize": True}),
     "tsv": Case("full", "tsv", {}, {"merge_method": "tsv"}),
     "cart": Case(
         "full", "cart", {"rank_fraction": 0.04}, {"merge_method": "cart", "cart_pruning_rank": 0.04}

@@ -67,7 +67,8 @@ def main() -> None:
             jax.block_until_ready(compiled(*arguments))
             best = min(best, time.perf_counter() - start)
         reached = members * flops / best
-        memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        analysis = compiled.memory_analysis()
+        memory = analysis.temp_size_in_bytes / 2**20 if analysis else float("nan")
         print(
             f"| {members} | {members / best:.3g} | {members * examples / best:.4g} | {reached / 1e9:.4g} "
             f"| {rate / 1e9:.4g} | {100 * reached / rate:.0f} % | {memory:.0f} |",

@@ -38,7 +38,7 @@ def random_stack(backbone, tasks=TASKS, rank=2, seed=1) -> LoraStack:
     )
 
 
-def make_fixed(method="mean", examples=7, config=VIT, dtype="float32"):
+def make_fixed(method="mean", examples=7, config=VIT, dtype="float32", size=8):
     """(backbone, merge, stack, Fixed); 7 examples of 3 tasks leave a ragged last batch of 8."""
     backbone = models.build(config, dtype)
     random = np.random.default_rng(0)
@@ -53,12 +53,12 @@ def make_fixed(method="mean", examples=7, config=VIT, dtype="float32"):
     random = np.random.default_rng(2)
     data = [
         Examples(
-            {"image": random.integers(0, 256, (examples, 8, 8, 1)).astype(np.uint8)},
+            {"image": random.integers(0, 256, (examples, size, size, 1)).astype(np.uint8)},
             random.integers(0, 4, examples).astype(np.int32), (), np.zeros(examples, "S32"),
         )
         for _ in TASKS
     ]  # fmt: skip
-    heads = stack_heads([(random.normal(size=(4, 16)).astype("f"), None) for _ in TASKS])
+    heads = stack_heads([(random.normal(size=(4, backbone.width)).astype("f"), None) for _ in TASKS])
     return backbone, merge, stack, Fixed(params, merge.prepare(stack), heads, batch(data, BATCH))
 
 

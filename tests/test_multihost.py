@@ -45,6 +45,11 @@ def search(run, out, processes=1, extra=()):
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "XLA_FLAGS"))}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    # nearly all of the time is compiling: quickly, and each program once
+    environment |= {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     command = [sys.executable, "-m", "enmp_jax.cli", "search", str(run), "--out", str(out), *extra]
     if processes > 1:
         command += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]

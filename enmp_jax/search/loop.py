@@ -178,11 +178,11 @@ def run(
     step = step or make_step(strategy, evaluate, generations_per_dispatch, sharding)
     # generations use fold_in(key, 0), fold_in(key, 1), ..: the initial state has its own stream
     init_key, key = jax.random.split(key)
-    mean = jnp.asarray(mean, jnp.float32)
+    start_mean = jnp.asarray(mean, jnp.float32)
     if sharding is not None:
-        init_key, mean = put((init_key, mean), sharding)
+        init_key, start_mean = put((init_key, start_mean), sharding)
     if state is None:
-        state = step.init(init_key, mean)
+        state = step.init(init_key, start_mean)
     else:
         state = jax.tree.map(jnp.copy, state)  # donated later: the caller's arrays live on
     carried = state, jax.tree.map(jnp.copy, memory)

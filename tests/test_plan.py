@@ -1,0 +1,109 @@
+"""The cost model against what XLA says, and what follows from it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from device_problem import TASKS, VIT, make_fixed
+
+from enmp_jax import models, plan
+from enmp_jax.flops import count_flops
+from enmp_jax.population import make_evaluate
+
+
+def test_flops_of_loops_and_products_are_counted_by_hand():
+    def f(x, w):
+        def body(h, _):
+            return jnp.tanh(h @ w), None
+
+        h, _ = jax.lax.scan(body, x, None, length=7)
+        return jax.lax.cond(h[0, 0] > 0, lambda a: a @ w @ w, lambda a: a, h)
+
+    x, w = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 5), jnp.float32)
+    assert count_flops(f, x, w) == (7 + 2) * 2 * 3 * 5 * 5
+    image, kernel = (
+        jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32),
+        jax.ShapeDtypeStruct((4, 4, 3, 6), jnp.float32),
+    )
+
+    def patches(a, k):
+        return jax.lax.conv_general_dilated(a, k, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert count_flops(patches, image, kernel) == 2 * (2 * 2 * 2 * 6) * (4 * 4 * 3)
+    many = jax.ShapeDtypeStruct((4, 3, 5), jnp.float32)
+    assert count_flops(jax.jit(jax.vmap(f, in_axes=(0, None))), many, w) == 4 * (7 + 2) * 2 * 3 * 5 * 5
+
+
+def test_flops_of_a_backbone_are_those_of_its_weights():
+    """All layers in full but the last, which computes queries, output and MLP for one token."""
+    backbone = models.build(VIT)
+    params = jax.eval_shape(backbone.init, jax.random.key(0))
+    inputs = {"image": jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.uint8)}
+    width, hidden, tokens, patches = 16, 32, 5, 4
+    full = 2 * tokens * (4 * width**2 + 2 * width * hidden) + 2 * 2 * tokens**2 * width
+    last = 2 * tokens * 2 * width**2 + 2 * (2 * width**2 + 2 * width * hidden) + 2 * 2 * tokens * width
+    embedding = 2 * patches * 16 * width
+    assert count_flops(backbone.features, params, inputs) == full + last + embedding
+
+
+@pytest.mark.parametrize("method", ["mean", "ties"])
+def test_memory_of_a_member_is_what_xla_reserves(method):
+    """Temporaries of 5 members less those of 1, per member: predicted within a factor of 2."""
+    config = VIT | {"hidden_size": 64, "intermediate_size": 256, "image_size": 32, "num_attention_heads": 4}
+    backbone, merge, _, fixed = make_fixed(method, config=config, size=32)
+
+    def temp(n):
+        keep, scale = jnp.ones((n, 2, len(TASKS)), bool), jnp.ones(n)
+        compiled = jax.jit(make_evaluate(backbone, merge, len(TASKS))).lower(fixed, keep, scale).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    measured = (temp(5) - temp(1)) / 4
+    own, dense = plan.delta_bytes(merge, fixed.ingredients, (2, len(TASKS)))
+    assert dense == (method == "ties")
+    predicted = own + plan.largest_activations(backbone, fixed.batches)
+    assert measured / 2 < predicted < measured * 2, (measured, predicted)
+
+
+def test_chunks_fit_the_memory():
+    gib = 2**30
+    assert plan.choose_member_chunk(16, 1, gib, "gpu") == 4  # a quarter: known masks are skipped by chunks
+    assert plan.choose_member_chunk(64, gib, 10 * gib, "gpu") == 10
+    assert plan.choose_member_chunk(64, gib, gib // 2, "gpu") == 1  # never none
+    assert plan.choose_member_chunk(64, 1, gib, "cpu") == 4
+    assert plan.choose_member_chunk(2, 1, gib, "cpu") == 2
+
+
+def test_the_base_is_divided_when_it_must_be():
+    llama = models.build({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+                          "num_key_value_heads": 8, "vocab_size": 128256}, "bfloat16")  # fmt: skip
+    gib = 2**30  # 15 GiB of weights
+    assert plan.smallest_model_axis(llama, 8, 80 * gib) == 1
+    assert plan.smallest_model_axis(llama, 8, 16 * gib) == 2
+    assert plan.smallest_model_axis(llama, 8, 8 * gib) == 4
+    assert plan.smallest_model_axis(llama, 6, 8 * gib) == 6
+    assert plan.smallest_model_axis(llama, 8, gib) == 8  # does not fit; the plan says so
+
+
+def test_the_plan_of_the_demo(demo_problem):
+    made = plan.make_plan(demo_problem, rate=1e12)
+    fixed, spec = demo_problem.fixed("search"), demo_problem.mask_spec
+    assert made.base == sum(x.nbytes for x in jax.tree.leaves(demo_problem.params))
+    assert made.member_chunk == min(4, demo_problem.run.search.population)
+    assert made.flops_per_mask == plan.mask_flops(
+        demo_problem.backbone, demo_problem.merge, fixed, spec.shape
+    )
+    search = demo_problem.run.search
+    assert made.masks == search.population * search.generations * search.seeds
+    np.testing.assert_allclose(made.seconds, made.masks * made.flops_per_mask / 1e12)
+    text = "\n".join(made.lines())
+    assert "mesh: population 1 x data 1 x model 1 (1 device)" in text and "MORE THAN" not in text
+    assert "MORE THAN THERE IS" in "\n".join(dataclasses.replace(made, memory=1).lines())
+
+
+def test_low_rank_deltas_take_cores_alone():
+    _, merge, _, fixed = make_fixed("mean")
+    own, dense = plan.delta_bytes(merge, fixed.ingredients, (2, len(TASKS)))
+    k = 2 * len(TASKS)  # rank 2
+    assert not dense and own == len(fixed.ingredients) * 2 * k * k * 4
