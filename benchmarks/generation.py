@@ -181,7 +181,11 @@ def theirs(reference: tuple[Any, Any], problem: Any, case: Case, args: Any) -> S
                 state[f"{at}.lora_A.weight"] = torch.from_numpy(np.array(pair.a[layer, i]))
                 state[f"{at}.lora_B.weight"] = torch.from_numpy(np.array(pair.b[layer, i]))
         adapters.append(state)
-    handler = importlib.import_module("ft_handlers").LoRAHandler
+
+    class Handler(importlib.import_module("ft_handlers").LoRAHandler):
+        def get_ft_parameters(self, device: str = "cpu") -> Any:  # there the default is cuda
+            return super().get_ft_parameters(device)
+
     config = {
         "merge_space": case.space, "scaling_coeffs": 0.3, "isotropize": case.isotropize,
         "ingredients_path": None,
@@ -198,7 +202,7 @@ def theirs(reference: tuple[Any, Any], problem: Any, case: Case, args: Any) -> S
         for mask in keep[: args.reference_masks]:
             start = time.perf_counter()
             merger = task_merger.MatrixPerLayerMerger(
-                adapters, pretrained_model=model, param_handler=handler, device="cpu", merge_config=config
+                adapters, pretrained_model=model, param_handler=Handler, device="cpu", merge_config=config
             )
             merger.set_scaling_coeffs(0.3)
             merged = merger.merge(config, torch.from_numpy(~mask).float(), False)

@@ -50,7 +50,7 @@ def test_flops_of_a_backbone_are_those_of_its_weights():
 
 @pytest.mark.parametrize("method", ["mean", "ties"])
 def test_memory_of_a_member_is_what_xla_reserves(method):
-    """Temporaries of 5 members less those of 1, per member: predicted within a factor of 2."""
+    """Temporaries of 5 members less those of 1, per member: predicted, rather too many than too few."""
     config = VIT | {"hidden_size": 64, "intermediate_size": 256, "image_size": 32, "num_attention_heads": 4}
     backbone, merge, _, fixed = make_fixed(method, config=config, size=32)
 
@@ -63,7 +63,7 @@ def test_memory_of_a_member_is_what_xla_reserves(method):
     own, dense = plan.delta_bytes(merge, fixed.ingredients, (2, len(TASKS)))
     assert dense == (method == "ties")
     predicted = own + plan.largest_activations(backbone, fixed.batches)
-    assert measured / 2 < predicted < measured * 2, (measured, predicted)
+    assert measured * 0.7 < predicted < measured * 3, (measured, predicted)
 
 
 def test_chunks_fit_the_memory():
