@@ -37,6 +37,7 @@ def _svd_by(algorithm: jax.lax.linalg.SvdAlgorithm | None) -> Callable[[Float[Ar
 
 
 _svd = one_by_one(_lapack_svd, _svd_by(None))
+_precise_svd = one_by_one(_svd_by(jax.lax.linalg.SvdAlgorithm.QR), _svd_by(None))
 _qr = one_by_one(lambda m: tuple(jnp.linalg.qr(m)), lambda m: tuple(jnp.linalg.qr(m)))
 
 
@@ -53,6 +54,15 @@ def svd(matrix: Float[Array, "p q"]) -> Svd:
 def _svd_jvp(primals: tuple, tangents: tuple) -> tuple[Svd, Svd]:
     out = svd(*primals)
     return out, jax.tree.map(jnp.zeros_like, out)
+
+
+def svd_by_qr(matrix: Float[Array, "p q"]) -> Svd:
+    """``svd`` by QR iteration on CPUs: four times slower, twice as exact where it was needed.
+
+    For the KnOTS basis, whose rounding CART magnifies 1000 times between nearly equal singular values
+    (the golden case that suffers most: 5.6e-5 this way, 1.2e-4 by divide and conquer).
+    """
+    return _precise_svd(jax.lax.stop_gradient(matrix))
 
 
 def qr(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m k"], Float[Array, "k n"]]:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from enmp_jax.deltas import LowRank
 from enmp_jax.merges.base import LayerInputs, LayerMethod
-from enmp_jax.merges.linalg import orthonormal, qr, svd
+from enmp_jax.merges.linalg import orthonormal, qr, svd, svd_by_qr
 
 KNOTS_CUT = 1e-5
 SPACES = ("full", "knots", "core")
@@ -112,7 +112,7 @@ def knots(factors: Factors, weights: Float[Array, " task"]) -> tuple[Float[Array
     tasks, p, rank = factors.left.shape
     kept = jax.lax.stop_gradient((weights > 0).astype(weights.dtype))
     stacked = jnp.moveaxis(factors.left * kept[:, None, None], 0, 1).reshape(p, tasks * rank)
-    _, s, vt = svd(stacked)
+    _, s, vt = svd_by_qr(stacked)
     # in float32 a zero singular value comes out as some eps times the largest
     valid = s > jnp.maximum(KNOTS_CUT, 10 * jnp.finfo(s.dtype).eps * s[0])
     vt = jnp.where(valid[:, None], vt, 0)
