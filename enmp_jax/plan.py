@@ -4,9 +4,9 @@ The cost model is small on purpose. Per member and batch, the live activations o
 
     rows * (4 bytes or 2 * tokens * (6 width + 2 hidden (3 where gated)) + 8 bytes * heads * tokens^2)
 
-(measured with XLA's ``memory_analysis`` on ViT-B/32 and Llama shapes: within 30 % there in float32; up to three times too
-many for tiny models). To that come the member's deltas: the cores of low-rank ones; of dense
-ones every full matrix, and while they are merged three arrays per task of the largest.
+(measured with XLA's ``memory_analysis`` on ViT-B/32 and Llama shapes: within 30 % there in float32; up
+to three times too many for tiny models). To that come the member's deltas: the cores of low-rank ones;
+of dense ones every full matrix, and while they are merged three arrays per task of the largest.
 """
 
 from __future__ import annotations

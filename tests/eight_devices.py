@@ -23,9 +23,8 @@ from enmp_jax.search import device_memo, loop, strategies
 from enmp_jax.tasks import Heads
 
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-SHAPES = [
-    (p, d, n // (p * d)) for n in (1, 2, 4, 8) for p in (1, 2, 4, 8) for d in (1, 2, 4, 8) if n % (p * d) == 0
-]
+EVERY = [(p, d, 8 // (p * d)) for p in (1, 2, 4, 8) for d in (1, 2, 4, 8) if 8 % (p * d) == 0]
+SHAPES = [(1, 1, 1), (2, 1, 1), (1, 2, 2), *EVERY]  # 1, 2 and 4 devices, and every mesh of 8
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +63,9 @@ def test_scores_do_not_depend_on_the_mesh(problem, expected, shape):
     assert_scores(scores_on(problem, shape, 7), expected, 7)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("size", [1, 8, 64])
+@pytest.mark.parametrize(
+    ("size", "shape"), [(1, (8, 1, 1)), (8, (8, 1, 1)), (64, (8, 1, 1)), (64, (2, 2, 2))]
+)
 def test_any_population_size(problem, expected, size, shape):
     assert_scores(scores_on(problem, shape, size), expected, size)
 
