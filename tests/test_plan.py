@@ -9,6 +9,7 @@ import pytest
 from device_problem import TASKS, VIT, make_fixed
 
 from enmp_jax import models, plan
+from enmp_jax.cli import main
 from enmp_jax.flops import count_flops
 from enmp_jax.population import make_evaluate
 
@@ -107,3 +108,10 @@ def test_low_rank_deltas_take_cores_alone():
     own, dense = plan.delta_bytes(merge, fixed.ingredients, (2, len(TASKS)))
     k = 2 * len(TASKS)  # rank 2
     assert not dense and own == len(fixed.ingredients) * 2 * k * k * 4
+
+
+def test_search_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["search", "demo", "--plan", "--generations", "2", "--population", "4"]) == 0
+    assert "at most 24 masks" in capsys.readouterr().out  # three seeds
+    assert not list(tmp_path.iterdir())
