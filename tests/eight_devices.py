@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 """Tests that need 8 devices; test_devices.py runs this file in a process of its own."""
 
 import re

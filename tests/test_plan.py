@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 """The cost model against what XLA says, and what follows from it."""
 
 import dataclasses
