@@ -162,14 +162,15 @@ class Searcher:
         self.masks_run = 0
         # What earlier searches scored: the same masks, split and scale give the same fitness.
         self._scored: list[dict[str, np.ndarray]] = []
+        self._given: tuple[int, int] | None = None
 
     def _memo(self, archive: dict[str, np.ndarray], start: int) -> DeviceMemo:
         """The device's memo of the earlier searches and the first ``start`` generations of this one."""
         search, shape = self.problem.run.search, self.problem.mask_spec.shape
         own = {name: rows[:start] for name, rows in archive.items()}
+        earlier = self._scored[-(search.seeds - 1) :] if search.seeds > 1 else []  # there is room for those
         keep, scale, fitness = (
-            np.concatenate([_flat(a[name]) for a in (*self._scored, own)])
-            for name in ("keep", "scale", "fitness")
+            np.concatenate([_flat(a[name]) for a in (*earlier, own)]) for name in ("keep", "scale", "fitness")
         )
         capacity = search.population * search.generations * search.seeds
         return device_memo.start(capacity, shape, keep, scale, fitness)
@@ -177,6 +178,8 @@ class Searcher:
     def search(self, fixed: Fixed, scoring: Scoring, scale: float, seed: int) -> Memo:
         """One search; resumes from its newest checkpoint. Returns all masks that it scored."""
         search, spec, memo = self.problem.run.search, self.problem.mask_spec, Memo()
+        if self._given != (id(fixed), id(scoring)):  # scores of other data say nothing here
+            self._given, self._scored = (id(fixed), id(scoring)), []
         key = jax.random.key(seed)
         mean = jnp.asarray(spec.start(search.x0, scale))
         archive = _empty_archive(search.generations, search.population, spec.shape)
