@@ -36,7 +36,7 @@ SPECTRA = {
     "small": (np.linspace(1e-3, 2e-3, SIDE), 5e-5, 2e-6),
     "all below the cut": (np.full(SIDE, 1e-5), 5e-5, 0.0),
 }
-polar_on_cpu = jax.jit(lambda x, cut: polar(x, cut))  # noqa: PLW0108 (custom_vmap objects have no jit signature)
+polar_on_cpu = jax.jit(lambda x, cut: polar(x, cut))  # noqa: PLW0108
 POLAR = {"svd": polar_on_cpu, "products": jax.jit(polar_by_products)}
 
 

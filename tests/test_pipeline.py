@@ -12,7 +12,7 @@ from enmp_jax import config, masks
 from enmp_jax.adapters.peft_import import load_adapters
 from enmp_jax.errors import UserError
 from enmp_jax.evaluate import evaluate_run
-from enmp_jax.pipeline import MemberScores, Searcher, choose_scale, finalists, search_run, select
+from enmp_jax.pipeline import Searcher, choose_scale, finalists, search_run, select
 from enmp_jax.progress import SILENT
 from enmp_jax.runs import RunDirectory
 from enmp_jax.search.memo import Memo
@@ -181,7 +181,3 @@ def test_a_searched_scale_is_reported_and_used(demo_run, tmp_path):
     assert json.loads((tmp_path / "scale" / "mask.json").read_text())["scale"] == pytest.approx(
         scores["scale"]
     )
-
-
-def test_member_scores_have_a_member_axis_throughout(demo_problem):
-    assert MemberScores._fields == ("fitness", "keep", "scale")
