@@ -177,13 +177,18 @@ class Searcher:
 
     def search(self, fixed: Fixed, scoring: Scoring, scale: float, seed: int) -> Memo:
         """One search; resumes from its newest checkpoint. Returns all masks that it scored."""
-        search, spec, memo = self.problem.run.search, self.problem.mask_spec, Memo()
         if self._given != (id(fixed), id(scoring)):  # scores of other data say nothing here
             self._given, self._scored = (id(fixed), id(scoring)), []
+        with Checkpoints(self.directory.path / "checkpoints" / f"seed-{seed}") as checkpoints:
+            return self._search(fixed, scoring, scale, seed, checkpoints)
+
+    def _search(
+        self, fixed: Fixed, scoring: Scoring, scale: float, seed: int, checkpoints: Checkpoints
+    ) -> Memo:
+        search, spec, memo = self.problem.run.search, self.problem.mask_spec, Memo()
         key = jax.random.key(seed)
         mean = jnp.asarray(spec.start(search.x0, scale))
         archive = _empty_archive(search.generations, search.population, spec.shape)
-        checkpoints = Checkpoints(self.directory.path / "checkpoints" / f"seed-{seed}")
         state, start, run = None, checkpoints.latest() or 0, 0
         if start:
             saved = checkpoints.restore(
@@ -231,7 +236,6 @@ class Searcher:
             on_generation=on_generation, on_dispatch=on_dispatch, sharding=self.sharding, step=self.step,
             memory=self._memo(archive, start),
         )  # fmt: skip
-        checkpoints.close()
         self.masks_run += run
         self._scored.append(archive)
         return memo

@@ -122,7 +122,11 @@ class Checkpoints:
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
         return self._manager.restore(generation, args=self._ocp.args.StandardRestore(abstract))
 
-    def close(self) -> None:
+    def __enter__(self) -> Checkpoints:
+        """Use it in a ``with`` statement: a write still on its way would fight with those of a resumed run."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Wait for pending writes."""
         self._manager.wait_until_finished()
         self._manager.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,18 +94,18 @@ def train(
 
     carry, start, losses = (weights, optimizer.init(weights)), 0, []
     manager = _Checkpoints(checkpoints, schedule.steps) if checkpoints else None
-    if manager:
-        carry, start, losses = manager.restore(carry)
-    for first in range(start, schedule.steps, steps_per_dispatch):
-        carry, value = dispatch(carry, jnp.asarray(first), data)
-        losses.append(float(value))
-        done = first + steps_per_dispatch
-        if on_progress:
-            on_progress(min(done, schedule.steps), losses[-1])
+    # Closed whatever happens: a save still on its way would fight with those of a run that resumes.
+    with manager or nullcontext():
         if manager:
-            manager.save(done, carry, losses)
-    if manager:
-        manager.close()
+            carry, start, losses = manager.restore(carry)
+        for first in range(start, schedule.steps, steps_per_dispatch):
+            carry, value = dispatch(carry, jnp.asarray(first), data)
+            losses.append(float(value))
+            done = first + steps_per_dispatch
+            if on_progress:
+                on_progress(min(done, schedule.steps), losses[-1])
+            if manager:
+                manager.save(done, carry, losses)
     return carry[0], losses
 
 
@@ -134,13 +135,17 @@ class _Checkpoints:
             return
         self.last = step
         ocp = self.ocp
+        # Saved in the background: the copy of the list must not grow meanwhile.
         self.manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(carry), meta=ocp.args.JsonSave({"losses": losses})
+                state=ocp.args.StandardSave(carry), meta=ocp.args.JsonSave({"losses": [*losses]})
             ),
         )
 
-    def close(self) -> None:
+    def __enter__(self) -> _Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self.manager.wait_until_finished()
         self.manager.close()
