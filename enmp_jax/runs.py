@@ -123,7 +123,7 @@ class Checkpoints:
         return self._manager.restore(generation, args=self._ocp.args.StandardRestore(abstract))
 
     def __enter__(self) -> Checkpoints:
-        """Use it in a ``with`` statement: a write still on its way would fight with those of a resumed run."""
+        """For ``with``: a write still on its way would fight with those of a resumed run."""
         return self
 
     def __exit__(self, *exception: object) -> None:

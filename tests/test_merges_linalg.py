@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from enmp_jax.merges.linalg import polar_by_products, qr, svd
-from enmp_jax.merges.spectral import isotropic, polar
+from enmp_jax.merges.linalg import polar_by_products, polar_if_easy, qr, svd
+from enmp_jax.merges.spectral import isotropic, isotropic_product, polar
 from enmp_jax.merges.thresholds import threshold_of_largest
 
 SIDE = 24
@@ -59,6 +59,60 @@ def test_pruned_directions_stay_exactly_zero(way: str) -> None:
     np.testing.assert_allclose(ours, exact(matrix, 5e-5), atol=2e-6)
     assert np.abs(ours[:, 3:9]).max() < (1e-6 if way == "svd" else 1e-30)
     assert not np.asarray(POLAR[way](jnp.zeros((SIDE, SIDE)), 5e-5)).any()
+
+
+EASY = {
+    "well conditioned": (np.linspace(0.5, 1.5, SIDE), True),
+    "rank deficient": (np.linspace(0.5, 1, 9), True),
+    "rounding below": (np.r_[np.linspace(0.5, 1, 9), np.full(4, 1e-8)], True),
+    "zero": (np.zeros(1), True),
+    "one direction": (np.ones(1), True),
+    "huge": (1e12 * np.linspace(0.5, 1.5, SIDE), True),
+    "condition 1000": (np.geomspace(1, 1e-3, SIDE), False),
+    "one small": (np.r_[np.linspace(0.5, 1, 9), 1e-4], False),
+}
+
+
+@pytest.mark.parametrize("rows", [SIDE, 2 * SIDE])
+@pytest.mark.parametrize("name", EASY)
+def test_polar_factors_by_few_products(name: str, rows: int) -> None:
+    """It says yes only when it is right, and no where the SVD is needed."""
+    singular, expected = EASY[name]
+    matrix = matrix_of(singular, rows)
+    factor, easy = jax.jit(polar_if_easy)(jnp.asarray(matrix))
+    assert bool(easy) == expected
+    wanted = exact(matrix, 1e-6 * max(singular[0], 1e-30))
+    if easy:
+        np.testing.assert_allclose(factor, wanted, atol=2e-6)
+    # float32 knows the direction of a singular value of 1e-4 to about 1e-3
+    np.testing.assert_allclose(jax.jit(polar)(jnp.asarray(matrix)), wanted, atol=2e-6 if easy else 5e-4)
+
+
+def test_few_products_turn_no_sign_round() -> None:
+    """All columns alike: the largest singular value is as far above the typical one as can be."""
+    matrix = np.full((SIDE, SIDE), 1.0, np.float32) + matrix_of(np.full(SIDE, 3.0))
+    factor, easy = polar_if_easy(jnp.asarray(matrix))
+    assert not easy or np.abs(np.asarray(factor) - exact(matrix, 0)).max() < 2e-6
+    np.testing.assert_allclose(polar(jnp.asarray(matrix)), exact(matrix, 0), atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", ["independent", "pruned", "dependent", "nothing"])
+def test_isotropic_products(kind: str) -> None:
+    """The shortcut for independent columns gives what the decomposition of the product gives."""
+    u, v = matrix_of(np.linspace(0.5, 1.5, SIDE), 30), matrix_of(np.linspace(0.7, 1, SIDE), 40)
+    s = np.linspace(0.5, 2, SIDE).astype(np.float32)
+    s[4] = 1e-5  # below the cut of isotropic
+    if kind == "pruned":
+        s[8:16], u[:, 8:16], v[:, 8:16] = 0, 0, 0
+    if kind == "dependent":
+        u[:, :3], v[:, 5] = u[:, 3:6], v[:, 6]
+    if kind == "nothing":
+        s, u, v = 0 * s, 0 * u, 0 * v
+    product = (exact(u, 1e-6) * s) @ exact(v, 1e-6).T
+    size = np.linalg.svd(product, compute_uv=False)
+    expected = exact(product, 5e-5) * (size[size > 5e-5].mean() if kind != "nothing" else 0)
+    ours = jax.jit(isotropic_product)(*map(jnp.asarray, (u, s, v)))
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_isotropic_matrices() -> None:

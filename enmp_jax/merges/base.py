@@ -53,6 +53,8 @@ class LayerMethod(NamedTuple):
     prepare: Callable[[LayerInputs], Ingredients]
     merge: Callable[[Ingredients, Float[Array, " task"]], Delta]
     sequential: bool = False  # one layer at a time, where the temporaries of a layer are large
+    # the merge made isotropic, where there is a cheaper way than to decompose the merged delta
+    isotropic: Callable[[Ingredients, Float[Array, " task"]], Delta] | None = None
 
 
 def lift(method: LayerMethod, seed: int = 0) -> Merge:

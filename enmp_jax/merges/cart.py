@@ -32,7 +32,7 @@ def cart(space: str = "full", rank_fraction: float = 0.04, coefficient: float = 
         total = weights.sum()
         average = jnp.tensordot(weights, matrices, 1) / jnp.where(total > 0, total, 1)
         count = size.lookup(lambda rows, columns: math.ceil(rank_fraction * min(rows, columns)))
-        centred = jax.vmap(lambda matrix: truncate(matrix - average, count))(matrices)
+        centred = jax.vmap(lambda matrix, w: truncate(matrix - average, count, w != 0))(matrices, weights)
         return average + coefficient * jnp.tensordot(weights, centred, 1)
 
     return in_space(space, MatrixMethod(lambda x: x, combine), sequential=True)

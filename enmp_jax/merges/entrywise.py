@@ -63,7 +63,7 @@ def in_space(space: str, method: Entrywise) -> LayerMethod:
     def merge(ingredients: tuple[Factors, Key[Array, " task"]], weights: Float[Array, " task"]) -> LowRank:
         factors, key = ingredients
         if space == "knots":
-            basis, coordinates, size = knots(factors, weights)
+            basis, coordinates, size = knots(factors, weights, precise=False)
             x = jnp.matmul(coordinates.left, jnp.swapaxes(factors.own_a, 1, 2))
             return LowRank(factors.q_b, basis @ _merge(method, x, key, weights, size), None)
         left, right, size = core_bases(factors, weights)

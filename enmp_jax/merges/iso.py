@@ -36,6 +36,8 @@ def isotropized(method: LayerMethod) -> LayerMethod:
     Low-rank deltas have left and right factors that no mask changes: with their QR done once,
     only the core is decomposed per mask.
     """
+    if method.isotropic is not None:
+        return LayerMethod(method.prepare, method.isotropic, method.sequential)
 
     def prepare(inputs: LayerInputs) -> _Ingredients:
         inner = method.prepare(inputs)

@@ -74,7 +74,7 @@ def _k_means(gram: Float[Array, "unit unit"], active: Array, k: int) -> Float[Ar
 
     def choose(c: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
         chosen, nearest = state
-        unit = jnp.argmax(jnp.where(active, nearest, -jnp.inf))
+        unit = jnp.argmax(jnp.where(active, nearest, -jnp.inf)).astype(chosen.dtype)
         return chosen.at[c].set(unit), jnp.minimum(nearest, squared + squared[unit] - 2 * gram[unit])
 
     chosen, _ = jax.lax.fori_loop(0, k, choose, (jnp.zeros(k, jnp.int32), squared))

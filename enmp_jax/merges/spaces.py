@@ -71,6 +71,8 @@ class MatrixMethod(NamedTuple):
 
     prepare: Callable[[Coordinates], Any]
     combine: Callable[[Any, Float[Array, " task"], Size], Float[Array, "p q"]]
+    # see ``LayerMethod.isotropic``
+    combine_isotropic: Callable[[Any, Float[Array, " task"], Size], Float[Array, "p q"]] | None = None
 
 
 def factorise(inputs: LayerInputs) -> Factors:
@@ -104,15 +106,29 @@ def in_space(space: str, method: MatrixMethod, sequential: bool = False) -> Laye
             core = method.combine(prepared, weights, _size(space, factors, weights))
         return LowRank(factors.q_b, core, factors.q_a.T)
 
-    return LayerMethod(prepare, merge, sequential)
+    combine_isotropic = method.combine_isotropic
+    if space == "knots" or combine_isotropic is None:
+        return LayerMethod(prepare, merge, sequential)
+
+    def isotropic(ingredients: tuple[Factors, Any], weights: Float[Array, " task"]) -> LowRank:
+        factors, prepared = ingredients
+        core = combine_isotropic(prepared, weights, _size(space, factors, weights))
+        return LowRank(factors.q_b, core, factors.q_a.T)
+
+    return LayerMethod(prepare, merge, sequential, isotropic)
 
 
-def knots(factors: Factors, weights: Float[Array, " task"]) -> tuple[Float[Array, "p k"], Coordinates, Size]:
-    """``U S`` in the coordinates of ``Q_B``, the ``V_i`` in those of ``Q_A``, and their size."""
+def knots(
+    factors: Factors, weights: Float[Array, " task"], precise: bool = True
+) -> tuple[Float[Array, "p k"], Coordinates, Size]:
+    """``U S`` in the coordinates of ``Q_B``, the ``V_i`` in those of ``Q_A``, and their size.
+
+    ``precise`` for methods that magnify rounding (see ``svd_by_qr``).
+    """
     tasks, p, rank = factors.left.shape
     kept = jax.lax.stop_gradient((weights > 0).astype(weights.dtype))
     stacked = jnp.moveaxis(factors.left * kept[:, None, None], 0, 1).reshape(p, tasks * rank)
-    _, s, vt = svd_by_qr(stacked)
+    _, s, vt = svd_by_qr(stacked) if precise else svd(stacked)
     # in float32 a zero singular value comes out as some eps times the largest
     valid = s > jnp.maximum(KNOTS_CUT, 10 * jnp.finfo(s.dtype).eps * s[0])
     vt = jnp.where(valid[:, None], vt, 0)

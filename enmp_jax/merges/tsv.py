@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from enmp_jax.merges.base import LayerMethod
 from enmp_jax.merges.linalg import svd
 from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, in_space
-from enmp_jax.merges.spectral import polar
+from enmp_jax.merges.spectral import isotropic_product, polar
 
 
 class Triplets(NamedTuple):
@@ -40,12 +40,20 @@ def triplets(x: Coordinates) -> Triplets:
 def tsv(space: str = "full") -> LayerMethod:
     """TSV-Merge: ``polar(U K) diag(S K) polar(V K)^T``. Core space gives the same delta as full space."""
 
-    def combine(x: Triplets, weights: Float[Array, " task"], size: Size) -> Float[Array, "p q"]:
+    def weighted(
+        x: Triplets, weights: Float[Array, " task"]
+    ) -> tuple[Float[Array, "p k"], Float[Array, " k"], Float[Array, "q k"]]:
         def side(vectors: Float[Array, "task p rank"]) -> Float[Array, "p k"]:
             scaled = vectors * weights[:, None, None]
             return jnp.moveaxis(scaled, 0, 1).reshape(vectors.shape[1], -1)
 
-        s = (x.s * weights[:, None]).reshape(-1)
-        return (polar(side(x.u)) * s) @ polar(side(x.v)).T
+        return side(x.u), (x.s * weights[:, None]).reshape(-1), side(x.v)
 
-    return in_space(space, MatrixMethod(triplets, combine))
+    def combine(x: Triplets, weights: Float[Array, " task"], size: Size) -> Float[Array, "p q"]:
+        u, s, v = weighted(x, weights)
+        return (polar(u) * s) @ polar(v).T
+
+    def combine_isotropic(x: Triplets, weights: Float[Array, " task"], size: Size) -> Float[Array, "p q"]:
+        return isotropic_product(*weighted(x, weights))
+
+    return in_space(space, MatrixMethod(triplets, combine, combine_isotropic))
