@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
@@ -33,12 +32,41 @@ def one_by_one(
 
     @single.def_vmap
     def _(size: int, is_batched: list[bool], *arrays: Array) -> tuple[Any, Any]:
-        members = tuple(
-            x if mapped else jnp.broadcast_to(x, (size, *x.shape)) for x, mapped in zip(arrays, is_batched)
-        )
-        out = jax.lax.platform_dependent(
-            *members, cpu=lambda *xs: jax.lax.map(lambda x: single(*x), xs), default=jax.vmap(batched)
-        )
+        members = [x for x, mapped in zip(arrays, is_batched, strict=True) if mapped]
+        shared = [x for x, mapped in zip(arrays, is_batched, strict=True) if not mapped]
+
+        def loop(*arrays: Array) -> Any:
+            shared = arrays[len(members) :]
+
+            def member(own: tuple[Array, ...]) -> Any:
+                of_member, of_all = iter(own), iter(shared)
+                return single(*(next(of_member if mapped else of_all) for mapped in is_batched))
+
+            return jax.lax.map(member, arrays[: len(members)])
+
+        def batch(*arrays: Array) -> Any:
+            of_member, of_all = iter(arrays[: len(members)]), iter(arrays[len(members) :])
+            ordered = [next(of_member if mapped else of_all) for mapped in is_batched]
+            return jax.vmap(batched, [0 if mapped else None for mapped in is_batched])(*ordered)
+
+        out = jax.lax.platform_dependent(*members, *shared, cpu=loop, default=batch)
         return out, jax.tree.map(lambda _: True, out)
+
+    return single
+
+
+def one_by_one_differentiable(
+    function: Callable[..., Any], elsewhere: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """``one_by_one`` whose derivatives are those of ``elsewhere``, batched on every platform."""
+    looped, plain = one_by_one(function, elsewhere), function if elsewhere is None else elsewhere
+
+    @jax.custom_jvp
+    def single(*arrays: Array) -> Any:
+        return looped(*arrays)
+
+    @single.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+        return jax.jvp(plain, primals, tangents)
 
     return single

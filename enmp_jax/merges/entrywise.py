@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from enmp_jax.deltas import Dense, LowRank
 from enmp_jax.merges.base import LayerInputs, LayerMethod
-from enmp_jax.merges.batching import one_by_one
+from enmp_jax.merges.batching import one_by_one, one_by_one_differentiable
 from enmp_jax.merges.spaces import Factors, Size, core_bases, factorise, knots
 from enmp_jax.merges.thresholds import threshold_of_largest
 
@@ -61,15 +61,23 @@ def in_space(space: str, method: Entrywise) -> LayerMethod:
         return factorise(inputs), inputs.key
 
     def merge(ingredients: tuple[Factors, Key[Array, " task"]], weights: Float[Array, " task"]) -> LowRank:
+        # two times faster on CPUs than a batch of members, whose temporaries fall out of the cache
+        arrays, structure = jax.tree.flatten((ingredients, weights))
+        factors = ingredients[0]
+        core = one_by_one_differentiable(lambda *xs: merge_core(*jax.tree.unflatten(structure, xs)))(*arrays)
+        return LowRank(factors.q_b, core, None if space == "knots" else factors.q_a.T)
+
+    def merge_core(
+        ingredients: tuple[Factors, Key[Array, " task"]], weights: Float[Array, " task"]
+    ) -> Float[Array, "p q"]:
         factors, key = ingredients
         if space == "knots":
             basis, coordinates, size = knots(factors, weights, precise=False)
             x = jnp.matmul(coordinates.left, jnp.swapaxes(factors.own_a, 1, 2))
-            return LowRank(factors.q_b, basis @ _merge(method, x, key, weights, size), None)
+            return basis @ _merge(method, x, key, weights, size)
         left, right, size = core_bases(factors, weights)
         x = jnp.matmul(left.T @ factors.r_b, jnp.swapaxes(right.T @ factors.r_a, 1, 2))
-        core = left @ _merge(method, x, key, weights, size) @ right.T
-        return LowRank(factors.q_b, core, factors.q_a.T)
+        return left @ _merge(method, x, key, weights, size) @ right.T
 
     return LayerMethod(prepare, merge, sequential=True)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from enmp_jax.merges.batching import one_by_one
+from enmp_jax.merges.batching import one_by_one, one_by_one_differentiable
 from enmp_jax.merges.linalg import polar_by_products, polar_if_easy, svd
 
 ISOTROPIC_CUT = 5e-5  # the reference's
@@ -127,17 +127,6 @@ def isotropic(matrix: Float[Array, "p q"], cut: float = ISOTROPIC_CUT) -> Float[
     return factor * (jnp.sum(factor * matrix) / jnp.maximum(jnp.round(rank), 1))
 
 
-@jax.custom_jvp
-def isotropic_product(
-    u: Float[Array, "p k"], s: Float[Array, " k"], v: Float[Array, "q k"]
-) -> Float[Array, "p q"]:
-    """``isotropic(polar(u) diag(s) polar(v)^T)``; ``u`` and ``v`` are zero where ``s`` is.
-
-    With independent columns that product is an SVD already; CPUs then leave out its own.
-    """
-    return _isotropic_product(u, s, v)
-
-
 def _decomposed(u: Float[Array, "p k"], s: Float[Array, " k"], v: Float[Array, "q k"]) -> Float[Array, "p q"]:
     return isotropic((polar(u) * s) @ polar(v).T)
 
@@ -157,9 +146,14 @@ def _decomposed_if_needed(
     )
 
 
-_isotropic_product = one_by_one(_decomposed_if_needed, _decomposed)
+_isotropic_product = one_by_one_differentiable(_decomposed_if_needed, _decomposed)
 
 
-@isotropic_product.defjvp
-def _isotropic_product_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    return jax.jvp(_decomposed, primals, tangents)
+def isotropic_product(
+    u: Float[Array, "p k"], s: Float[Array, " k"], v: Float[Array, "q k"]
+) -> Float[Array, "p q"]:
+    """``isotropic(polar(u) diag(s) polar(v)^T)``; ``u`` and ``v`` are zero where ``s`` is.
+
+    With independent columns that product is an SVD already; CPUs then leave out its own.
+    """
+    return _isotropic_product(u, s, v)
