@@ -29,6 +29,8 @@ class Search:
     """Go on with the search in --out."""
     dry_run: bool = False
     """Load everything, compile, score one batch under one mask, say what would run; write no results."""
+    skip_bad: bool = False
+    """Leave out images that do not decode, instead of stopping."""
     seeds: int | None = None
     """Number of searches, with seeds following search.seed."""
     generations: int | None = None
@@ -65,6 +67,8 @@ class Evaluate:
     """Merge coefficient; default: the mask's, else the run file's, else chosen on the search split."""
     experts: bool = False
     """Score only the adapters alone (the reference accuracies)."""
+    skip_bad: bool = False
+    """Leave out images that do not decode, instead of stopping."""
     json: bool = False
     """Print JSON."""
 
@@ -76,6 +80,8 @@ class Train:
     run: RunFile
     out: Path
     """Directory for base/ and adapters/TASK/; what is there already is kept."""
+    skip_bad: bool = False
+    """Leave out images that do not decode, instead of stopping."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,12 @@ def run(args: Any) -> None:
     _RUNNERS[type(args)](args)
 
 
-def _load(name: str, **overrides: Any) -> config.RunConfig:
+def _load(name: str, skip_bad: bool = False, **overrides: Any) -> config.RunConfig:
     path = Path(name)
     packaged = config.SUITES / f"{name}.yaml"
     loaded = config.load(packaged if not path.exists() and packaged.exists() else path)
+    if skip_bad:
+        loaded = config.skip_bad_images(loaded)
     given = {key: value for key, value in overrides.items() if value is not None}
     return config.check(dataclasses.replace(loaded, search=dataclasses.replace(loaded.search, **given)))
 
@@ -105,8 +113,8 @@ def _search(args: Search) -> None:
     distributed.initialize(distributed.find_job(args.coordinator, args.processes, args.process_id))
     from enmp_jax.pipeline import search_run
 
-    run = _load(args.run, seeds=args.seeds, generations=args.generations, population=args.population,
-                seed=args.seed)  # fmt: skip
+    run = _load(args.run, args.skip_bad, seeds=args.seeds, generations=args.generations,
+                population=args.population, seed=args.seed)  # fmt: skip
     if args.dry_run:
         from enmp_jax.dry_run import dry_run
         from enmp_jax.progress import make_reporter
@@ -164,7 +172,8 @@ def _evaluate(args: Evaluate) -> None:
     from enmp_jax.report import print_evaluation
 
     with make_reporter() as reporter:
-        result = evaluate_run(_load(args.run), args.split, args.mask, args.scale, args.experts, reporter)
+        run = _load(args.run, args.skip_bad)
+        result = evaluate_run(run, args.split, args.mask, args.scale, args.experts, reporter)
     if args.json:
         print(json.dumps(result, indent=1))
     else:
@@ -176,7 +185,7 @@ def _train(args: Train) -> None:
     from enmp_jax.training.command import train_run
 
     with make_reporter() as reporter:
-        train_run(_load(args.run), args.out, reporter.say)
+        train_run(_load(args.run, args.skip_bad), args.out, reporter.say)
 
 
 def _report(args: Report) -> None:

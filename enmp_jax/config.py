@@ -292,6 +292,18 @@ def check(run: RunConfig) -> RunConfig:
     return run
 
 
+def skip_bad_images(run: RunConfig) -> RunConfig:
+    """The run with ``skip_bad`` in every task's data, those of the pretraining included."""
+
+    def skip(tasks: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            dataclasses.replace(task, data=dataclasses.replace(task.data, skip_bad=True)) for task in tasks
+        )
+
+    pretrain = run.pretrain and dataclasses.replace(run.pretrain, tasks=skip(run.pretrain.tasks))
+    return dataclasses.replace(run, tasks=skip(run.tasks), pretrain=pretrain)
+
+
 def parse(cls: type, data: Any, where: str) -> Any:
     """Build a dataclass from a mapping, checking keys and types."""
     if not isinstance(data, Mapping):

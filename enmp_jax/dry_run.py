@@ -71,7 +71,6 @@ def _describe(problem: Problem, spec: MaskSpec) -> list[str]:
         classes = int(np.asarray(problem.heads.allowed[i]).sum())
         sizes = ", ".join(f"{len(e[i].labels)} {which}" for which, e in problem.examples.items())
         lines.append(f"{task}: {config.adapter}, {classes} classes, {sizes}")
-        lines += [f"{task}, {which}: {note}" for which, e in problem.examples.items() for note in e[i].notes]
     merge = run.merge
     options = "".join(f", {name} {value}" for name, value in merge.hyperparameters().items())
     isotropic = ", isotropized" if merge.isotropize else ""

@@ -60,10 +60,6 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
     directory = distributed.together(lambda: RunDirectory(out, resume))
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
     problem = distributed.together(lambda: load(run, reporter=reporter))
-    for which, examples in problem.examples.items():
-        for task, e in zip(problem.tasks, examples, strict=True):
-            for note in e.notes:
-                reporter.say(f"{task}, {which}: {note}")
     searcher = Searcher(problem, directory, reporter)
     distributed.together(lambda: directory.start(run))
 

@@ -251,6 +251,10 @@ def load_splits(
         }  # fmt: skip
     drop = [task.name for task in run.tasks if task.data.duplicates == "drop"]
     checked = check_splits(loaded, drop)
+    for task in run.tasks:
+        for which in splits:
+            for note in checked[task.name][which].notes:  # what was truncated, left out, dropped
+                reporter.say(f"{task.name}, {which}: {note}")
     return {which: [checked[task.name][which] for task in run.tasks] for which in splits}
 
 

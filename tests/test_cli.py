@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from enmp_jax import cli, config
@@ -94,6 +95,41 @@ def labels(tmp_path, data):
     data["tasks"][0]["data"]["labels"] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 12]
 
 
+def empty_split(tmp_path, data):
+    data["tasks"][0]["data"]["selection"] = "selection[:0]"
+
+
+def leaking_content(tmp_path, data):
+    """Another row, but the same image."""
+    arrays = dict(np.load(tmp_path / "demo/digits.npz"))
+    rows = [np.flatnonzero(arrays["split"] == name)[0] for name in ("selection", "search")]
+    arrays["image"][rows[0]] = arrays["image"][rows[1]]
+    np.savez(tmp_path / "demo/leak.npz", **arrays)
+    data["tasks"] = data["tasks"][:1]
+    data["tasks"][0]["data"]["source"] = "npz:demo/leak.npz"
+    data["evaluation"] = {"batch_size": 20}
+
+
+def no_names(tmp_path, data):
+    for task in data["tasks"]:
+        task["head"] = {"source": "zero-shot", "templates": ["a photo of a {}."]}
+
+
+def image_folder(tmp_path, data, bad=1):
+    """The second task reads PNG files, of which some do not decode."""
+    arrays = np.load(tmp_path / "demo/digits.npz")
+    for split in ("search", "selection", "test"):
+        for i, image in enumerate(arrays["image"][arrays["split"] == split][:20]):
+            path = tmp_path / f"images/{split}/{i % 10}/{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.squeeze(image)).save(path)
+    for i in range(bad):
+        (tmp_path / f"images/search/{i}/{i}.png").write_text("no image")
+    splits = {"search": "search", "selection": "selection", "test": "test"}
+    data["tasks"][1]["data"] = {"source": "folder:images", **splits}
+    data["evaluation"] = {"batch_size": 20}
+
+
 def no_data(tmp_path, data):
     data["tasks"][0]["data"]["source"] = "npz:nowhere.npz"
 
@@ -125,6 +161,10 @@ BAD = {
     "NaN in weights": (nan, "lora_A"),
     "splits that overlap": (overlap, "search"),
     "labels the head lacks": (labels, "label 12"),
+    "an empty split": (empty_split, "selection[:0]"),
+    "content that two splits share": (leaking_content, "selection"),
+    "no class names": (no_names, "class names"),
+    "images that do not decode": (image_folder, "does not decode"),
     "missing data": (no_data, "nowhere.npz"),
     "missing base": (no_base, "nowhere"),
     "two tasks of one name": (lambda t, d: d["tasks"][1].update(name="digit"), "two tasks are named 'digit'"),
@@ -140,6 +180,13 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_on_disk(case, suite, caps
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_images_can_be_left_out(suite, capsys):
+    tmp_path, data = suite
+    image_folder(tmp_path, data, bad=2)
+    assert enmp(tmp_path, data, "search", tmp_path / "run.yaml", "--out", tmp_path / "out", "--skip-bad") == 0
+    assert "mirrored, search: 2 images did not decode and were left out" in capsys.readouterr().out
 
 
 def test_modules_that_do_not_match_show_examples_of_both_sides(suite, capsys):

@@ -216,7 +216,7 @@ def test_images_that_do_not_decode(root):
     (root / "d" / "x" / "1.png").write_bytes((root / "d" / "x" / "1.png").read_bytes()[:50])
     (root / "d" / "x" / "2.png").write_text("no image")
     config = DataConfig("folder:d", test="all")
-    with pytest.raises(UserError, match=r"x/[12].png does not decode .*skip_bad: true"):
+    with pytest.raises(UserError, match=r"x/[12].png does not decode .*--skip-bad .skip_bad: true"):
         load_examples(config, "test", root)
     examples = load_examples(DataConfig("folder:d", test="all", skip_bad=True), "test", root)
     assert len(examples.labels) == 2

@@ -97,7 +97,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
         UserError: the file cannot be written, or reads back different.
     """
     # safetensors 0.8.0 writes other layouts than C order wrongly without saying so (its issue 825)
-    plain = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    plain = {key: np.asarray(value, order="C") for key, value in tensors.items()}
     write_file(path, lambda temporary: safetensors.numpy.save_file(plain, temporary, dict(metadata)))
     with open_tensors(path) as handle:
         same = set(handle.keys()) == set(plain)

@@ -196,8 +196,8 @@ class _Reader:
             except images.BadImage as error:
                 if not self.config.skip_bad:
                     raise UserError(
-                        f"{self.where}: {names[i]} does not decode ({error}); repair or remove it, or set "
-                        "skip_bad: true to leave such images out"
+                        f"{self.where}: {names[i]} does not decode ({error}); repair or remove it, or leave "
+                        "such images out with --skip-bad (skip_bad: true in the run file)"
                     ) from None
                 self.bad.append(names[i])
                 continue
