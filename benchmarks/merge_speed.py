@@ -5,7 +5,7 @@
 DIR is a clone of github.com/CaoAnda/ENMP-LoRAMerging; without it only our side is measured. The
 reference merges ONE projection of ONE layer and is scaled by their number (its cost is a loop over
 them); ours merges the whole shape. Both sides run in this process, in turns (ours, theirs, ours,
-theirs), and the best of each counts. ``--growth`` measures ours at 1, 4, 16 and 64 masks and at a third
+theirs), and the best of each counts (``--turns``). ``--growth`` measures ours at 1, 4, 16 and 64 masks and at a third
 and two thirds of the layers instead.
 """
 
@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["vit-b-32", "llama-3-8b"], default="vit-b-32")
     parser.add_argument("--only", help="METHOD-SPACE or METHOD-SPACE-iso, to measure one case")
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--turns", type=int, default=2, help="of which the best counts")
     arguments = parser.parse_args()
     if arguments.shape == "vit-b-32":
         stack = stack_of(12, 8, 16, {p: (768, 768) for p in ("q_proj", "k_proj", "v_proj", "out_proj")})
@@ -179,7 +180,7 @@ def main() -> None:
         method, space, isotropize, _, _ = case
         measured = Ours(stack, case, arguments.population)
         seconds = other = np.inf
-        for _ in range(2):  # in turns, so that both meet the same machine
+        for _ in range(arguments.turns):  # in turns, so that both meet the same machine
             seconds = min(seconds, measured.seconds_per_mask())
             if reference:
                 other = min(other, theirs(reference, stack, case))
