@@ -186,6 +186,11 @@ def theirs(reference: tuple[Any, Any], problem: Any, case: Case, args: Any) -> S
         def get_ft_parameters(self, device: str = "cpu") -> Any:  # there the default is cuda
             return super().get_ft_parameters(device)
 
+    class Merger(task_merger.MatrixPerLayerMerger):
+        def get_core_matrices(self, *arguments: Any) -> Any:  # it mixes float32 and float64 in one product
+            cores, left, right = super().get_core_matrices(*arguments)
+            return cores, left.float(), right.float()
+
     config = {
         "merge_space": case.space, "scaling_coeffs": 0.3, "isotropize": case.isotropize,
         "ingredients_path": None,
@@ -201,7 +206,7 @@ def theirs(reference: tuple[Any, Any], problem: Any, case: Case, args: Any) -> S
     with torch.no_grad():
         for mask in keep[: args.reference_masks]:
             start = time.perf_counter()
-            merger = task_merger.MatrixPerLayerMerger(
+            merger = Merger(
                 adapters, pretrained_model=model, param_handler=Handler, device="cpu", merge_config=config
             )
             merger.set_scaling_coeffs(0.3)
