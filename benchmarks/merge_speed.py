@@ -5,8 +5,8 @@
 DIR is a clone of github.com/CaoAnda/ENMP-LoRAMerging; without it only our side is measured. The
 reference merges ONE projection of ONE layer and is scaled by their number (its cost is a loop over
 them); ours merges the whole shape. Both sides run in this process, in turns (ours, theirs, ours,
-theirs), and the best of each counts (``--turns``). ``--growth`` measures ours at 1, 4, 16 and 64 masks and at a third
-and two thirds of the layers instead.
+theirs), and the best of each counts (``--turns``). ``--growth`` measures ours at 1, 4, 16 and 64 masks and
+at a third and two thirds of the layers instead.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def make_fitness(problem: Problem, memo: bool = True) -> Callable[..., Any]:
     def remembering(
         genomes: Array, known: DeviceMemo, fixed: Fixed, scoring: Scoring, scale: Array
     ) -> tuple[MemberScores, DeviceMemo]:
-        chunk = problem.mesh.shape["population"] * problem.member_chunk(problem.merge, fixed)
+        chunk = problem.mesh.shape["population"] * problem.arrangement(problem.merge, fixed)[1]
         keep, scales = decode(genomes, scale)
         found, known = device_memo.remembering(score, chunk)(known, keep, scales, fixed, scoring)
         return MemberScores(found.fitness, keep, scales, found.evaluated), known
@@ -221,10 +221,9 @@ class Searcher:
             if self._compiled:
                 self.seconds += now - clock
                 self.masks += run - counted
-            self._compiled, counted = True, run
+            self._compiled, counted, clock = True, run, now  # the next dispatch runs meanwhile
             if done % search.checkpoint_every == 0 or done == search.generations:
                 checkpoints.save(done, {"state": state, "archive": archive})
-            clock = time.perf_counter()
 
         loop.run(
             self.strategy, self.fitness, key, mean, search.generations,

@@ -85,12 +85,22 @@ def activation_bytes(backbone: Backbone, inputs: Any, platform: str | None = Non
     return rows * (tokens * width * per_token + 8 * block.heads * tokens**2)
 
 
-def delta_bytes(merge: Merge, ingredients: Ingredients, keep_shape: tuple[int, ...]) -> tuple[int, bool]:
-    """Bytes of deltas that each member has of its own, and whether any is dense."""
+def delta_bytes(
+    merge: Merge, ingredients: Ingredients, keep_shape: tuple[int, ...], formed: Merge | None = None
+) -> tuple[int, bool]:
+    """Bytes of deltas that each member has of its own, and whether the method makes dense ones.
+
+    Args:
+        merge: the method.
+        ingredients: arrays or shapes.
+        keep_shape: of a mask.
+        formed: the same method with other forms of its deltas (see ``form``), if that is what runs.
+    """
     keep, scale = jax.ShapeDtypeStruct(keep_shape, jnp.bool_), jax.ShapeDtypeStruct((), jnp.float32)
-    deltas = jax.eval_shape(merge.merge, ingredients, keep, scale)
+    deltas = jax.eval_shape((formed or merge).merge, ingredients, keep, scale)
     own = [d.core if isinstance(d, LowRank) else d.weight for d in deltas.values()]
-    dense = [d.weight for d in deltas.values() if isinstance(d, Dense)]
+    made = jax.eval_shape(merge.merge, ingredients, keep, scale)
+    dense = [d.weight for d in made.values() if isinstance(d, Dense)]
     largest = max((math.prod(w.shape[1:]) for w in dense), default=0)
     return n_bytes(own) + 3 * keep_shape[-1] * 4 * largest, bool(dense)
 
@@ -189,8 +199,8 @@ def make_plan(problem: Any, rate: float | None = None) -> Plan:
         rate: FLOP/s of a device; default: measured.
     """
     fixed, search = problem.fixed("search"), problem.run.search
-    chunk = problem.member_chunk(problem.merge, fixed)
-    own, _ = delta_bytes(problem.merge, problem.ingredients, problem.mask_spec.shape)
+    merge, chunk = problem.arrangement(problem.merge, fixed)
+    own, _ = delta_bytes(problem.merge, problem.ingredients, problem.mask_spec.shape, merge)
     return Plan(
         mesh=dict(problem.mesh.shape),
         member_chunk=chunk,
@@ -200,7 +210,7 @@ def make_plan(problem: Any, rate: float | None = None) -> Plan:
         batches=n_bytes(fixed.batches),
         deltas=chunk * own,
         activations=chunk * largest_activations(problem.backbone, fixed.batches),
-        flops_per_mask=mask_flops(problem.backbone, problem.merge, fixed, problem.mask_spec.shape),
+        flops_per_mask=mask_flops(problem.backbone, merge, fixed, problem.mask_spec.shape),
         masks=search.population * search.generations * search.seeds,
         matmul_rate=rate or matmul_rate(problem.backbone.config.block.dtype),
         devices=problem.mesh.size,

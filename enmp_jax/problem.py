@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Num
 
-from enmp_jax import experts, merges, models, plan
+from enmp_jax import experts, form, merges, models, plan
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.config import RunConfig
 from enmp_jax.data import Examples, batch, check_splits, load_examples, preprocess_for
@@ -86,26 +86,36 @@ class Problem:
 
         def counted(fixed, keep, scale):
             self.compilations += 1  # runs when traced, not when called
-            chunk = self.member_chunk(merge, fixed)
-            return make_evaluate(self.backbone, merge, len(self.tasks), self.mesh, chunk)(fixed, keep, scale)
+            formed, chunk = self.arrangement(merge, fixed)
+            return make_evaluate(self.backbone, formed, len(self.tasks), self.mesh, chunk)(fixed, keep, scale)
 
         return counted
 
-    def member_chunk(self, merge: Merge, fixed: Fixed) -> int:
-        """Members that a device evaluates together: the run file's, or what fits (see ``plan``)."""
+    def arrangement(self, merge: Merge, fixed: Fixed) -> tuple[Merge, int]:
+        """The method with its deltas in their cheaper form, and how many members a device evaluates together.
+
+        The run file's ``member_chunk``, or what fits (see ``form`` and ``plan``).
+        """
         members = math.ceil(self.run.search.population / self.mesh.shape["population"])
-        if self.run.evaluation.member_chunk:
-            return min(members, self.run.evaluation.member_chunk)
-        deltas, _ = plan.delta_bytes(merge, fixed.ingredients, self.mask_spec.shape)
         data = self.mesh.shape["data"]  # inside a trace nothing knows how it is divided
-        activations = max(
-            plan.activation_bytes(self.backbone, {k: _rows(v, data) for k, v in bucket.inputs.items()})
-            for bucket in fixed.batches
-        )
+        buckets = [{k: _rows(v, data) for k, v in bucket.inputs.items()} for bucket in fixed.batches]
+        activations = max(plan.activation_bytes(self.backbone, inputs) for inputs in buckets)
         shared = plan.n_bytes(self.params) + plan.n_bytes((fixed.ingredients, fixed.heads))
         shared += plan.n_bytes(fixed.batches) // data
         free = int(plan.USABLE * plan.device_memory()) - shared
-        return plan.choose_member_chunk(members, deltas + activations, free)
+        counts = [bucket.label.shape[0] for bucket in fixed.batches]
+        formed = merge
+        if self.mesh.shape["model"] == 1:  # else base weights are divided, and so would these have to be
+            tokens = [next(iter(i.values())).shape[0] * plan.n_tokens(self.backbone, i) for i in buckets]
+            formed = form.choose(
+                merge, fixed.ingredients, self.mask_spec.shape, batches=sum(counts),
+                tokens=sum(n * count for n, count in zip(tokens, counts, strict=True)),
+                room=free // min(members, form.LEAST_MEMBERS) - activations,
+            )  # fmt: skip
+        if self.run.evaluation.member_chunk:
+            return formed, min(members, self.run.evaluation.member_chunk)
+        deltas, _ = plan.delta_bytes(merge, fixed.ingredients, self.mask_spec.shape, formed)
+        return formed, plan.choose_member_chunk(members, deltas + activations, free)
 
     def score(
         self, fixed: Fixed, keep: Num[np.ndarray, "member ..."], scale: Float[np.ndarray, " member"]

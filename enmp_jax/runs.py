@@ -114,7 +114,8 @@ class Checkpoints:
     def save(self, generation: int, tree: Any) -> None:
         """Save a pytree of arrays."""
         # A string leaf would make orbax hang at exit; np scalars would not restore.
-        tree = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree)
+        # Copied: the write goes on while the caller changes its arrays.
+        tree = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(x), tree)
         self._manager.save(generation, args=self._ocp.args.StandardSave(tree))
 
     def restore(self, generation: int, like: Any) -> Any:

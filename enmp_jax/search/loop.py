@@ -160,8 +160,8 @@ def run(
             already done.
         on_generation: called for each generation with its number, genomes [member, gene] and scores
             (numpy leaves, leading member axis).
-        on_dispatch: called after each dispatch with the number of generations done and the state, which
-            is donated afterwards: save or copy it, do not keep it. The place for checkpoints.
+        on_dispatch: called for each dispatch, while the next one runs, with the number of generations done
+            and a copy of the state. The place for checkpoints.
         step: what ``make_step`` returned for the same arguments; several searches then compile once.
         memory: a pytree of arrays for an evaluation that has one (see ``Evaluate``); it stays usable.
 
@@ -190,15 +190,26 @@ def run(
         carried, key = put((carried, key), sharding)
 
     rows: list[tuple[np.ndarray, Any]] = []
-    for first in range(start, generations, step.size):
-        count = min(step.size, generations - first)
-        carried, *seen = step.advance(key, np.int32(first), np.int32(count), carried, operands)
+
+    def keep_books(first: int, count: int, seen: list[Any], after: State) -> None:
         rows.append(_take(jax.tree.map(np.asarray, tuple(seen)), slice(count)))
         if on_generation is not None:
             for i in range(count):
                 on_generation(first + i, *_take(rows[-1], i))
         if on_dispatch is not None:
-            on_dispatch(first + count, carried[0])
+            on_dispatch(first + count, after)
+
+    books: tuple[Any, ...] | None = None
+    for first in range(start, generations, step.size):
+        count = min(step.size, generations - first)
+        carried, *seen = step.advance(key, np.int32(first), np.int32(count), carried, operands)
+        # copied before the next dispatch takes it: the host books this one while the device does the next
+        after = jax.tree.map(jnp.copy, carried[0]) if on_dispatch is not None else None
+        if books is not None:
+            keep_books(*books)
+        books = first, count, seen, after
+    if books is not None:
+        keep_books(*books)
     if not rows:  # resumed at the end
         shapes = jax.eval_shape(lambda c: step.advance(key, 0, 0, c, operands)[1:], carried)
         rows.append(jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), tuple(shapes)))
