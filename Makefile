@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-reference check demo-train
+.PHONY: demo test test-reference check demo-train suites
 
 demo: $(VENV)/.base
 	$(BIN)/enmp demo
@@ -24,6 +24,10 @@ check: $(VENV)/.test
 
 demo-train: $(VENV)/.base
 	$(BIN)/enmp train enmp_jax/suites/demo.yaml --out runs/demo-train
+
+# Base and experts of vision-small again, as the package has them; TFDS_DATA_DIR says where its data are.
+suites: $(VENV)/.base
+	$(BIN)/enmp train enmp_jax/suites/vision-small.yaml --out runs/vision-small-train
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

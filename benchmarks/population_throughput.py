@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from random_problem import CONFIGS, random_keep, random_problem
 
-from enmp_jax import merges, plan
+from enmp_jax import form, merges, plan
 from enmp_jax.population import make_evaluate
 
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--member-chunk", type=int, help="members at once; default: all")
+    parser.add_argument("--room", type=int, default=1024, help="MiB a member for full matrices of its deltas")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     backbone, merge, stack, fixed = random_problem(
@@ -44,6 +45,13 @@ def main() -> None:
         tasks=args.tasks, examples=args.examples, batch_size=args.batch, tokens=args.tokens,
     )  # fmt: skip
     examples = args.tasks * args.examples
+    labels = [bucket.label for bucket in fixed.batches]
+    one = jax.tree.map(lambda x: x[0], fixed.batches[0].inputs)
+    merge = form.choose(  # what a search does
+        merge, fixed.ingredients, (stack.n_layers, stack.n_tasks),
+        tokens=plan.n_tokens(backbone, one) * sum(x.size for x in labels),
+        batches=sum(len(x) for x in labels), room=args.room * 2**20,
+    )  # fmt: skip
     flops = plan.mask_flops(backbone, merge, fixed, (stack.n_layers, stack.n_tasks))
     device = jax.devices()[0]
     print(
