@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ import jax
 import numpy as np
 
 from enmp_jax.data import cache
+from enmp_jax.files import write_bytes
 from enmp_jax.models import checkpoint
 from enmp_jax.tasks import Counts
 
@@ -88,14 +87,7 @@ def _read(path: Path, tasks: int) -> Counts | None:
 
 def _write(path: Path, counts: Counts) -> None:
     """Whole or not at all; a cache that cannot be written is no error."""
-    temporary = None
-    try:
+    text = json.dumps({name: np.asarray(x).tolist() for name, x in counts._asdict().items()})
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({name: np.asarray(x).tolist() for name, x in counts._asdict().items()}, file)
-        os.replace(temporary, path)
-    except OSError:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        write_bytes(path, text.encode())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from enmp_jax.files import write_bytes
 from enmp_jax.report_data import read
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def write_plots(run_dir: Path) -> list[Path]:
     images = {folder / f"{name}.png": render(draw, data) for name, draw in PLOTS.items()}
     folder.mkdir(exist_ok=True)
     for path, image in images.items():
-        _write(path, image)
+        write_bytes(path, image)
     return list(images)
 
 
@@ -41,14 +41,8 @@ def write_report(run_dir: Path) -> Path:
     from enmp_jax.report_page import page
 
     path = Path(run_dir) / "report.html"
-    _write(path, page(read(run_dir)).encode())
+    write_bytes(path, page(read(run_dir)).encode())
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 # Tables: the same rows for terminal and page ------------------------------------------------------

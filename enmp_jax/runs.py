@@ -18,6 +18,7 @@ import yaml
 
 from enmp_jax.config import RunConfig, to_dict
 from enmp_jax.errors import UserError
+from enmp_jax.files import write_bytes
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "evosax", "transformers", "orbax-checkpoint", "numpy")
 
@@ -69,7 +70,7 @@ class RunDirectory:
     def write(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
         if self.writes:
-            write_text(self.path / name, text)
+            write_bytes(self.path / name, text.encode())
 
     def write_json(self, name: str, data: Any) -> None:
         """Write JSON, whole or not at all."""
@@ -94,7 +95,7 @@ class RunDirectory:
                 continue  # the last line of a killed run
             if record["seed"] != seed or record["generation"] < generations:
                 kept.append(line + "\n")
-        write_text(path, "".join(kept))
+        write_bytes(path, "".join(kept).encode())
 
 
 class Checkpoints:
@@ -131,13 +132,6 @@ class Checkpoints:
         """Wait for pending writes."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def environment() -> dict[str, Any]:

@@ -18,12 +18,13 @@ from enmp_jax.adapters.hub import locate
 from enmp_jax.adapters.matching import examples
 from enmp_jax.adapters.peft_export import write_heads, write_texts
 from enmp_jax.adapters.peft_import import LoadedAdapters
-from enmp_jax.adapters.reading import FLOATS, is_file, one_line, read_json
+from enmp_jax.adapters.reading import FLOATS
 from enmp_jax.adapters.recipe import Recipe, public_name
 from enmp_jax.adapters.shards import Entry, Factors, Full, read_header, rewrite
 from enmp_jax.adapters.writing import new_directory, write_file, write_text
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
+from enmp_jax.files import is_file, one_line, read_json
 from enmp_jax.lora import split_layer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

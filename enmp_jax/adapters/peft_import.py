@@ -14,8 +14,9 @@ from enmp_jax.adapters.hub import locate
 from enmp_jax.adapters.lora_config import LoraSettings
 from enmp_jax.adapters.matching import align, check_bases, check_shape, spellings, to_backbone
 from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS, Heads, Modules, save_adapter
-from enmp_jax.adapters.reading import finite, is_file, one_line, open_tensors, read_float, read_json
+from enmp_jax.adapters.reading import finite, open_tensors, read_float
 from enmp_jax.errors import UserError
+from enmp_jax.files import is_file, one_line, read_json
 from enmp_jax.lora import LoraStack, stack_adapters
 
 __all__ = ["Adapter", "LoadedAdapters", "load_adapters", "read_adapter", "save_adapter"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,55 +12,9 @@ import numpy as np
 import safetensors
 
 from enmp_jax.errors import UserError
+from enmp_jax.files import is_file, one_line, reason
 
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_MAX_JSON_BYTES = 64 * 2**20
-
-
-def one_line(error: object, limit: int = 200) -> str:
-    """An error's text as one printable line."""
-    text = "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def is_file(path: Path) -> bool:
-    """Whether ``path`` is a regular file (links followed).
-
-    Raises:
-        UserError: it is there but is no regular file (a directory, a pipe, a loop of links).
-    """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise UserError(f"{path} is a link to nothing: download the file again") from None
-        return False
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is not a regular file")
-    return True
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: no regular file, too large, not UTF-8 JSON, or not an object.
-    """
-    if not is_file(path):
-        raise UserError(f"there is no {path.name} in {path.parent}")
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(f"{path} has {path.stat().st_size} bytes: too large for a configuration file")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(data).__name__}")
-    return data
 
 
 @contextlib.contextmanager
@@ -118,7 +70,3 @@ def finite(tensor: np.ndarray) -> bool:
             if np.isfinite(np.dot(flat, flat)):  # NaN and Inf survive a sum of squares
                 return True
     return bool(np.isfinite(tensor).all())
-
-
-def reason(error: BaseException) -> str:
-    return one_line(getattr(error, "strerror", None) or error)

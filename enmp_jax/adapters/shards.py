@@ -20,9 +20,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from enmp_jax.adapters.reading import FLOATS, finite, one_line, open_tensors
+from enmp_jax.adapters.reading import FLOATS, finite, open_tensors
 from enmp_jax.adapters.writing import write_file
 from enmp_jax.errors import UserError
+from enmp_jax.files import one_line
 
 _CHUNK = 2**20  # entries per step of arithmetic; larger ones fall out of the cache
 _BLOCK = 2**18  # bytes per comparison: two of them stay in the cache

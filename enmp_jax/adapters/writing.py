@@ -13,8 +13,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from enmp_jax.adapters.reading import one_line, open_tensors, reason
+from enmp_jax.adapters.reading import open_tensors
 from enmp_jax.errors import UserError
+from enmp_jax.files import one_line, reason
 
 
 def check_unused(path: str | Path) -> Path:

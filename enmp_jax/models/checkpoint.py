@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from enmp_jax import files
 from enmp_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -46,22 +47,14 @@ def find(model: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """A JSON file of a model that holds an object.
 
     Raises:
         UserError: it is missing or not a JSON object.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path.parent} has no {path.name}: it is not a model in Hugging Face layout"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must be a JSON object")
-    return data
+    if not files.is_file(path):
+        raise UserError(f"{path.parent} has no {path.name}: it is not a model in Hugging Face layout")
+    return files.read_json(path)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from enmp_jax.config import RunConfig
 from enmp_jax.data import Examples, load_examples, preprocess_for
 from enmp_jax.data.preprocess import PlainImages
 from enmp_jax.errors import UserError
+from enmp_jax.files import write_bytes
 from enmp_jax.heads import load_heads
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.progress import read_lines
-from enmp_jax.runs import environment, write_text
+from enmp_jax.runs import environment
 from enmp_jax.tasks import Heads, stack_heads
 from enmp_jax.training.experts import Experts, train_experts
 from enmp_jax.training.pretrain import pretrain
@@ -159,4 +160,4 @@ def _record(out: Path, name: str, entry: dict) -> None:
     path = out / "training.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     record[name] = entry | {"environment": environment()}
-    write_text(path, json.dumps(record, indent=1) + "\n")
+    write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())

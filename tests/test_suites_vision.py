@@ -1,0 +1,49 @@
+"""The packaged vision suite: its files fit each other, and its data where they are."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from enmp_jax import config, models
+from enmp_jax.adapters import load_adapters
+
+DATA = os.environ.get("TFDS_DATA_DIR", str(Path(__file__).parents[2] / "shared" / "data" / "tfds"))
+
+
+@pytest.fixture(scope="module")
+def run():
+    return config.load(config.SUITES / "vision-small.yaml")
+
+
+def test_adapters_and_heads_fit_the_base(run):
+    backbone, _ = models.load(run.path(run.base.model))
+    adapters = load_adapters(
+        {task.name: run.path(task.adapter) for task in run.tasks},
+        backbone.canonical,
+        n_layers=backbone.n_layers,
+        modules=backbone.modules,
+        base_name=run.base.model,
+    )
+    assert adapters.stack.tasks == ("mnist", "fashion", "cifar", "gtsrb", "arabic", "kannada", "signs")
+    assert len(adapters.stack.pairs) == len(backbone.modules)
+    for pair in adapters.stack.pairs.values():
+        assert pair.present.all() and np.asarray(pair.b).any(axis=(2, 3)).all()
+
+
+@pytest.mark.skipif(not Path(DATA).is_dir(), reason="no TFDS data directory")
+def test_its_experts_know_more_than_the_base(run, monkeypatch):
+    """The first thing that makes a suite fit for use, on a few examples."""
+    import dataclasses
+
+    from enmp_jax.problem import load
+
+    monkeypatch.setenv("TFDS_DATA_DIR", DATA)
+    evaluation = dataclasses.replace(run.evaluation, search_examples=40, batch_size=140)
+    problem = load(dataclasses.replace(run, evaluation=evaluation), ("search",))
+    sizes = problem.sizes("search")
+    expert = np.asarray(problem.score_experts("search").correct) / sizes
+    base = np.asarray(problem.score_base("search").correct) / sizes
+    assert (expert > base).all()
+    assert (base / expert).mean() < 0.6
