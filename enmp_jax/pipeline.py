@@ -158,7 +158,7 @@ class Searcher:
         self.masks_run = 0
         # What earlier searches scored: the same masks, split and scale give the same fitness.
         self._scored: list[dict[str, np.ndarray]] = []
-        self._given: tuple[int, int] | None = None
+        self._given: tuple[Fixed, Scoring] | None = None
 
     def _memo(self, archive: dict[str, np.ndarray], start: int) -> DeviceMemo:
         """The device's memo of the earlier searches and the first ``start`` generations of this one."""
@@ -173,8 +173,9 @@ class Searcher:
 
     def search(self, fixed: Fixed, scoring: Scoring, scale: float, seed: int) -> Memo:
         """One search; resumes from its newest checkpoint. Returns all masks that it scored."""
-        if self._given != (id(fixed), id(scoring)):  # scores of other data say nothing here
-            self._given, self._scored = (id(fixed), id(scoring)), []
+        given = self._given
+        if given is None or given[0] is not fixed or given[1] is not scoring:
+            self._given, self._scored = (fixed, scoring), []  # scores of other data say nothing here
         with Checkpoints(self.directory.path / "checkpoints" / f"seed-{seed}") as checkpoints:
             return self._search(fixed, scoring, scale, seed, checkpoints)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from enmp_jax.merges.batching import one_by_one_differentiable
 from enmp_jax.merges.linalg import polar_by_products, polar_if_easy, qr, svd
 from enmp_jax.merges.spectral import isotropic, isotropic_product, polar
 from enmp_jax.merges.thresholds import threshold_of_largest
@@ -137,6 +138,31 @@ def test_batches_side_by_side_are_the_matrices_one_by_one() -> None:
         np.testing.assert_allclose(s, np.linalg.svd(np.asarray(x[i]), compute_uv=False), rtol=1e-5)
         gram = np.swapaxes(q, -1, -2) @ np.asarray(q)
         np.testing.assert_allclose(gram, np.broadcast_to(np.eye(SIDE), gram.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", ["none", "first", "both"])
+def test_derivatives_pass_through_loops_over_members(batch: str) -> None:
+    """Values, gradients and jvps are those of the plain function, whatever is batched."""
+
+    def plain(x, y):
+        return {"a": jnp.sin(x) @ y, "b": (x * y.T).sum()}
+
+    looped = one_by_one_differentiable(plain)
+    rng = np.random.default_rng(0)
+    x, y = (
+        jnp.asarray(rng.normal(size=(3, 4, 5)[batch == "none" :]), jnp.float32),
+        rng.normal(size=(3, 5, 4)),
+    )
+    y = jnp.asarray(y if batch == "both" else y[0], jnp.float32)
+    axes = {"none": None, "first": (0, None), "both": (0, 0)}[batch]
+
+    def total(function):
+        mapped = jax.vmap(function, axes) if axes else function
+        return lambda x, y: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(mapped(x, y)))
+
+    for transform in (jax.grad, lambda f: jax.grad(f, argnums=1), lambda f: f):
+        ours, theirs = (jax.jit(transform(total(f)))(x, y) for f in (looped, plain))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_no_batched_lapack_call_on_cpus() -> None:

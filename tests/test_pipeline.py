@@ -152,6 +152,22 @@ def test_searches_with_several_seeds_compile_the_evaluation_once(demo_problem, d
     assert demo_problem.compilations == before + 1
 
 
+def test_scores_of_other_data_are_not_remembered(demo_problem, demo_run, tmp_path):
+    """The same search twice runs no mask again; against other expert accuracies, all of them."""
+    run = dataclasses.replace(demo_run, search=dataclasses.replace(demo_run.search, seeds=2))
+    searcher = Searcher(dataclasses.replace(demo_problem, run=run), RunDirectory(tmp_path / "0"), SILENT)
+    fixed, scoring = demo_problem.fixed("search"), demo_problem.scoring("search")
+    other = scoring._replace(reference=scoring.reference * 2)
+    ran = []
+    for i, given in enumerate((scoring, scoring, other)):
+        searcher.directory = RunDirectory(tmp_path / str(i))
+        searcher.directory.start(run)
+        before = searcher.masks_run
+        searcher.search(fixed, given, 0.5, 0)
+        ran.append(searcher.masks_run - before)
+    assert ran[0] > 0 and ran == [ran[0], 0, ran[0]]
+
+
 def test_the_scale_is_the_best_of_the_grid_on_the_search_split(demo_problem):
     fixed, scoring = demo_problem.fixed("search"), demo_problem.scoring("search")
     scale, fitness = choose_scale(demo_problem, fixed, scoring)
