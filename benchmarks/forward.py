@@ -1,7 +1,7 @@
 # pyright: reportArgumentType=false
 """Forward passes on the CPU against transformers on torch: images/s and tokens/s, one run, interleaved.
 
-``python benchmarks/forward.py [--repeats 7] [--threads 2] [--only vit-b-32]`` prints the table of
+``python benchmarks/forward.py [--repeats 7] [--threads 2] [--only vit-b-32] [--batch 8]`` prints the table of
 benchmarks/results/forward.md. Both sides get the same batch; ``lora`` is the unmerged forward with a
 rank-16 LoRA on the four attention projections (PEFT attached there, deltas here).
 """
@@ -147,19 +147,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", choices=list(CASES))
+    parser.add_argument("--batch", type=int, default=8, help="images or texts")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), load "
         f"{os.getloadavg()[0]:.1f}, python {platform.python_version()}, jax {jax.__version__}, "
-        f"torch {torch.__version__}, transformers {hf.__version__}, medians of {args.repeats}\n"
+        f"torch {torch.__version__}, transformers {hf.__version__}, batch {args.batch}, "
+        f"medians of {args.repeats}\n"
     )
     print("| model | dtype | forward | unit | enmp-jax | torch | ratio of medians | best against best |")
     print("|---|---|---|---|---|---|---|---|")
     for name in [args.only] if args.only else CASES:
         for dtype in ("float32", "bfloat16"):
             for lora in (False, True):
-                case = CASES[name]()
+                case = CASES[name](args.batch)
                 with torch.inference_mode():
                     a, b = measure(ours(case, dtype, lora), theirs(case, dtype, lora), args.repeats)
                 print(
