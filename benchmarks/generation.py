@@ -120,8 +120,8 @@ def ours(problem: Any, merge: Any, masks: int, tasks: int, repeats: int) -> Spli
     jax.block_until_ready(merged(ingredients, keep, scale))
     merging = best(lambda: merged(ingredients, keep, scale), repeats)
     chunk = 4 if jax.default_backend() == "cpu" else None
-    evaluate = jax.jit(make_evaluate(backbone, merge, tasks, member_chunk=chunk))
-    jax.block_until_ready(evaluate(fixed, keep, scale))
+    call = jax.jit(make_evaluate(backbone, merge, tasks, member_chunk=chunk))
+    evaluate = call.lower(fixed, keep, scale).compile()
     total = best(lambda: evaluate(fixed, keep, scale), repeats)
     return Split(merging, total - merging, data, 0.0)
 

@@ -155,7 +155,10 @@ def rewrite(
                 for a, b in _runs(same):
                     _copy(files, a.start, b.start, a.stop - a.start)
                 checks = [job.result() for job in jobs]
-            _verify(files, same, changed, checks, target)
+            with ThreadPoolExecutor(1) as pool:  # the disk is busy while the copy in memory is checked
+                flushed = pool.submit(os.fsync, files.writer)
+                _verify(files, same, changed, checks, target)
+                flushed.result()
             writer.seek(0)
             if writer.read(len(prefix)) != prefix:
                 raise UserError(f"{target} does not read back as written: check the disk")
