@@ -106,10 +106,18 @@ class Linear(nn.Module):
         weight = self.param("weight", nn.initializers.truncated_normal(self.init_std), shape, self.dtype)
         if isinstance(delta, Dense):
             weight = (weight + delta.weight).astype(weight.dtype)
-        y = jnp.matmul(x, weight.T)
+        y = _product(x, weight)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.out,), self.dtype)
         return y + delta.apply(x) if isinstance(delta, LowRank) else y
+
+
+def _product(x: Float[Array, "*batch in"], weight: Float[Array, "out in"]) -> Float[Array, "*batch out"]:
+    """``x weight^T`` in the type of x."""
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # the kernels for bfloat16 give float32; asked for bfloat16, XLA converts both sides to float32 first
+        return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.matmul(x, weight.T)
 
 
 def normalise(
