@@ -33,9 +33,9 @@ from unittest.mock import MagicMock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from random_problem import random_keep, random_problem
+from random_problem import random_keep, random_problem, searched_form
 
-from enmp_jax import form, merges
+from enmp_jax import merges
 from enmp_jax.population import make_evaluate
 
 
@@ -111,11 +111,7 @@ def ours(problem: Any, merge: Any, masks: int, tasks: int, repeats: int) -> Spli
     host = jax.tree.map(np.asarray, fixed.batches)
     data = best(lambda: jax.device_put(host), repeats)
     ingredients = fixed.ingredients
-    labels = [bucket.label for bucket in fixed.batches]
-    merge = form.choose(  # what a search does
-        merge, ingredients, keep.shape[1:], tokens=50 * sum(x.size for x in labels),
-        batches=sum(len(x) for x in labels), room=10**9,
-    )  # fmt: skip
+    merge = searched_form(backbone, merge, stack, fixed, room=10**9)
     merged = jax.jit(lambda i, k, s: merges.merge_population(merge, i, k, s))
     jax.block_until_ready(merged(ingredients, keep, scale))
     merging = best(lambda: merged(ingredients, keep, scale), repeats)

@@ -18,9 +18,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from random_problem import CONFIGS, random_keep, random_problem
+from random_problem import CONFIGS, random_keep, random_problem, searched_form
 
-from enmp_jax import form, merges, plan
+from enmp_jax import merges, plan
 from enmp_jax.population import make_evaluate
 
 
@@ -45,13 +45,7 @@ def main() -> None:
         tasks=args.tasks, examples=args.examples, batch_size=args.batch, tokens=args.tokens,
     )  # fmt: skip
     examples = args.tasks * args.examples
-    labels = [bucket.label for bucket in fixed.batches]
-    one = jax.tree.map(lambda x: x[0], fixed.batches[0].inputs)
-    merge = form.choose(  # what a search does
-        merge, fixed.ingredients, (stack.n_layers, stack.n_tasks),
-        tokens=plan.n_tokens(backbone, one) * sum(x.size for x in labels),
-        batches=sum(len(x) for x in labels), room=args.room * 2**20,
-    )  # fmt: skip
+    merge = searched_form(backbone, merge, stack, fixed, args.room * 2**20)
     flops = plan.mask_flops(backbone, merge, fixed, (stack.n_layers, stack.n_tasks))
     device = jax.devices()[0]
     print(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enmp_jax import merges, models
+from enmp_jax import form, merges, models, plan
 from enmp_jax.data.batches import Batches
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.merges.base import Merge
@@ -101,3 +101,13 @@ def random_problem(
 def random_keep(members: int, stack: LoraStack, seed: int = 2) -> np.ndarray:
     """Masks that prune a tenth of the modules."""
     return np.random.default_rng(seed).random((members, stack.n_layers, stack.n_tasks)) > 0.1
+
+
+def searched_form(backbone: Backbone, merge: Merge, stack: LoraStack, fixed: Fixed, room: int) -> Merge:
+    """The method with its deltas in the form that a search would choose, ``room`` bytes a member."""
+    labels = [bucket.label for bucket in fixed.batches]
+    one = jax.tree.map(lambda x: x[0], fixed.batches[0].inputs)
+    return form.choose(
+        merge, fixed.ingredients, (stack.n_layers, stack.n_tasks), room=room,
+        tokens=plan.n_tokens(backbone, one) * sum(x.size for x in labels), batches=sum(map(len, labels)),
+    )  # fmt: skip

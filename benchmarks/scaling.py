@@ -20,9 +20,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from random_problem import CONFIGS, random_keep, random_problem
+from random_problem import CONFIGS, random_keep, random_problem, searched_form
 
-from enmp_jax import form, merges
+from enmp_jax import merges
 from enmp_jax.flops import count_flops
 from enmp_jax.population import make_evaluate, make_mesh
 
@@ -53,11 +53,7 @@ def seconds(args: argparse.Namespace, members: int, tasks: int, layers: int, exa
         args.model, merges.make(args.method, args.space), layers=layers, tasks=tasks, examples=examples,
         batch_size=16, tokens=32,
     )  # fmt: skip
-    tokens = 50 if "image" in backbone.input_spec else 32
-    merge = form.choose(
-        merge, fixed.ingredients, (layers, tasks), tokens=tasks * examples * tokens,
-        batches=tasks * examples // 16, room=10**9,
-    )  # fmt: skip
+    merge = searched_form(backbone, merge, stack, fixed, room=10**9)
     evaluate = jax.jit(make_evaluate(backbone, merge, tasks, member_chunk=4))
     operands = fixed, jnp.asarray(random_keep(members, stack)), jnp.full(members, 0.3)
     jax.block_until_ready(evaluate(*operands))

@@ -43,7 +43,7 @@ def choose(
         room: bytes for the full matrices of one member; without them all deltas stay factored.
     """
     chosen, taken = [], 0
-    for name, delta in sorted(_shapes(merge, ingredients, keep_shape).items()):
+    for name, delta in sorted(delta_shapes(merge, ingredients, keep_shape).items()):
         if isinstance(delta, LowRank) and _full_is_cheaper(delta, tokens, batches):
             chosen.append(name)
             taken += delta.left.shape[0] * math.prod(full_shape(delta)) * 4
@@ -68,7 +68,8 @@ def full_shape(delta: LowRank) -> tuple[int, int]:
     return delta.left.shape[-2], inner.shape[-1]
 
 
-def _shapes(merge: Merge, ingredients: Ingredients, keep_shape: tuple[int, ...]) -> Deltas:
+def delta_shapes(merge: Merge, ingredients: Ingredients, keep_shape: tuple[int, ...]) -> Deltas:
+    """The deltas that a method makes, as shapes; nothing is computed."""
     keep, scale = jax.ShapeDtypeStruct(keep_shape, jnp.bool_), jax.ShapeDtypeStruct((), jnp.float32)
     return jax.eval_shape(merge.merge, ingredients, keep, scale)
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from enmp_jax.deltas import Dense, LowRank
 from enmp_jax.flops import count_flops
+from enmp_jax.form import delta_shapes
 from enmp_jax.merges.base import Ingredients, Merge
 from enmp_jax.models.base import Backbone
 
@@ -96,11 +97,10 @@ def delta_bytes(
         keep_shape: of a mask.
         formed: the same method with other forms of its deltas (see ``form``), if that is what runs.
     """
-    keep, scale = jax.ShapeDtypeStruct(keep_shape, jnp.bool_), jax.ShapeDtypeStruct((), jnp.float32)
-    deltas = jax.eval_shape((formed or merge).merge, ingredients, keep, scale)
+    deltas = delta_shapes(formed or merge, ingredients, keep_shape)
     own = [d.core if isinstance(d, LowRank) else d.weight for d in deltas.values()]
-    made = jax.eval_shape(merge.merge, ingredients, keep, scale)
-    dense = [d.weight for d in made.values() if isinstance(d, Dense)]
+    made = delta_shapes(merge, ingredients, keep_shape).values()
+    dense = [d.weight for d in made if isinstance(d, Dense)]
     largest = max((math.prod(w.shape[1:]) for w in dense), default=0)
     return n_bytes(own) + 3 * keep_shape[-1] * 4 * largest, bool(dense)
 
@@ -230,8 +230,7 @@ def largest_activations(backbone: Backbone, batches: Any) -> int:
 
 def mask_flops(backbone: Backbone, merge: Merge, fixed: Any, keep_shape: tuple[int, ...]) -> int:
     """FLOPs of the forward passes of one mask over all batches, low-rank deltas included."""
-    keep, scale = jax.ShapeDtypeStruct(keep_shape, jnp.bool_), jax.ShapeDtypeStruct((), jnp.float32)
-    deltas = jax.eval_shape(merge.merge, fixed.ingredients, keep, scale)
+    deltas = delta_shapes(merge, fixed.ingredients, keep_shape)
     total = 0
     for bucket in fixed.batches:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), bucket.inputs)

@@ -203,7 +203,21 @@ def load(
     backbone = models.build(checkpoint.read_config(checkpoint.find(base)), run.base.dtype)
     mesh = choose_mesh(run, backbone)
     backbone, params = models.load(base, dtype=run.base.dtype, place=param_sharding(mesh))
-    adapters = load_adapters(
+    adapters = load_run_adapters(run, backbone)
+    examples = load_splits(run, backbone, base, splits, reporter)
+    names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
+    heads = load_heads(run, adapters.heads, base, backbone, class_names=names)
+    check_labels(run, heads, examples)
+    return Problem(run, backbone, params, adapters.stack, adapters, heads, examples, mesh, merge, base)
+
+
+def load_run_adapters(run: RunConfig, backbone: Backbone) -> LoadedAdapters:
+    """The adapters that a run file names, matched with its base.
+
+    Raises:
+        UserError: a missing or bad adapter, or one of another base.
+    """
+    return load_adapters(
         {task.name: run.path(task.adapter) for task in run.tasks},
         backbone.canonical,
         n_layers=backbone.n_layers,
@@ -211,11 +225,6 @@ def load(
         base_name=run.base.model,
         allow_base_mismatch=run.base.allow_mismatch,
     )
-    examples = load_splits(run, backbone, base, splits, reporter)
-    names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
-    heads = load_heads(run, adapters.heads, base, backbone, class_names=names)
-    check_labels(run, heads, examples)
-    return Problem(run, backbone, params, adapters.stack, adapters, heads, examples, mesh, merge, base)
 
 
 def choose_mesh(run: RunConfig, backbone: Backbone) -> Mesh:

@@ -1,5 +1,6 @@
 """The packaged vision suite: its files fit each other, and its data where they are."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from enmp_jax import config, models
-from enmp_jax.adapters import load_adapters
+from enmp_jax.problem import load, load_run_adapters
 
 DATA = os.environ.get("TFDS_DATA_DIR", str(Path(__file__).parents[2] / "shared" / "data" / "tfds"))
 
@@ -19,13 +20,7 @@ def run():
 
 def test_adapters_and_heads_fit_the_base(run):
     backbone, _ = models.load(run.path(run.base.model))
-    adapters = load_adapters(
-        {task.name: run.path(task.adapter) for task in run.tasks},
-        backbone.canonical,
-        n_layers=backbone.n_layers,
-        modules=backbone.modules,
-        base_name=run.base.model,
-    )
+    adapters = load_run_adapters(run, backbone)
     assert adapters.stack.tasks == ("mnist", "fashion", "cifar", "gtsrb", "arabic", "kannada", "signs")
     assert len(adapters.stack.pairs) == len(backbone.modules)
     for pair in adapters.stack.pairs.values():
@@ -35,10 +30,6 @@ def test_adapters_and_heads_fit_the_base(run):
 @pytest.mark.skipif(not Path(DATA).is_dir(), reason="no TFDS data directory")
 def test_its_experts_know_more_than_the_base(run, monkeypatch):
     """The first thing that makes a suite fit for use, on a few examples."""
-    import dataclasses
-
-    from enmp_jax.problem import load
-
     monkeypatch.setenv("TFDS_DATA_DIR", DATA)
     evaluation = dataclasses.replace(run.evaluation, search_examples=40, batch_size=140)
     problem = load(dataclasses.replace(run, evaluation=evaluation), ("search",))

@@ -253,10 +253,8 @@ def _verify(
     target: Path,
 ) -> None:
     """Compare what was written: copied bytes with the source, the others with their checksums."""
-    meant, found = (
-        bytearray(_BLOCK),
-        bytearray(_BLOCK),
-    )  # new ones for every block cost as much again
+    # two for all blocks: making new ones costs as much as comparing them
+    meant, found = bytearray(_BLOCK), bytearray(_BLOCK)
     for a, b in _runs(same):
         for offset in range(0, a.stop - a.start, _BLOCK):
             size = min(_BLOCK, a.stop - a.start - offset)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from enmp_jax.data.base import Examples, Span
+from enmp_jax.files import write_bytes
 
 VERSION = 1
 """Part of every key; raised when the meaning of cached entries changes."""
@@ -100,19 +101,13 @@ def read_array(kind: str, entry: str) -> np.ndarray | None:
 
 def write_array(kind: str, entry: str, array: np.ndarray) -> None:
     """Store an array under a key, whole or not at all. A cache that cannot be written is no error."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    folder, temporary = directory() / kind, None
-    try:
+    content = save({"array": np.asarray(array, order="C")})
+    with contextlib.suppress(OSError):
+        folder = directory() / kind
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-        os.close(handle)
-        save_file({"array": np.asarray(array, order="C")}, temporary)
-        os.replace(temporary, folder / f"{entry}.safetensors")
-    except OSError:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        write_bytes(folder / f"{entry}.safetensors", content)
 
 
 def _checksums(arrays: dict[str, np.ndarray]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,21 +35,18 @@ def one_by_one(
         members = [x for x, mapped in zip(arrays, is_batched, strict=True) if mapped]
         shared = [x for x, mapped in zip(arrays, is_batched, strict=True) if not mapped]
 
-        def loop(*arrays: Array) -> Any:
-            shared = arrays[len(members) :]
+        def ordered(members: Sequence[Array], shared: Sequence[Array]) -> list[Array]:
+            of_member, of_all = iter(members), iter(shared)
+            return [next(of_member if mapped else of_all) for mapped in is_batched]
 
-            def member(own: tuple[Array, ...]) -> Any:
-                of_member, of_all = iter(own), iter(shared)
-                return single(*(next(of_member if mapped else of_all) for mapped in is_batched))
+        def loop(members: Sequence[Array], shared: Sequence[Array]) -> Any:
+            return jax.lax.map(lambda own: single(*ordered(own, shared)), members)
 
-            return jax.lax.map(member, arrays[: len(members)])
+        def batch(members: Sequence[Array], shared: Sequence[Array]) -> Any:
+            axes = [0 if mapped else None for mapped in is_batched]
+            return jax.vmap(batched, axes)(*ordered(members, shared))
 
-        def batch(*arrays: Array) -> Any:
-            of_member, of_all = iter(arrays[: len(members)]), iter(arrays[len(members) :])
-            ordered = [next(of_member if mapped else of_all) for mapped in is_batched]
-            return jax.vmap(batched, [0 if mapped else None for mapped in is_batched])(*ordered)
-
-        out = jax.lax.platform_dependent(*members, *shared, cpu=loop, default=batch)
+        out = jax.lax.platform_dependent(members, shared, cpu=loop, default=batch)
         return out, jax.tree.map(lambda _: True, out)
 
     return single
