@@ -2,7 +2,7 @@
 """One generation, merging and evaluation, against the PyTorch reference in one run on one machine.
 
     OPENBLAS_NUM_THREADS=1 python benchmarks/generation.py [--reference DIR] [--only knots-ties]
-        [--layers 12] [--masks 8] [--images 64] [--reference-masks 1]
+        [--layers 12] [--masks 8] [--images 64] [--reference-masks 1] [--dtypes float32 bfloat16]
 
 CLIP ViT-B/32, 8 tasks x 64 images, rank-16 adapters on the attention projections, 8 masks; random weights
 and data. DIR is a clone of github.com/CaoAnda/ENMP-LoRAMerging; its own ``MatrixPerLayerMerger.merge`` and
@@ -10,9 +10,10 @@ and data. DIR is a clone of github.com/CaoAnda/ENMP-LoRAMerging; its own ``Matri
 that are not installed are stubbed: none of them is on this path). The reference takes its masks one after
 the other, so ``--reference-masks`` of them may be measured and multiplied: the table says so.
 
-Ours: merge is the merging of all masks compiled by itself; forward is the rest of the one compiled call;
+Ours, once for each of ``--dtypes`` (of weights and activations; merging is float32, and so is all of the
+reference): merge is the merging of all masks compiled by itself; forward is the rest of the compiled call;
 data is the copy of the batches to the device, once per search. The reference: what its merge, its model's
-forward and its loader take; rest is everything else.
+forward and its loader take; rest is everything else. ratio: the reference's total over that of the row.
 """
 
 from __future__ import annotations
@@ -230,6 +231,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="per task")
     parser.add_argument("--masks", type=int, default=8)
     parser.add_argument("--reference-masks", type=int, help="measured of the reference; default: all")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="of ours"
+    )
     parser.add_argument("--repeats", type=int, default=2, help="of ours, after compilation; the best counts")
     args = parser.parse_args()
     args.reference_masks = min(args.reference_masks or args.masks, args.masks)
@@ -243,25 +247,27 @@ def main() -> None:
     print(
         f"{time.strftime('%Y-%m-%d')}, {jax.devices()[0].device_kind} ({os.cpu_count()} cores, load "
         f"{os.getloadavg()[0]:.1f}), {versions}; {args.layers} layers, {args.tasks} tasks x {args.images} "
-        f"images, {args.masks} masks (reference: {args.reference_masks} measured), float32, seconds\n"
+        f"images, {args.masks} masks (reference: {args.reference_masks} measured), seconds\n"
     )
     print("| method | side | merge | forward | data | rest | total | merging | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in args.only:
         case = CASES[name]
         merge = merges.make(case.method, case.space, case.isotropize, **case.hyper)
-        backbone, _, stack, fixed = random_problem(
-            "vit-b-32", merge, layers=args.layers, tasks=args.tasks, examples=args.images, batch_size=64
-        )
-        problem = backbone, stack, fixed
-        own = ours(problem, merge, args.masks, args.tasks, args.repeats)
-        sides = {"enmp-jax": own}
+        sides = {}
+        for dtype in args.dtypes:
+            backbone, _, stack, fixed = random_problem(
+                "vit-b-32", merge, layers=args.layers, dtype=dtype,
+                tasks=args.tasks, examples=args.images, batch_size=64,
+            )  # fmt: skip
+            problem = backbone, stack, fixed
+            sides[f"enmp-jax {dtype}"] = ours(problem, merge, args.masks, args.tasks, args.repeats)
         if reference:
-            sides["reference"] = theirs(reference, problem, case, args)
+            sides["reference float32"] = theirs(reference, problem, case, args)
         for side, split in sides.items():
             parts = " | ".join(f"{x:.2f}" for x in (*split, split.total))
             share = f"{100 * split.merge / split.total:.0f} %"
-            ratio = f"{split.total / own.total:.1f}"
+            ratio = f"{sides['reference float32'].total / split.total:.1f}" if reference else "-"
             print(f"| {name} | {side} | {parts} | {share} | {ratio} |", flush=True)
 
 

@@ -9,6 +9,8 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from enmp_jax.products import times_transposed
+
 
 @flax.struct.dataclass
 class LowRank:
@@ -23,9 +25,10 @@ class LowRank:
 
     def apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ delta.T`` without forming the delta (one layer, no leading axes)."""
-        hidden = x if self.right is None else jnp.matmul(x, self.right.T.astype(x.dtype))
-        hidden = jnp.matmul(hidden, self.core.T.astype(x.dtype))
-        return jnp.matmul(hidden, self.left.T.astype(x.dtype))
+        factors = (self.core, self.left) if self.right is None else (self.right, self.core, self.left)
+        for factor in factors:
+            x = times_transposed(x, factor.astype(x.dtype))
+        return x
 
     def materialise(self) -> Float[Array, "*member out in"]:
         """The full matrices."""
@@ -46,7 +49,7 @@ class Dense:
 
     def apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """``x @ delta.T`` (one layer, no leading axes)."""
-        return jnp.matmul(x, self.weight.T.astype(x.dtype))
+        return times_transposed(x, self.weight.astype(x.dtype))
 
     def materialise(self) -> Float[Array, "*member out in"]:
         """The full matrices."""

@@ -14,9 +14,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from enmp_jax.deltas import Delta, Deltas, Dense, LowRank
 from enmp_jax.errors import UserError
+from enmp_jax.models.attention import attend
+from enmp_jax.products import times_transposed
+
+
+def _gelu(x: Array) -> Array:
+    """``x`` times the normal distribution function, float32 inside."""
+    y = x.astype(jnp.float32)  # nn.gelu takes erfc, which needs twice as long on CPUs, and in bfloat16 thrice
+    return (0.5 * y * (1 + lax.erf(y * 0.5**0.5))).astype(x.dtype)
+
 
 ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": _gelu,
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
@@ -106,18 +115,10 @@ class Linear(nn.Module):
         weight = self.param("weight", nn.initializers.truncated_normal(self.init_std), shape, self.dtype)
         if isinstance(delta, Dense):
             weight = (weight + delta.weight).astype(weight.dtype)
-        y = _product(x, weight)
+        y = times_transposed(x, weight)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.out,), self.dtype)
         return y + delta.apply(x) if isinstance(delta, LowRank) else y
-
-
-def _product(x: Float[Array, "*batch in"], weight: Float[Array, "out in"]) -> Float[Array, "*batch out"]:
-    """``x weight^T`` in the type of x."""
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # the kernels for bfloat16 give float32; asked for bfloat16, XLA converts both sides to float32 first
-        return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
-    return jnp.matmul(x, weight.T)
 
 
 def normalise(
@@ -221,7 +222,7 @@ class Block(nn.Module):
             q, k = norm("q_norm", q), norm("k_norm", k)
         if rotary is not None and rotary_q is not None:
             q, k = rotate(q, rotary_q), rotate(k, rotary)
-        attended = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
+        attended = attend(q, k, v, mask)
         x = x + linear("o", s.o_bias, attended.reshape(*attended.shape[:-2], -1))
         if s.post_norm:
             x = norm("norm1", x)
@@ -267,9 +268,7 @@ def run_layers(
     block = Block(spec)
 
     def layer(hidden: Array, i: Any, token: Any = None) -> Array:
-        weights, delta = jax.tree.map(
-            lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), (params, dict(deltas))
-        )
+        weights, delta = jax.tree.map(lambda a: _index(a, i), (params, dict(deltas)))
         return cast(Array, block.apply({"params": weights}, hidden, delta, mask, rotary, token))
 
     def step(hidden: Array, i: Array) -> tuple[Array, Array]:
@@ -278,6 +277,23 @@ def run_layers(
 
     x, states = lax.scan(step, x, jnp.arange(n_layers if token is None else n_layers - 1))
     return (x if token is None else layer(x, n_layers - 1, token)), states
+
+
+@jax.custom_jvp
+def _index(stacked: Array, i: Any) -> Array:
+    """``stacked[i]``, clamped."""
+    if stacked.dtype != jnp.bfloat16:
+        return lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+    # XLA's CPU backend would convert the whole stack to float32 before it takes a slice
+    stacked, i = lax.optimization_barrier((stacked, i))
+    bits = lax.dynamic_index_in_dim(lax.bitcast_convert_type(stacked, jnp.uint16), i, keepdims=False)
+    return lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+@_index.defjvp
+def _index_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (stacked, i), (tangent, _) = primals, tangents
+    return _index(stacked, i), lax.dynamic_index_in_dim(tangent, i, keepdims=False)
 
 
 def short_deltas(deltas: Deltas | None, modules: Mapping[str, str]) -> dict[str, Delta]:

@@ -16,6 +16,7 @@ from enmp_jax.models.base import Backbone, Inputs, Params
 from enmp_jax.models.layers import BlockSpec, init_layers, init_norm, normalise
 from enmp_jax.models.names import KeyTable
 from enmp_jax.models.transformer import Embedded, init_normal, transformer
+from enmp_jax.products import times_transposed
 
 KEYS = KeyTable(
     prefix="vit.",
@@ -124,7 +125,7 @@ def embed_patches(
     rows, columns = spec.height // ph, spec.width // pw
     x = image.astype(weight.dtype)[:, : rows * ph, : columns * pw].reshape(b, rows, ph, columns, pw, -1)
     x = x.transpose(0, 1, 3, 5, 2, 4).reshape(b, rows * columns, -1)
-    return jnp.matmul(x, weight.reshape(weight.shape[0], -1).T)
+    return times_transposed(x, weight.reshape(weight.shape[0], -1))
 
 
 def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
