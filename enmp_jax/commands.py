@@ -57,7 +57,10 @@ class Demo:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score on a split: every adapter alone, the base, the plain merge, or the merge under a mask."""
+    """Score on a split: every adapter alone, the base, the plain merge, or the merge under a mask.
+
+    On several hosts it runs as a search does, told so by the environment (see docs/pods.md).
+    """
 
     run: RunFile
     split: Literal["search", "selection", "test"] = "test"
@@ -167,6 +170,11 @@ def _free(path: Path) -> Path:
 
 
 def _evaluate(args: Evaluate) -> None:
+    from enmp_jax import distributed
+
+    distributed.initialize(distributed.find_job())
+    import jax
+
     from enmp_jax.evaluate import evaluate_run
     from enmp_jax.progress import make_reporter
     from enmp_jax.report import print_evaluation
@@ -174,6 +182,8 @@ def _evaluate(args: Evaluate) -> None:
     with make_reporter() as reporter:
         run = _load(args.run, args.skip_bad)
         result = evaluate_run(run, args.split, args.mask, args.scale, args.experts, reporter)
+    if jax.process_index():
+        return
     if args.json:
         print(json.dumps(result, indent=1))
     else:

@@ -40,6 +40,11 @@ def write_run(path, generations=2, mesh=""):
 
 
 def search(run, out, processes=1, extra=()):
+    return launch(["search", str(run), "--out", str(out), *extra], processes)
+
+
+def launch(arguments, processes=1, by_environment=False):
+    """Exit codes and outputs of all processes, told of each other by flags or by their environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,16 +55,18 @@ def search(run, out, processes=1, extra=()):
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "enmp_jax.cli", "search", str(run), "--out", str(out), *extra]
-    if processes > 1:
-        command += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes)]
-    started = [
-        subprocess.Popen(
-            [*command, *(["--process-id", str(i)] if processes > 1 else [])],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for i in range(processes)
-    ]  # fmt: skip
+    command, started = [sys.executable, "-m", "enmp_jax.cli", *arguments], []
+    for i in range(processes):
+        job = {"coordinator": f"127.0.0.1:{port}", "processes": str(processes), "process-id": str(i)}
+        job = job if processes > 1 else {}
+        flags = [] if by_environment else [part for k, v in job.items() for part in (f"--{k}", v)]
+        named = {f"ENMP_{k.replace('-', '_').upper()}": v for k, v in job.items()} if by_environment else {}
+        started.append(
+            subprocess.Popen(
+                [*command, *flags], env=environment | named,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+        )  # fmt: skip
     outputs = [process.communicate(timeout=240)[0] for process in started]
     return [process.returncode for process in started], outputs
 
@@ -116,6 +123,17 @@ def test_two_processes_write_what_one_writes(alone, tmp_path):
         for p in (tmp_path / "out").rglob("*")
         if "checkpoints" not in p.parts
     }
+
+
+def test_two_processes_evaluate_as_one(alone, tmp_path):
+    arguments = ["evaluate", "--split", "selection", "--mask", str(alone / "mask.json"), "--json"]
+    codes, outputs = launch([*arguments, str(write_run(tmp_path / "one.yaml"))])
+    assert codes == [0], outputs
+    run = write_run(tmp_path / "two.yaml", mesh=", mesh: {population: 1, data: 2}")
+    codes, both = launch([*arguments, str(run)], 2, by_environment=True)
+    assert codes == [0, 0], both
+    assert_close(*(json.loads(text[text.index("{\n") :]) for text in (outputs[0], both[0])))
+    assert "{" not in both[1]  # process 0 alone answers
 
 
 def test_bad_input_stops_all_processes_with_a_line(alone, tmp_path):
