@@ -34,7 +34,7 @@ from unittest.mock import MagicMock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from random_problem import random_keep, random_problem, searched_form
+from random_problem import random_keep, random_problem, searched_chunk, searched_form
 
 from enmp_jax import merges
 from enmp_jax.population import make_evaluate
@@ -116,7 +116,7 @@ def ours(problem: Any, merge: Any, masks: int, tasks: int, repeats: int) -> Spli
     merged = jax.jit(lambda i, k, s: merges.merge_population(merge, i, k, s))
     jax.block_until_ready(merged(ingredients, keep, scale))
     merging = best(lambda: merged(ingredients, keep, scale), repeats)
-    chunk = 4 if jax.default_backend() == "cpu" else None
+    chunk = searched_chunk(masks, backbone, fixed)
     call = jax.jit(make_evaluate(backbone, merge, tasks, member_chunk=chunk))
     evaluate = call.lower(fixed, keep, scale).compile()
     total = best(lambda: evaluate(fixed, keep, scale), repeats)

@@ -18,7 +18,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from random_problem import CONFIGS, random_keep, random_problem, searched_form
+from random_problem import CONFIGS, random_keep, random_problem, searched_chunk, searched_form
 
 from enmp_jax import merges, plan
 from enmp_jax.population import make_evaluate
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=64, help="per task")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--member-chunk", type=int, help="members at once; default: all")
+    parser.add_argument("--member-chunk", type=int, help="members at once; default: as a search")
     parser.add_argument("--room", type=int, default=1024, help="MiB a member for full matrices of its deltas")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -58,7 +58,8 @@ def main() -> None:
     print("| P | masks/s | examples/s | GFLOP/s | matmul GFLOP/s | utilisation | temporaries MiB |")
     print("|---|---|---|---|---|---|---|")
     for members in args.populations:
-        evaluate = make_evaluate(backbone, merge, args.tasks, member_chunk=args.member_chunk)
+        chunk = args.member_chunk or searched_chunk(members, backbone, fixed)
+        evaluate = make_evaluate(backbone, merge, args.tasks, member_chunk=chunk)
         arguments = fixed, jnp.asarray(random_keep(members, stack)), jnp.full(members, 0.5)
         compiled = jax.jit(evaluate).lower(*arguments).compile()
         jax.block_until_ready(compiled(*arguments))

@@ -103,6 +103,11 @@ def random_keep(members: int, stack: LoraStack, seed: int = 2) -> np.ndarray:
     return np.random.default_rng(seed).random((members, stack.n_layers, stack.n_tasks)) > 0.1
 
 
+def searched_chunk(members: int, backbone: Backbone, fixed: Fixed) -> int:
+    """Members evaluated together, as a search would with memory for all of them."""
+    return plan.choose_member_chunk(members, 0, plan.largest_activations(backbone, fixed.batches), 2**60)
+
+
 def searched_form(backbone: Backbone, merge: Merge, stack: LoraStack, fixed: Fixed, room: int) -> Merge:
     """The method with its deltas in the form that a search would choose, ``room`` bytes a member."""
     labels = [bucket.label for bucket in fixed.batches]

@@ -20,7 +20,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from random_problem import CONFIGS, random_keep, random_problem, searched_form
+from random_problem import CONFIGS, random_keep, random_problem, searched_chunk, searched_form
 
 from enmp_jax import merges
 from enmp_jax.flops import count_flops
@@ -54,7 +54,8 @@ def seconds(args: argparse.Namespace, members: int, tasks: int, layers: int, exa
         batch_size=16, tokens=32,
     )  # fmt: skip
     merge = searched_form(backbone, merge, stack, fixed, room=10**9)
-    evaluate = jax.jit(make_evaluate(backbone, merge, tasks, member_chunk=4))
+    chunk = searched_chunk(members, backbone, fixed)
+    evaluate = jax.jit(make_evaluate(backbone, merge, tasks, member_chunk=chunk))
     operands = fixed, jnp.asarray(random_keep(members, stack)), jnp.full(members, 0.3)
     jax.block_until_ready(evaluate(*operands))
     times = []

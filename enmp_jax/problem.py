@@ -115,7 +115,7 @@ class Problem:
         if self.run.evaluation.member_chunk:
             return formed, min(members, self.run.evaluation.member_chunk)
         deltas, _ = plan.delta_bytes(merge, fixed.ingredients, self.mask_spec.shape, formed)
-        return formed, plan.choose_member_chunk(members, deltas + activations, free)
+        return formed, plan.choose_member_chunk(members, deltas, activations, free)
 
     def score(
         self, fixed: Fixed, keep: Num[np.ndarray, "member ..."], scale: Float[np.ndarray, " member"]

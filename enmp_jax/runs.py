@@ -16,9 +16,10 @@ import jax
 import numpy as np
 import yaml
 
-from enmp_jax.config import RunConfig, to_dict
+from enmp_jax.config import RunConfig
 from enmp_jax.errors import UserError
 from enmp_jax.files import write_bytes
+from enmp_jax.schema import to_dict
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "evosax", "transformers", "orbax-checkpoint", "numpy")
 

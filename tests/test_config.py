@@ -7,6 +7,7 @@ import yaml
 
 from enmp_jax import config
 from enmp_jax.errors import UserError
+from enmp_jax.schema import to_dict
 
 MINIMAL = {
     "base": {"model": "some/model"},
@@ -34,7 +35,7 @@ def test_defaults_are_those_of_the_papers_code(tmp_path):
 )
 def test_packaged_suites_load_and_come_back_from_their_plain_form(name, tmp_path):
     run = config.load(config.SUITES / name)
-    again = config.load(write(tmp_path, config.to_dict(run)))
+    again = config.load(write(tmp_path, to_dict(run)))
     assert dataclasses.replace(again, root=run.root) == run
 
 

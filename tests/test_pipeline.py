@@ -12,10 +12,12 @@ from enmp_jax import config, masks
 from enmp_jax.adapters.peft_import import load_adapters
 from enmp_jax.errors import UserError
 from enmp_jax.evaluate import evaluate_run
-from enmp_jax.pipeline import Searcher, choose_scale, finalists, search_run, select
+from enmp_jax.pipeline import choose_scale, finalists, search_run, select
 from enmp_jax.progress import SILENT
 from enmp_jax.runs import RunDirectory
+from enmp_jax.schema import parse
 from enmp_jax.search.memo import Memo
+from enmp_jax.searcher import Searcher
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_the_run_directory_holds_what_the_readme_says(finished, demo_run):
         assert (out / name).stat().st_size > 0, name
     assert len(list((out / "plots").glob("*.png"))) >= 3
     assert json.loads((out / "scores.json").read_text()) == scores
-    resolved = config.parse(config.RunConfig, yaml.safe_load((out / "config.yaml").read_text()), "config")
+    resolved = parse(config.RunConfig, yaml.safe_load((out / "config.yaml").read_text()), "config")
     assert dataclasses.replace(resolved, root=demo_run.root) == demo_run
     assert not list(out.rglob("*.tmp"))
     records = history(out)

@@ -70,11 +70,13 @@ def test_memory_of_a_member_is_what_xla_reserves(method):
 
 def test_chunks_fit_the_memory():
     gib = 2**30
-    assert plan.choose_member_chunk(16, 1, gib, "gpu") == 4  # a quarter: known masks are skipped by chunks
-    assert plan.choose_member_chunk(64, gib, 10 * gib, "gpu") == 10
-    assert plan.choose_member_chunk(64, gib, gib // 2, "gpu") == 1  # never none
-    assert plan.choose_member_chunk(64, 1, gib, "cpu") == 4
-    assert plan.choose_member_chunk(2, 1, gib, "cpu") == 2
+    assert plan.choose_member_chunk(16, 0, 1, gib, "gpu") == 4  # a quarter: known masks are skipped by chunks
+    assert plan.choose_member_chunk(64, gib // 2, gib // 2, 10 * gib, "gpu") == 10
+    assert plan.choose_member_chunk(64, 0, gib, gib // 2, "gpu") == 1  # never none
+    assert plan.choose_member_chunk(64, 0, 1, gib, "cpu") == 4
+    assert plan.choose_member_chunk(2, 0, 1, gib, "cpu") == 2
+    assert plan.choose_member_chunk(64, 0, plan.CACHED // 3, 9 * gib, "cpu") == 3  # what its caches bear
+    assert plan.choose_member_chunk(64, 0, 2 * plan.CACHED, 9 * gib, "cpu") == 1
 
 
 def test_the_base_is_divided_when_it_must_be():
