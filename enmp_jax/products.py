@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-def sums_in_float32(dtype: jnp.dtype) -> bool:
+def bfloat16_on_cpu(dtype: jnp.dtype) -> bool:
     """Whether products of this type must ask for float32 results to be fast.
 
     XLA's bfloat16 kernels for CPUs take only products that ask for a float32 result and have no transposed
@@ -21,6 +21,6 @@ def times_transposed(
     x: Float[Array, "*batch in"], weight: Float[Array, "out in"]
 ) -> Float[Array, "*batch out"]:
     """``x weight^T`` in the type of ``x``, which the weight must have too."""
-    wanted = jnp.float32 if sums_in_float32(x.dtype) else None
+    wanted = jnp.float32 if bfloat16_on_cpu(x.dtype) else None
     contracted = ((x.ndim - 1,), (1,))
     return lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=wanted).astype(x.dtype)

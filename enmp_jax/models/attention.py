@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from enmp_jax.products import sums_in_float32
+from enmp_jax.products import bfloat16_on_cpu
 
 
 def attend(
@@ -23,7 +23,7 @@ def attend(
         v: values.
         mask: True where a query may look at a token.
     """
-    if not sums_in_float32(q.dtype):
+    if not bfloat16_on_cpu(q.dtype):
         return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
     # there jax.nn.dot_product_attention multiplies weights and values as float32: MiniLM takes a fifth longer
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from enmp_jax.deltas import Delta, Deltas, Dense, LowRank
 from enmp_jax.errors import UserError
 from enmp_jax.models.attention import attend
-from enmp_jax.products import times_transposed
+from enmp_jax.products import bfloat16_on_cpu, times_transposed
 
 
 def _gelu(x: Array) -> Array:
@@ -282,9 +282,9 @@ def run_layers(
 @jax.custom_jvp
 def _index(stacked: Array, i: Any) -> Array:
     """``stacked[i]``, clamped."""
-    if stacked.dtype != jnp.bfloat16:
+    if not bfloat16_on_cpu(stacked.dtype):
         return lax.dynamic_index_in_dim(stacked, i, keepdims=False)
-    # XLA's CPU backend would convert the whole stack to float32 before it takes a slice
+    # XLA would convert the whole stack to float32 before it takes a slice
     stacked, i = lax.optimization_barrier((stacked, i))
     bits = lax.dynamic_index_in_dim(lax.bitcast_convert_type(stacked, jnp.uint16), i, keepdims=False)
     return lax.bitcast_convert_type(bits, jnp.bfloat16)
