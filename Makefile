@@ -25,7 +25,8 @@ check: $(VENV)/.test
 demo-train: $(VENV)/.base
 	$(BIN)/enmp train enmp_jax/suites/demo.yaml --out runs/demo-train
 
-# Base and experts of vision-small again, as the package has them; TFDS_DATA_DIR says where its data are.
+# Base and experts of vision-small again, as good as the package's but not equal in bits (see
+# benchmarks/results/suites.md); TFDS_DATA_DIR says where its data are.
 suites: $(VENV)/.base
 	$(BIN)/enmp train enmp_jax/suites/vision-small.yaml --out runs/vision-small-train
 
