@@ -32,8 +32,8 @@ BASE_SHARE = 0.6
 USABLE = 0.85
 """Share of a device's memory that is planned with; the rest is the compiler's and the allocator's."""
 CACHED = 160 * 2**20
-"""Bytes of activations of a chunk of members beyond which CPUs slow down. Measured on ViT-B/32 with 32 MiB of
-L3 cache: 26.6, 27.0, 24.9 and 22.6 images/s at 76, 153, 306 and 612 MB, and no more at less."""
+"""Bytes of activations of a chunk of members beyond which CPUs slow down (32 MiB of L3 cache: see
+benchmarks/results/population_throughput.md)."""
 
 
 def device_memory(device: Any = None) -> int:

@@ -25,7 +25,7 @@ def attend(
     """
     if not bfloat16_on_cpu(q.dtype):
         return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
-    # there jax.nn.dot_product_attention multiplies weights and values as float32: MiniLM takes a fifth longer
+    # there jax.nn.dot_product_attention multiplies weights and values as float32, which is slower
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[3] ** -0.5

@@ -20,7 +20,7 @@ from enmp_jax.products import bfloat16_on_cpu, times_transposed
 
 def _gelu(x: Array) -> Array:
     """``x`` times the normal distribution function, float32 inside."""
-    y = x.astype(jnp.float32)  # nn.gelu takes erfc, which needs twice as long on CPUs, and in bfloat16 thrice
+    y = x.astype(jnp.float32)  # nn.gelu takes erfc, which is slower on CPUs, most of all in bfloat16
     return (0.5 * y * (1 + lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
