@@ -37,7 +37,7 @@ import numpy as np
 from random_problem import random_keep, random_problem, searched_chunk, searched_form
 
 from enmp_jax import merges
-from enmp_jax.population import make_evaluate
+from enmp_jax.evaluation.population import make_evaluate
 
 
 class Case(NamedTuple):

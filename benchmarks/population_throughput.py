@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from random_problem import CONFIGS, random_keep, random_problem, searched_chunk, searched_form
 
-from enmp_jax import merges, plan
-from enmp_jax.population import make_evaluate
+from enmp_jax import merges
+from enmp_jax.evaluation import budget
+from enmp_jax.evaluation.population import make_evaluate
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     )  # fmt: skip
     examples = args.tasks * args.examples
     merge = searched_form(backbone, merge, stack, fixed, args.room * 2**20)
-    flops = plan.mask_flops(backbone, merge, fixed, (stack.n_layers, stack.n_tasks))
+    flops = budget.mask_flops(backbone, merge, fixed, (stack.n_layers, stack.n_tasks))
     device = jax.devices()[0]
     print(
         f"{time.strftime('%Y-%m-%d')}, {device.device_kind} ({os.cpu_count()} cores, load "
@@ -65,7 +66,7 @@ def main() -> None:
         jax.block_until_ready(compiled(*arguments))
         rate, best = 0.0, float("inf")
         for _ in range(args.repeats):  # both in turn: whatever else runs on the machine meets both
-            rate = max(rate, plan.matmul_rate(args.dtype))
+            rate = max(rate, budget.matmul_rate(args.dtype))
             start = time.perf_counter()
             jax.block_until_ready(compiled(*arguments))
             best = min(best, time.perf_counter() - start)

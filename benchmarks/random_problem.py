@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enmp_jax import form, merges, models, plan
+from enmp_jax import merges, models
 from enmp_jax.data.batches import Batches
+from enmp_jax.evaluation import budget, delta_format
+from enmp_jax.evaluation.population import Fixed
+from enmp_jax.evaluation.scoring import Heads
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.merges.base import Merge
 from enmp_jax.models.base import Backbone
-from enmp_jax.population import Fixed
-from enmp_jax.tasks import Heads
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "vit-b-32": {"model_type": "clip_vision_model", "patch_size": 32, "image_size": 224},
@@ -105,14 +106,14 @@ def random_keep(members: int, stack: LoraStack, seed: int = 2) -> np.ndarray:
 
 def searched_chunk(members: int, backbone: Backbone, fixed: Fixed) -> int:
     """Members evaluated together, as a search would with memory for all of them."""
-    return plan.choose_member_chunk(members, 0, plan.largest_activations(backbone, fixed.batches), 2**60)
+    return budget.choose_member_chunk(members, 0, budget.largest_activations(backbone, fixed.batches), 2**60)
 
 
 def searched_form(backbone: Backbone, merge: Merge, stack: LoraStack, fixed: Fixed, room: int) -> Merge:
     """The method with its deltas in the form that a search would choose, ``room`` bytes a member."""
     labels = [bucket.label for bucket in fixed.batches]
     one = jax.tree.map(lambda x: x[0], fixed.batches[0].inputs)
-    return form.choose(
+    return delta_format.choose(
         merge, fixed.ingredients, (stack.n_layers, stack.n_tasks), room=room,
-        tokens=plan.n_tokens(backbone, one) * sum(x.size for x in labels), batches=sum(map(len, labels)),
+        tokens=budget.n_tokens(backbone, one) * sum(x.size for x in labels), batches=sum(map(len, labels)),
     )  # fmt: skip

@@ -23,8 +23,8 @@ import numpy as np
 from random_problem import CONFIGS, random_keep, random_problem, searched_chunk, searched_form
 
 from enmp_jax import merges
-from enmp_jax.flops import count_flops
-from enmp_jax.population import make_evaluate, make_mesh
+from enmp_jax.devices.flops import count_flops
+from enmp_jax.evaluation.population import make_evaluate, make_mesh
 
 MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (4, 2), (1, 8))  # population, data
 POPULATIONS = (7, 8, 16, 20, 64)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from enmp_jax import config
-from enmp_jax.config import MergeConfig
-from enmp_jax.problem import Problem, load
-from enmp_jax.runs import environment
-from enmp_jax.tasks import Counts
+from enmp_jax.config import run_file
+from enmp_jax.config.run_file import MergeConfig
+from enmp_jax.evaluation.problem import Problem, load
+from enmp_jax.evaluation.scoring import Counts
+from enmp_jax.runs.directory import environment
 
 METHODS = {
     "sum": {"method": "sum"},
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     args = parser.parse_args()
     path = Path(args.suite)
-    run = config.load(path if path.exists() else config.SUITES / f"{args.suite}.yaml")
+    run = run_file.load(path if path.exists() else run_file.SUITES / f"{args.suite}.yaml")
     columns: dict[str, np.ndarray] = {}
     means: dict[str, float] = {}
     for name in args.methods:

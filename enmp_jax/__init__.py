@@ -13,4 +13,6 @@ import os as _os
 # threads fighting for the same cores made batched SVDs 100 times slower. Must precede numpy.
 _os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-__version__ = "0.1.0"
+from enmp_jax.version import __version__
+
+__all__ = ["__version__"]

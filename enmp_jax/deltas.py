@@ -9,7 +9,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from enmp_jax.products import times_transposed
+from enmp_jax.devices.matmul import times_transposed
 
 
 @flax.struct.dataclass

@@ -1,5 +1,28 @@
-"""The one exception that the command line turns into a line on stderr and exit code 2."""
+"""The one exception for bad input, and the wording that all its messages share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input: the message is one line that says what is wrong and what to do."""
+    """Bad input: one line that says what is wrong and what to do. The command line exits with code 2."""
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str = "known") -> str:
+    """The hint for an unknown name: the nearest known one, or else all of them after ``otherwise``."""
+    names = list(known)
+    near = difflib.get_close_matches(str(name).replace("-", "_").lower(), names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(names)}"
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    """An error's text, or any other, as one printable line."""
+    text = "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in the system's own words where it has them (``No space left on device``)."""
+    return one_line(getattr(error, "strerror", None) or error)

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from enmp_jax import config
+from enmp_jax.config import run_file
 
 # Compiled programs are shared by the test processes and kept between runs: most of the time goes there.
 _XLA = Path(tempfile.gettempdir()) / f"enmp-test-xla-{getpass.getuser()}-{version('jaxlib')}"
@@ -25,7 +25,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 @pytest.fixture(scope="session")
 def demo_run():
     """The packaged demo, with few examples and a short search."""
-    run = config.load(config.SUITES / "demo.yaml")
+    run = run_file.load(run_file.SUITES / "demo.yaml")
     return dataclasses.replace(
         run,
         search=dataclasses.replace(
@@ -41,6 +41,6 @@ def demo_run():
 @pytest.fixture(scope="session")
 def demo_problem(demo_run):
     """The demo, loaded."""
-    from enmp_jax.problem import load
+    from enmp_jax.evaluation.problem import load
 
     return load(demo_run)

@@ -6,9 +6,9 @@ import numpy as np
 from enmp_jax import merges, models
 from enmp_jax.data import batch
 from enmp_jax.data.base import Examples
+from enmp_jax.evaluation.population import Fixed
+from enmp_jax.evaluation.scoring import stack_heads
 from enmp_jax.lora import LoraStack, stack_adapters
-from enmp_jax.population import Fixed
-from enmp_jax.tasks import stack_heads
 
 TASKS = ("a", "b", "c")
 VIT = {

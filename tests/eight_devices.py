@@ -14,14 +14,16 @@ import pytest
 from device_problem import TASKS, make_fixed, masks
 from jax.sharding import NamedSharding, PartitionSpec
 
-from enmp_jax import merges, models, plan
+from enmp_jax import merges, models
 from enmp_jax.data.batches import Batches
+from enmp_jax.devices.mesh import choose_shape, make_mesh
+from enmp_jax.evaluation import budget
+from enmp_jax.evaluation.population import Fixed, make_evaluate, place
+from enmp_jax.evaluation.scoring import Heads
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.masks import MaskSpec
-from enmp_jax.mesh import choose_shape, make_mesh, shard_params
-from enmp_jax.population import Fixed, make_evaluate, place
+from enmp_jax.models.sharding import shard_params
 from enmp_jax.search import device_memo, loop, strategies
-from enmp_jax.tasks import Heads
 
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 EVERY = [(p, d, 8 // (p * d)) for p in (1, 2, 4, 8) for d in (1, 2, 4, 8) if 8 % (p * d) == 0]
@@ -171,10 +173,10 @@ def test_llama_3_8b_on_eight_devices():
     mesh = make_mesh(2, 1, 4)
     backbone, merge, fixed = abstract_problem(mesh, "bfloat16")
     memory = compile_abstract(mesh, backbone, merge, fixed, 4).memory_analysis()
-    whole = plan.n_bytes(jax.eval_shape(backbone.init, jax.random.key(0)))
+    whole = budget.n_bytes(jax.eval_shape(backbone.init, jax.random.key(0)))
     assert whole > 15e9
-    shared = plan.n_bytes((fixed.ingredients, fixed.heads, fixed.batches))
-    shared -= plan.n_bytes(fixed.params["lm_head"])  # classifiers do not use it: the compiler drops it
+    shared = budget.n_bytes((fixed.ingredients, fixed.heads, fixed.batches))
+    shared -= budget.n_bytes(fixed.params["lm_head"])  # classifiers do not use it: the compiler drops it
     assert memory.argument_size_in_bytes == pytest.approx(whole / 4 + shared, rel=0.01)
     # nor does it make copies of its own: a layer at a time is read, and multiplied as bfloat16
     assert memory.temp_size_in_bytes < 0.5 * whole / 4
@@ -184,8 +186,8 @@ def test_members_add_their_cores_and_no_weights():
     """16 masks against 1, at the widths of Llama-3-8B (2 layers, float32)."""
     mesh = make_mesh(1, 1, 1)
     backbone, merge, fixed = abstract_problem(mesh, "float32", rows=1, tokens=8, num_hidden_layers=2)
-    members, base = 16, plan.n_bytes(fixed.params["layers"])
-    core, dense = plan.delta_bytes(merge, fixed.ingredients, (2, 6))
+    members, base = 16, budget.n_bytes(fixed.params["layers"])
+    core, dense = budget.delta_bytes(merge, fixed.ingredients, (2, 6))
     assert not dense and core * members < base / 20
 
     def temp(n, chunk):
@@ -195,7 +197,7 @@ def test_members_add_their_cores_and_no_weights():
     one = temp(1, 1)
     assert temp(members, 1) - one < members * core  # one after the other
     inputs = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in fixed.batches[0].inputs.items()}
-    activations = plan.activation_bytes(backbone, inputs)
+    activations = budget.activation_bytes(backbone, inputs)
     # together: a core and the activations of a layer each, twice (the layer's own and the carry)
     assert temp(members, members) - one < 2 * members * (core + activations) < base / 8
 

@@ -8,13 +8,13 @@ import pytest
 import yaml
 from adapter_files import PRUNED, RECIPE, TASKS, make, make_base, merged
 
-from enmp_jax import cli
 from enmp_jax.adapters import load_adapters, read_adapter, save_adapter
 from enmp_jax.adapters.hf_export import export_checkpoint
 from enmp_jax.adapters.peft_export import export_adapters, export_peft
 from enmp_jax.adapters.recipe import Recipe
+from enmp_jax.cli import main as cli
+from enmp_jax.cli.inspect import inspect
 from enmp_jax.errors import UserError
-from enmp_jax.inspect_command import inspect
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from adapter_files import RECIPE, TASKS, load_all, make, make_base, merged, want
 from enmp_jax.adapters import load_adapters, read_adapter
 from enmp_jax.adapters.hf_export import export_checkpoint
 from enmp_jax.adapters.peft_export import export_peft
-from enmp_jax.adapters.shards import Factors, Full, read_header, rewrite
 from enmp_jax.errors import UserError
+from enmp_jax.io.shards import Factors, Full, read_header, rewrite
 
 
 @pytest.fixture
@@ -184,8 +184,8 @@ def test_rewrite_works_in_pieces_of_any_size(tmp_path, monkeypatch):
         random.normal(size=(2, 5)).astype(np.float32),
     )
     for chunk in (1, 7, 64, 2**20):
-        monkeypatch.setattr("enmp_jax.adapters.shards._CHUNK", chunk)
-        monkeypatch.setattr("enmp_jax.adapters.shards._BLOCK", chunk)
+        monkeypatch.setattr("enmp_jax.io.shards._CHUNK", chunk)
+        monkeypatch.setattr("enmp_jax.io.shards._BLOCK", chunk)
         sizes = rewrite(
             tmp_path / "x.safetensors", tmp_path / "y.safetensors", {"a": Factors(left, right)}, "F32"
         )

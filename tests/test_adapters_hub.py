@@ -76,7 +76,7 @@ class TestHub:
 
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_TOKEN": "none"}
         code = (
-            "from enmp_jax.adapters.hub import locate\nfrom enmp_jax.errors import UserError\n"
+            "from enmp_jax.io.hub import locate\nfrom enmp_jax.errors import UserError\n"
             "try: locate('nobody/nothing', ['*.json'])\nexcept UserError as e: print(e)"
         )
         done = subprocess.run(
@@ -88,9 +88,7 @@ class TestHub:
         import subprocess
         import sys
 
-        code = (
-            "import sys, enmp_jax.adapters.hf_export, enmp_jax.inspect_command; print('torch' in sys.modules)"
-        )
+        code = "import sys, enmp_jax.adapters.hf_export, enmp_jax.cli.inspect; print('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.stdout.strip() == "False", done.stderr
 

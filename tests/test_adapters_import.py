@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 
 from enmp_jax.adapters import load_adapters, read_adapter, save_adapter
-from enmp_jax.adapters.reading import finite
 from enmp_jax.errors import UserError
+from enmp_jax.io.reading import finite
 from enmp_jax.lora import stack_adapters
 from enmp_jax.masks import MaskSpec
 
@@ -232,7 +232,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_file_that_reads_back_different_is_noticed(tmp_path, monkeypatch):
-    import enmp_jax.adapters.writing as writing
+    import enmp_jax.io.writing as writing
 
     save = safetensors.numpy.save_file
     wrong = lambda t, path, meta: save({k: v + 1e-7 * v for k, v in t.items()}, path, meta)  # noqa: E731

@@ -11,14 +11,15 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from enmp_jax import cli, config
+from enmp_jax.cli import main as cli
+from enmp_jax.config import run_file
 
 
 @pytest.fixture
 def suite(tmp_path):
     """A small run file of its own beside copies of the demo's files."""
-    shutil.copytree(config.SUITES / "demo", tmp_path / "demo")
-    data = yaml.safe_load((config.SUITES / "demo.yaml").read_text())
+    shutil.copytree(run_file.SUITES / "demo", tmp_path / "demo")
+    data = yaml.safe_load((run_file.SUITES / "demo.yaml").read_text())
     data["tasks"] = data["tasks"][:2]
     data["search"] = {"population": 4, "generations": 2, "sigma0": 1.0}
     data["evaluation"] = {
@@ -213,5 +214,5 @@ def test_every_command_explains_itself(name, capsys):
 
 
 def test_help_imports_no_jax():
-    code = "import sys, enmp_jax.cli as c; c.main(['--help']); assert 'jax' not in sys.modules"
+    code = "import sys, enmp_jax.cli.main as c; c.main(['--help']); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

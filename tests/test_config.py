@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import yaml
 
-from enmp_jax import config
+from enmp_jax.config import run_file
+from enmp_jax.config.schema import to_dict
 from enmp_jax.errors import UserError
-from enmp_jax.schema import to_dict
 
 MINIMAL = {
     "base": {"model": "some/model"},
@@ -25,17 +25,17 @@ def write(tmp_path, data):
 
 
 def test_defaults_are_those_of_the_papers_code(tmp_path):
-    search = config.load(write(tmp_path, MINIMAL)).search
+    search = run_file.load(write(tmp_path, MINIMAL)).search
     assert (search.strategy, search.population, search.generations) == ("cma_es", 8, 30)
     assert (search.x0, search.sigma0, search.threshold, search.max_pruned) == (-1.0, 0.5, 0.0, 0.2)
 
 
 @pytest.mark.parametrize(
-    "name", sorted(p.name for p in config.SUITES.glob("*.yaml") if p.name != "prompts.yaml")
+    "name", sorted(p.name for p in run_file.SUITES.glob("*.yaml") if p.name != "prompts.yaml")
 )
 def test_packaged_suites_load_and_come_back_from_their_plain_form(name, tmp_path):
-    run = config.load(config.SUITES / name)
-    again = config.load(write(tmp_path, to_dict(run)))
+    run = run_file.load(run_file.SUITES / name)
+    again = run_file.load(write(tmp_path, to_dict(run)))
     assert dataclasses.replace(again, root=run.root) == run
 
 
@@ -75,36 +75,36 @@ def test_bad_run_files_get_one_clear_line(case, tmp_path):
     data = yaml.safe_load(yaml.safe_dump(MINIMAL))
     apply(data)
     with pytest.raises(UserError) as caught:
-        config.load(write(tmp_path, data))
+        run_file.load(write(tmp_path, data))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["{", "- a\n- b\n", "", "base: [unclosed"])
 def test_what_is_no_run_file_is_refused(text, tmp_path):
     with pytest.raises(UserError) as caught:
-        config.load(write(tmp_path, text))
+        run_file.load(write(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
 def test_a_run_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="cannot read run file"):
-        config.load(tmp_path / "none.yaml")
+        run_file.load(tmp_path / "none.yaml")
 
 
 def test_numbers_in_scientific_notation(tmp_path):
     data = yaml.safe_dump(MINIMAL) + "train: {learning_rate: 1e-3}\n"
-    assert config.load(write(tmp_path, data)).train.learning_rate == pytest.approx(1e-3)
+    assert run_file.load(write(tmp_path, data)).train.learning_rate == pytest.approx(1e-3)
 
 
 def test_paths_start_from_the_run_file(tmp_path):
     (tmp_path / "adapters").mkdir()
-    run = config.load(write(tmp_path, MINIMAL))
+    run = run_file.load(write(tmp_path, MINIMAL))
     assert run.path("adapters") == str(tmp_path.resolve() / "adapters")
     assert run.path("org/model") == "org/model"  # nothing there: a hub id
     assert run.path("./missing") == str(tmp_path.resolve() / "missing")
-    assert run.path("package:demo.yaml") == str(config.SUITES / "demo.yaml")
+    assert run.path("package:demo.yaml") == str(run_file.SUITES / "demo.yaml")
 
 
 def test_hyperparameters_are_the_given_ones():
-    merge = config.MergeConfig(method="ties", density=0.4)
+    merge = run_file.MergeConfig(method="ties", density=0.4)
     assert merge.hyperparameters() == {"density": 0.4}

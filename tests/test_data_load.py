@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from enmp_jax.config import DataConfig
-from enmp_jax.data import cache, load_examples, open_source, require_class_names
+from enmp_jax.config.run_file import DataConfig
+from enmp_jax.data import load_examples, open_source, require_class_names
 from enmp_jax.data.files import NpzSource
 from enmp_jax.errors import UserError
+from enmp_jax.io import cache
 
 
 @pytest.fixture(autouse=True)

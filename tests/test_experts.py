@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from enmp_jax import cli, experts, progress
-from enmp_jax.dry_run import dry_run
+from enmp_jax.cli import main as cli
 from enmp_jax.errors import UserError
-from enmp_jax.progress import SILENT, Reporter
-from enmp_jax.tasks import Counts
+from enmp_jax.evaluation import reference_cache
+from enmp_jax.evaluation.scoring import Counts
+from enmp_jax.io import progress
+from enmp_jax.io.progress import SILENT, Reporter
+from enmp_jax.runs.dry_run import dry_run
 
 
 @pytest.fixture
@@ -32,19 +34,19 @@ def measured():
 
 def test_measured_once_and_the_same_when_read(cache, demo_problem, measured):
     calls, measure = measured
-    first = experts.remembered(demo_problem, "search", measure)
-    again = experts.remembered(demo_problem, "search", measure)
+    first = reference_cache.remembered(demo_problem, "search", measure)
+    again = reference_cache.remembered(demo_problem, "search", measure)
     assert len(calls) == 1 and len(list(cache.iterdir())) == 1
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
-    experts.remembered(demo_problem, "test", measure)
+    reference_cache.remembered(demo_problem, "test", measure)
     assert len(calls) == 2
 
 
 def test_the_key_follows_every_ingredient(demo_problem):
     """Adapters, heads, examples, labels, compute type and base each make another key."""
-    key = experts.key(demo_problem, "search")
-    assert experts.key(dataclasses.replace(demo_problem), "search") == key
+    key = reference_cache.key(demo_problem, "search")
+    assert reference_cache.key(dataclasses.replace(demo_problem), "search") == key
     heads = demo_problem.heads
     pairs = dict(demo_problem.stack.pairs)
     name = next(iter(pairs))
@@ -60,12 +62,12 @@ def test_the_key_follows_every_ingredient(demo_problem):
         {"examples": {**demo_problem.examples, "search": turned}},
         {"run": dataclasses.replace(demo_problem.run, base=base)},
     ]
-    keys = [experts.key(dataclasses.replace(demo_problem, **change), "search") for change in changed]
+    keys = [reference_cache.key(dataclasses.replace(demo_problem, **change), "search") for change in changed]
     assert len({key, *keys}) == len(changed) + 1
     # what the adapters alone do not depend on
     merge = dataclasses.replace(demo_problem.run.merge, method="sum", density=None)
     other = dataclasses.replace(demo_problem.run, merge=merge)
-    assert experts.key(dataclasses.replace(demo_problem, run=other), "search") == key
+    assert reference_cache.key(dataclasses.replace(demo_problem, run=other), "search") == key
 
 
 def test_the_base_counts_by_its_files(tmp_path, demo_problem):
@@ -73,19 +75,19 @@ def test_the_base_counts_by_its_files(tmp_path, demo_problem):
 
     path = tmp_path / "base"
     shutil.copytree(demo_problem.base, path)
-    before = experts.base_identity(str(path))
+    before = checkpoint.base_identity(str(path))
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes())
-    assert experts.base_identity(str(path)) != before
+    assert checkpoint.base_identity(str(path)) != before
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"correct": [1], "log_likelihood": [2]}', "[1]"])
 def test_damaged_files_are_measured_again(cache, demo_problem, measured, content):
     calls, measure = measured
     cache.mkdir(parents=True)
-    path = cache / f"{experts.key(demo_problem, 'search')}.json"
+    path = cache / f"{reference_cache.key(demo_problem, 'search')}.json"
     path.write_text(content)
-    experts.remembered(demo_problem, "search", measure)
+    reference_cache.remembered(demo_problem, "search", measure)
     assert len(calls) == 1 and json.loads(path.read_text())["correct"] == list(range(6))
 
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from enmp_jax import form, merges
+from enmp_jax import merges
 from enmp_jax.deltas import Dense, LowRank
-from enmp_jax.population import make_evaluate
+from enmp_jax.evaluation import delta_format
+from enmp_jax.evaluation.population import make_evaluate
 
 KEEP = (12, 8)
 MANY, ROOM = 25_600, 10**9
@@ -30,7 +31,7 @@ def shapes(width: int = 768, rank: int = 16) -> merges.Merge:
 def chosen(**options) -> set[str]:
     method = shapes()
     given = {"tokens": MANY, "batches": 8, "room": ROOM} | options
-    formed = form.choose(method, None, KEEP, **given)
+    formed = delta_format.choose(method, None, KEEP, **given)
     deltas = jax.eval_shape(formed.merge, None, jnp.ones(KEEP, bool), 1.0)
     assert {name: delta.materialise().shape for name, delta in deltas.items() if isinstance(delta, Dense)}
     return {name for name, delta in deltas.items() if isinstance(delta, Dense)}
@@ -57,7 +58,7 @@ def test_both_forms_score_alike(demo_problem, method, space):
     fixed = problem.fixed("search")._replace(ingredients=merge.prepare(problem.stack))
     keep = np.random.default_rng(0).random((3, *problem.mask_spec.shape)) > 0.3
     scale = np.full(3, 0.4, np.float32)
-    full = form.with_full(merge, list(problem.stack.pairs))
+    full = delta_format.with_full(merge, list(problem.stack.pairs))
     results = [
         jax.jit(make_evaluate(problem.backbone, m, len(problem.tasks)))(fixed, keep, scale)
         for m in (merge, full)

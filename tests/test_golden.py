@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from enmp_jax import merges
 from enmp_jax.adapters.peft_import import load_adapters
-from enmp_jax.cli import main
+from enmp_jax.cli.main import main
 from enmp_jax.deltas import member_axes
 from enmp_jax.lora import LoraStack
 
@@ -169,7 +169,7 @@ def test_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture, mon
     def read(*_, **__):
         raise AssertionError("a used --out is refused before anything is read or merged")
 
-    monkeypatch.setattr("enmp_jax.merge_command.load_adapters", read)
+    monkeypatch.setattr("enmp_jax.cli.merge.load_adapters", read)
     for form in ("delta", "peft", "adapters"):
         assert main(["merge", adapter, "--format", form, "--out", str(tmp_path / "full")]) == 2
         assert "already there" in capsys.readouterr().err

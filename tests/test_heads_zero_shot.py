@@ -8,10 +8,10 @@ import simulated_hub
 from transformers import AutoTokenizer
 
 from enmp_jax import models
-from enmp_jax.config import BaseConfig, DataConfig, HeadConfig, RunConfig, TaskConfig
+from enmp_jax.config.run_file import BaseConfig, DataConfig, HeadConfig, RunConfig, TaskConfig
 from enmp_jax.data import prompts
 from enmp_jax.errors import UserError
-from enmp_jax.heads import load_heads
+from enmp_jax.evaluation.heads import load_heads
 from enmp_jax.models.clip import zero_shot_head
 
 

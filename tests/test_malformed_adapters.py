@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from enmp_jax import cli
 from enmp_jax.adapters import load_adapters
 from enmp_jax.adapters.hf_export import find_shards
+from enmp_jax.cli import main as cli
 from enmp_jax.errors import UserError
 
 INVALID = "not a valid safetensors"

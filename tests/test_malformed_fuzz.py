@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from enmp_jax.adapters import load_adapters
-from enmp_jax.adapters.shards import read_header
+from enmp_jax.cli.inspect import inspect, render
 from enmp_jax.errors import UserError
-from enmp_jax.inspect_command import inspect, render
+from enmp_jax.io.shards import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODULE = "base_model.model.layers.0.q_proj"

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enmp_jax import masks
+from enmp_jax.cli.merge import parse_prune
 from enmp_jax.errors import UserError
 from enmp_jax.lora import stack_adapters
 from enmp_jax.masks import MaskSpec
+from enmp_jax.runs import mask_file
 
 TASKS = ("cars", "dtd", "sun397")
 
@@ -129,7 +131,7 @@ def test_names_round_trip(granularity):
     assert np.array_equal(spec.keep_from_pruned(spec.pruned_modules(keep)), keep)
     assert np.array_equal(spec.decode(jnp.asarray(spec.encode(keep))), keep)
     data = json.loads(json.dumps(spec.to_json(keep, 0.5)))
-    saved = masks.from_json(data, stack)
+    saved = mask_file.from_json(data, stack)
     assert np.array_equal(saved.keep, keep)
     assert saved.scale == 0.5
     assert saved.spec.granularity == granularity
@@ -140,7 +142,7 @@ def test_masks_go_by_name_not_by_position():
     spec = MaskSpec.of(stack)
     keep = spec.keep_from_pruned([(0, "dtd"), (3, "cars")])
     other = stack.select([2, 0, 1])
-    saved = masks.from_json(spec.to_json(keep, None), other)
+    saved = mask_file.from_json(spec.to_json(keep, None), other)
     assert saved.scale is None
     assert sorted(saved.spec.pruned_modules(saved.keep)) == [(0, "dtd"), (3, "cars")]
     assert not np.array_equal(saved.keep, keep)
@@ -203,7 +205,7 @@ def test_bad_mask_files(tmp_path, change, message):
     path = tmp_path / "mask.json"
     path.write_text(json.dumps({**data, **change}))
     with pytest.raises(UserError, match=message) as error:
-        masks.load(path, stack)
+        mask_file.load(path, stack)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
 
@@ -211,19 +213,19 @@ def test_bad_mask_files(tmp_path, change, message):
 def test_unreadable_mask_files(tmp_path):
     stack = make_stack()
     with pytest.raises(UserError, match="cannot read mask"):
-        masks.load(tmp_path / "none.json", stack)
+        mask_file.load(tmp_path / "none.json", stack)
     path = tmp_path / "mask.json"
     path.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        masks.load(path, stack)
+        mask_file.load(path, stack)
     path.write_text('{"granularity": "layer"}')
     with pytest.raises(UserError, match="'pruned' is missing"):
-        masks.load(path, stack)
+        mask_file.load(path, stack)
 
 
 def test_parse_prune():
-    assert masks.parse_prune("0:dtd") == (0, "dtd")
-    assert masks.parse_prune("11:q_proj:dtd") == (11, "q_proj", "dtd")
+    assert parse_prune("0:dtd") == (0, "dtd")
+    assert parse_prune("11:q_proj:dtd") == (11, "q_proj", "dtd")
     for bad in ("dtd", "0:", ":dtd", "x:dtd", "-1:dtd", "0:a:b:c", ""):
         with pytest.raises(UserError, match="expected LAYER:TASK"):
-            masks.parse_prune(bad)
+            parse_prune(bad)

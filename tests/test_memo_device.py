@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from enmp_jax.runs.searcher import MemberScores, make_fitness
 from enmp_jax.search import device_memo, loop, strategies
-from enmp_jax.searcher import MemberScores, make_fitness
 
 
 def hashed(keep, scale):

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from enmp_jax.config import SUITES
-from enmp_jax.distributed import Job, find_job
+from enmp_jax.config.run_file import SUITES
+from enmp_jax.devices.distributed import Job, find_job
 from enmp_jax.errors import UserError
 
 RUN = """

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import yaml
 
-from enmp_jax import config, masks
 from enmp_jax.adapters.peft_import import load_adapters
+from enmp_jax.config import run_file
+from enmp_jax.config.schema import parse
 from enmp_jax.errors import UserError
-from enmp_jax.evaluate import evaluate_run
-from enmp_jax.pipeline import choose_scale, finalists, search_run, select
-from enmp_jax.progress import SILENT
-from enmp_jax.runs import RunDirectory
-from enmp_jax.schema import parse
+from enmp_jax.io.progress import SILENT
+from enmp_jax.runs import mask_file
+from enmp_jax.runs.directory import RunDirectory
+from enmp_jax.runs.evaluate import evaluate_run
+from enmp_jax.runs.search import choose_scale, finalists, search_run, select
+from enmp_jax.runs.searcher import Searcher
 from enmp_jax.search.memo import Memo
-from enmp_jax.searcher import Searcher
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_the_run_directory_holds_what_the_readme_says(finished, demo_run):
         assert (out / name).stat().st_size > 0, name
     assert len(list((out / "plots").glob("*.png"))) >= 3
     assert json.loads((out / "scores.json").read_text()) == scores
-    resolved = parse(config.RunConfig, yaml.safe_load((out / "config.yaml").read_text()), "config")
+    resolved = parse(run_file.RunConfig, yaml.safe_load((out / "config.yaml").read_text()), "config")
     assert dataclasses.replace(resolved, root=demo_run.root) == demo_run
     assert not list(out.rglob("*.tmp"))
     records = history(out)
@@ -75,7 +76,7 @@ def test_the_saved_mask_scores_the_same_again(finished, demo_run):
 
 def test_the_exported_adapters_are_the_kept_modules(finished, demo_problem):
     out, scores = finished
-    saved = masks.load(out / "mask.json", demo_problem.stack)
+    saved = mask_file.load(out / "mask.json", demo_problem.stack)
     assert [list(m) for m in saved.spec.pruned_modules(saved.keep)] == scores["pruned"]
     exported = load_adapters(
         {t: out / "adapters" / t for t in demo_problem.tasks},

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from device_problem import TASKS, VIT, make_fixed
 
-from enmp_jax import models, plan
-from enmp_jax.cli import main
-from enmp_jax.flops import count_flops
-from enmp_jax.population import make_evaluate
+from enmp_jax import models
+from enmp_jax.cli.main import main
+from enmp_jax.devices.flops import count_flops
+from enmp_jax.evaluation import budget
+from enmp_jax.evaluation.population import make_evaluate
+from enmp_jax.runs.plan import make_plan
 
 
 def test_flops_of_loops_and_products_are_counted_by_hand():
@@ -62,40 +64,40 @@ def test_memory_of_a_member_is_what_xla_reserves(method):
         return compiled.memory_analysis().temp_size_in_bytes
 
     measured = (temp(5) - temp(1)) / 4
-    own, dense = plan.delta_bytes(merge, fixed.ingredients, (2, len(TASKS)))
+    own, dense = budget.delta_bytes(merge, fixed.ingredients, (2, len(TASKS)))
     assert dense == (method == "ties")
-    predicted = own + plan.largest_activations(backbone, fixed.batches)
+    predicted = own + budget.largest_activations(backbone, fixed.batches)
     assert measured * 0.7 < predicted < measured * 3, (measured, predicted)
 
 
 def test_chunks_fit_the_memory():
     gib = 2**30
-    assert plan.choose_member_chunk(16, 0, 1, gib, "gpu") == 4  # a quarter: known masks are skipped by chunks
-    assert plan.choose_member_chunk(64, gib // 2, gib // 2, 10 * gib, "gpu") == 10
-    assert plan.choose_member_chunk(64, 0, gib, gib // 2, "gpu") == 1  # never none
-    assert plan.choose_member_chunk(64, 0, 1, gib, "cpu") == 4
-    assert plan.choose_member_chunk(2, 0, 1, gib, "cpu") == 2
-    assert plan.choose_member_chunk(64, 0, plan.CACHED // 3, 9 * gib, "cpu") == 3  # what its caches bear
-    assert plan.choose_member_chunk(64, 0, 2 * plan.CACHED, 9 * gib, "cpu") == 1
+    assert budget.choose_member_chunk(16, 0, 1, gib, "gpu") == 4  # a quarter: known masks go by chunks
+    assert budget.choose_member_chunk(64, gib // 2, gib // 2, 10 * gib, "gpu") == 10
+    assert budget.choose_member_chunk(64, 0, gib, gib // 2, "gpu") == 1  # never none
+    assert budget.choose_member_chunk(64, 0, 1, gib, "cpu") == 4
+    assert budget.choose_member_chunk(2, 0, 1, gib, "cpu") == 2
+    assert budget.choose_member_chunk(64, 0, budget.CACHED // 3, 9 * gib, "cpu") == 3  # what its caches bear
+    assert budget.choose_member_chunk(64, 0, 2 * budget.CACHED, 9 * gib, "cpu") == 1
 
 
 def test_the_base_is_divided_when_it_must_be():
     llama = models.build({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
                           "num_key_value_heads": 8, "vocab_size": 128256}, "bfloat16")  # fmt: skip
     gib = 2**30  # 15 GiB of weights
-    assert plan.smallest_model_axis(llama, 8, 80 * gib) == 1
-    assert plan.smallest_model_axis(llama, 8, 16 * gib) == 2
-    assert plan.smallest_model_axis(llama, 8, 8 * gib) == 4
-    assert plan.smallest_model_axis(llama, 6, 8 * gib) == 6
-    assert plan.smallest_model_axis(llama, 8, gib) == 8  # does not fit; the plan says so
+    assert budget.smallest_model_axis(llama, 8, 80 * gib) == 1
+    assert budget.smallest_model_axis(llama, 8, 16 * gib) == 2
+    assert budget.smallest_model_axis(llama, 8, 8 * gib) == 4
+    assert budget.smallest_model_axis(llama, 6, 8 * gib) == 6
+    assert budget.smallest_model_axis(llama, 8, gib) == 8  # does not fit; the plan says so
 
 
 def test_the_plan_of_the_demo(demo_problem):
-    made = plan.make_plan(demo_problem, rate=1e12)
+    made = make_plan(demo_problem, rate=1e12)
     fixed, spec = demo_problem.fixed("search"), demo_problem.mask_spec
     assert made.base == sum(x.nbytes for x in jax.tree.leaves(demo_problem.params))
     assert made.member_chunk == min(4, demo_problem.run.search.population)
-    assert made.flops_per_mask == plan.mask_flops(
+    assert made.flops_per_mask == budget.mask_flops(
         demo_problem.backbone, demo_problem.merge, fixed, spec.shape
     )
     search = demo_problem.run.search
@@ -108,7 +110,7 @@ def test_the_plan_of_the_demo(demo_problem):
 
 def test_low_rank_deltas_take_cores_alone():
     _, merge, _, fixed = make_fixed("mean")
-    own, dense = plan.delta_bytes(merge, fixed.ingredients, (2, len(TASKS)))
+    own, dense = budget.delta_bytes(merge, fixed.ingredients, (2, len(TASKS)))
     k = 2 * len(TASKS)  # rank 2
     assert not dense and own == len(fixed.ingredients) * 2 * k * k * 4
 

@@ -8,9 +8,9 @@ import pytest
 from enmp_jax import merges
 from enmp_jax.deltas import Dense
 from enmp_jax.errors import UserError
-from enmp_jax.population import make_evaluate, make_mesh
-from enmp_jax.problem import in_populations
-from enmp_jax.tasks import class_log_probabilities, count
+from enmp_jax.evaluation.population import make_evaluate, make_mesh
+from enmp_jax.evaluation.problem import in_populations
+from enmp_jax.evaluation.scoring import class_log_probabilities, count
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from enmp_jax import report, report_data
 from enmp_jax.errors import UserError
+from enmp_jax.report import data as report_data
+from enmp_jax.report import tables, terminal, write
 
 TASKS = ("cars", "dtd", "sun397", "a <very> long task & name")
 
@@ -121,14 +122,14 @@ class Page(HTMLParser):
 def test_plots_and_report_end_to_end(tmp_path, seeds, granularity):
     run = make_run(tmp_path / "run", seeds, granularity)
     before = {p.name: p.read_bytes() for p in run.iterdir()}
-    plots = report.write_plots(run)
+    plots = write.write_plots(run)
     assert sorted(p.name for p in plots) == ["accuracies.png", "convergence.png", "mask.png"]
     for plot in plots:
         image = matplotlib.image.imread(plot)
         assert image.shape[0] > 200
         assert image.shape[1] > 500
         assert image[..., :3].std() > 0.02
-    page = Page(report.write_report(run).read_text(encoding="utf-8"))
+    page = Page(write.write_report(run).read_text(encoding="utf-8"))
     assert len(page.urls) == 6  # three pictures, light and dark
     assert all(url.startswith("data:image/png;base64,") for url in page.urls)
     assert "url(" not in "".join(page.words)
@@ -144,8 +145,8 @@ def test_plots_and_report_end_to_end(tmp_path, seeds, granularity):
     } == before
     assert not list(run.rglob("*.tmp"))
     # again over what is there
-    report.write_plots(run)
-    report.write_report(run)
+    write.write_plots(run)
+    write.write_report(run)
 
 
 def test_table_has_the_figures():
@@ -154,28 +155,28 @@ def test_table_has_the_figures():
         "merged": {"a": 0.45, "b": 0.5}, "enmp": {"a": 0.81, "b": 0.4},
         "mean_normalised": {"merged": 0.75, "enmp": 0.85}, "pruned": [[0, "a"]],
     }  # fmt: skip
-    header, rows = report.score_rows(scores)
+    header, rows = tables.score_rows(scores)
     assert header == ["task", "expert", "merged", "merged + ENMP", "change"]
     assert rows == [
         ["a", "90.0", "45.0 (50.0)", "81.0 (90.0)", "+36.0"],
         ["b", "50.0", "50.0 (100.0)", "40.0 (80.0)", "-10.0"],
         ["mean", "70.0", "47.5 (75.0)", "60.5 (85.0)", "+13.0"],
     ]
-    assert report.verdict(scores).endswith("goes from 75.0 % to 85.0 % (+10.0 points).")
-    assert report.verdict({**scores, "pruned": []}) == (
+    assert tables.verdict(scores).endswith("goes from 75.0 % to 85.0 % (+10.0 points).")
+    assert tables.verdict({**scores, "pruned": []}) == (
         "0 modules pruned: no mask beat the plain merge (75.0 % mean normalised accuracy)."
     )
     # an evaluation without a mask, and of the experts alone
     plain = {key: value for key, value in scores.items() if key not in ("enmp", "pruned")}
-    assert report.score_rows(plain)[0] == ["task", "expert", "merged"]
+    assert tables.score_rows(plain)[0] == ["task", "expert", "merged"]
     alone = {key: scores[key] for key in ("tasks", "reference")}
-    assert report.score_rows(alone)[1][-1] == ["mean", "70.0"]
-    assert report.score_rows({**scores, "reference": {"a": 0.0, "b": 0.5}})[1][0][2] == "45.0"
+    assert tables.score_rows(alone)[1][-1] == ["mean", "70.0"]
+    assert tables.score_rows({**scores, "reference": {"a": 0.0, "b": 0.5}})[1][0][2] == "45.0"
 
 
 def test_printed_tables_are_whole_in_a_pipe(capsys, tmp_path):
     scores = json.loads((make_run(tmp_path / "run", 3) / "scores.json").read_text())
-    report.print_scores(scores)
+    terminal.print_scores(scores)
     out = capsys.readouterr().out
     assert "…" not in out
     for words in (
@@ -183,7 +184,7 @@ def test_printed_tables_are_whole_in_a_pipe(capsys, tmp_path):
         "960 masks evaluated, 300 of them distinct, 41.5 masks per second",
     ):  # fmt: skip
         assert words in out, words
-    report.print_evaluation(
+    terminal.print_evaluation(
         {key: scores[key] for key in ("split", "tasks", "reference", "merged", "mean_normalised")}
     )
     assert "sun397" in capsys.readouterr().out
@@ -203,7 +204,7 @@ def test_history_is_read_as_written(tmp_path):
     assert count.sum() == 4
     assert count[0, 1] == count[3, 1] == count[11, 0] == count[5, 3] == 1
     assert (of == 1).all()
-    report.write_plots(run)
+    write.write_plots(run)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +227,9 @@ def test_damaged_run_files(tmp_path, name, content, message):
     (run / name).unlink()
     if content is not None:
         (run / name).write_bytes(content.encode("latin-1"))
-    for write in (report.write_plots, report.write_report):
+    for function in (write.write_plots, write.write_report):
         with pytest.raises(UserError, match=re.escape(message)) as error:
-            write(run)
+            function(run)
         assert "\n" not in str(error.value)
     assert not (run / "plots").exists()
     assert not (run / "report.html").exists()
@@ -236,6 +237,6 @@ def test_damaged_run_files(tmp_path, name, content, message):
 
 def test_not_a_run_directory(tmp_path):
     with pytest.raises(UserError, match="is not a directory"):
-        report.write_report(tmp_path / "none")
+        write.write_report(tmp_path / "none")
     with pytest.raises(UserError, match="no config"):
-        report.write_report(tmp_path)
+        write.write_report(tmp_path)

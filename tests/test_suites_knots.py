@@ -3,16 +3,17 @@
 import pytest
 import simulated_hub
 
-from enmp_jax import cli, config
+from enmp_jax.cli import main as cli
+from enmp_jax.config import run_file
 from enmp_jax.suites import make_knots
 
 FILES = make_knots.files()
 
 
 def test_files_are_those_of_the_generator():
-    assert {p.name for p in config.SUITES.glob("knots-*.yaml")} == set(FILES)
+    assert {p.name for p in run_file.SUITES.glob("knots-*.yaml")} == set(FILES)
     for name, content in FILES.items():
-        assert (config.SUITES / name).read_text(encoding="utf-8") == content, f"run {make_knots.__name__}"
+        assert (run_file.SUITES / name).read_text(encoding="utf-8") == content, f"run {make_knots.__name__}"
 
 
 def test_settings_of_the_reference():
@@ -31,7 +32,7 @@ def test_settings_of_the_reference():
     for name, (vision, llama) in wanted.items():
         for suite, expected in (("vit-b-32", vision), ("vit-l-14", vision), ("llama-3-8b", llama)):
             suffix = "-iso" if name == "core-tsv" and suite != "llama-3-8b" else ""
-            m = config.load(config.SUITES / f"knots-{suite}-{name}{suffix}.yaml").merge
+            m = run_file.load(run_file.SUITES / f"knots-{suite}-{name}{suffix}.yaml").merge
             assert (m.space, m.method, m.scale, m.density, m.drop_rate, m.isotropize) == expected, (
                 suite,
                 name,

@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from enmp_jax import config, models
-from enmp_jax.problem import load, load_run_adapters
+from enmp_jax import models
+from enmp_jax.config import run_file
+from enmp_jax.evaluation.problem import load, load_run_adapters
 
 DATA = os.environ.get("TFDS_DATA_DIR", str(Path(__file__).parents[2] / "shared" / "data" / "tfds"))
 
 
 @pytest.fixture(scope="module")
 def run():
-    return config.load(config.SUITES / "vision-small.yaml")
+    return run_file.load(run_file.SUITES / "vision-small.yaml")
 
 
 def test_adapters_and_heads_fit_the_base(run):

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from enmp_jax.errors import UserError
-from enmp_jax.tasks import Counts, Scoring, class_log_probabilities, count, mean_normalised, stack_heads
+from enmp_jax.evaluation.scoring import (
+    Counts,
+    Scoring,
+    class_log_probabilities,
+    count,
+    mean_normalised,
+    stack_heads,
+)
 
 RNG = np.random.default_rng(0)
 

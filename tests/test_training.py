@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import yaml
 
-from enmp_jax import config, models
+from enmp_jax import models
 from enmp_jax.adapters.peft_import import load_adapters
+from enmp_jax.config import run_file
 from enmp_jax.data import load_examples
 from enmp_jax.errors import UserError
-from enmp_jax.problem import load
-from enmp_jax.training.command import train_run
+from enmp_jax.evaluation.problem import load
+from enmp_jax.runs.train import train_run
 from enmp_jax.training.experts import target_templates, train_experts
 from enmp_jax.training.probe import fit_heads
 
@@ -21,14 +22,14 @@ from enmp_jax.training.probe import fit_heads
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("train")
-    shutil.copytree(config.SUITES / "demo", path / "demo")
-    data = yaml.safe_load((config.SUITES / "demo.yaml").read_text())
+    shutil.copytree(run_file.SUITES / "demo", path / "demo")
+    data = yaml.safe_load((run_file.SUITES / "demo.yaml").read_text())
     data["tasks"] = [data["tasks"][0], data["tasks"][4]]
     data["train"] |= {"steps": 60, "batch_size": 32, "learning_rate": 3e-3, "rank": 2}
     data["pretrain"] |= {"steps": 50, "batch_size": 32, "tasks": data["pretrain"]["tasks"][:2]}
     data["pretrain"]["architecture"] |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32}
     (path / "run.yaml").write_text(yaml.safe_dump(data))
-    return config.load(path / "run.yaml")
+    return run_file.load(path / "run.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_tasks_train_independently_of_each_other(run):
 
 
 def _heads(backbone, examples):
-    from enmp_jax.tasks import stack_heads
+    from enmp_jax.evaluation.scoring import stack_heads
 
     return stack_heads(
         [(np.zeros((10, backbone.width), np.float32), np.zeros(10, np.float32))] * len(examples)

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from enmp_jax.adapters.writing import write_tensors
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
+from enmp_jax.io.writing import write_tensors
 
 
 def write_delta(

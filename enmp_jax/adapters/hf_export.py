@@ -14,17 +14,17 @@ import numpy as np
 
 from enmp_jax import models
 from enmp_jax.adapters.factorise import one_layer
-from enmp_jax.adapters.hub import locate
 from enmp_jax.adapters.matching import examples
 from enmp_jax.adapters.peft_export import write_heads, write_texts
 from enmp_jax.adapters.peft_import import LoadedAdapters
-from enmp_jax.adapters.reading import FLOATS
 from enmp_jax.adapters.recipe import Recipe, public_name
-from enmp_jax.adapters.shards import Entry, Factors, Full, read_header, rewrite
-from enmp_jax.adapters.writing import new_directory, write_file, write_text
 from enmp_jax.deltas import Deltas
-from enmp_jax.errors import UserError
-from enmp_jax.files import is_file, one_line, read_json
+from enmp_jax.errors import UserError, one_line
+from enmp_jax.io.files import is_file, read_json
+from enmp_jax.io.hub import locate
+from enmp_jax.io.reading import FLOATS
+from enmp_jax.io.shards import Entry, Factors, Full, read_header, rewrite
+from enmp_jax.io.writing import new_directory, write_file, write_text
 from enmp_jax.lora import split_layer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from enmp_jax.errors import UserError
-from enmp_jax.files import one_line
+from enmp_jax.errors import UserError, one_line
 
 # Options that change what the tensors mean: anything but null, false or empty is refused.
 _REFUSED = {

@@ -6,8 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from enmp_jax.errors import UserError
-from enmp_jax.files import one_line
+from enmp_jax.errors import UserError, one_line
 from enmp_jax.lora import split_layer
 
 

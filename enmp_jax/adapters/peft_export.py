@@ -19,9 +19,9 @@ from enmp_jax.adapters.model_card import Kind, model_card
 from enmp_jax.adapters.peft_files import Heads, Modules, adapter_config, save_adapter, write_adapter_files
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters
 from enmp_jax.adapters.recipe import Recipe, config_yaml
-from enmp_jax.adapters.writing import new_directory, write_tensors, write_text
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
+from enmp_jax.io.writing import new_directory, write_tensors, write_text
 
 __all__ = ["export_adapters", "export_peft", "save_adapter", "write_heads"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from enmp_jax.adapters.writing import new_directory, write_tensors, write_text
 from enmp_jax.errors import UserError
+from enmp_jax.io.writing import new_directory, write_tensors, write_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Modules = dict[str, tuple[np.ndarray, np.ndarray]]

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from enmp_jax.adapters.hub import locate
 from enmp_jax.adapters.lora_config import LoraSettings
 from enmp_jax.adapters.matching import align, check_bases, check_shape, spellings, to_backbone
 from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS, Heads, Modules, save_adapter
-from enmp_jax.adapters.reading import finite, open_tensors, read_float
-from enmp_jax.errors import UserError
-from enmp_jax.files import is_file, one_line, read_json
+from enmp_jax.errors import UserError, one_line
+from enmp_jax.io.files import is_file, read_json
+from enmp_jax.io.hub import locate
+from enmp_jax.io.reading import finite, open_tensors, read_float
 from enmp_jax.lora import LoraStack, stack_adapters
 
 __all__ = ["Adapter", "LoadedAdapters", "load_adapters", "read_adapter", "save_adapter"]

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from enmp_jax import __version__
 from enmp_jax.adapters.peft_files import WEIGHTS
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters
+from enmp_jax.version import __version__
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*[\w.-]*/[\w.-]+")
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import yaml
 
-from enmp_jax.config import SUITES
+from enmp_jax.config.run_file import SUITES
 from enmp_jax.errors import UserError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from enmp_jax.config import DataConfig
+from enmp_jax.config.run_file import DataConfig
 from enmp_jax.data.base import Raw, file_identity
 from enmp_jax.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from enmp_jax.config import DataConfig, resolve_path
+from enmp_jax.config.run_file import DataConfig, resolve_path
 from enmp_jax.data.base import Raw, file_identity
 from enmp_jax.data.files import number_labels, text_keys
 from enmp_jax.errors import UserError

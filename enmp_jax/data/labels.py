@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from enmp_jax.config import DataConfig
+from enmp_jax.config.run_file import DataConfig
 from enmp_jax.data.base import Source
 from enmp_jax.errors import UserError
 

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from enmp_jax.config import DataConfig, resolve_path
-from enmp_jax.data import cache, images, pretexts, slices, transforms
+from enmp_jax.config.run_file import DataConfig, resolve_path
+from enmp_jax.config.schema import to_dict
+from enmp_jax.data import images, pretexts, slices, transforms
 from enmp_jax.data import labels as label_map
 from enmp_jax.data.base import Examples, Kind, Preprocess, Progress, Raw, Source, Span
 from enmp_jax.data.files import FolderSource, JsonlSource, NpzSource
 from enmp_jax.errors import UserError
-from enmp_jax.schema import to_dict
+from enmp_jax.io import cache
 
 Which = Literal["train", "search", "selection", "test"]
 CHUNK = 256

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from enmp_jax.config import DataConfig
+from enmp_jax.config.run_file import DataConfig
 from enmp_jax.data.base import Kind, Preprocess
 from enmp_jax.errors import UserError
 from enmp_jax.models import checkpoint

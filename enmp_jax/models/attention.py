@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from enmp_jax.products import bfloat16_on_cpu
+from enmp_jax.devices.matmul import bfloat16_on_cpu
 
 
 def attend(

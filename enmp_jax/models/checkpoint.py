@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from enmp_jax import files
 from enmp_jax.errors import UserError
+from enmp_jax.io import files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -170,3 +170,14 @@ def write(
         partial.replace(directory / SINGLE)
     except OSError as error:
         raise UserError(f"cannot write the model to {directory}: {error.strerror or error}") from None
+
+
+def base_identity(base: str) -> list[Any]:
+    """Configuration and weight files of a base model, without reading the weights."""
+    directory = find(base)
+    files = []
+    for path in sorted(directory.glob("*.safetensors")):
+        real = path.resolve()  # in the hub's cache, the name of the real file is the hash of its content
+        stat = real.stat()
+        files.append([path.name, real.name, stat.st_size, stat.st_mtime_ns])
+    return [read_config(directory), files]

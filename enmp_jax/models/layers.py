@@ -13,9 +13,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from enmp_jax.deltas import Delta, Deltas, Dense, LowRank
+from enmp_jax.devices.matmul import bfloat16_on_cpu, times_transposed
 from enmp_jax.errors import UserError
 from enmp_jax.models.attention import attend
-from enmp_jax.products import bfloat16_on_cpu, times_transposed
 
 
 def _gelu(x: Array) -> Array:

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from enmp_jax.devices.matmul import times_transposed
 from enmp_jax.errors import UserError
 from enmp_jax.models.base import Backbone, Inputs, Params
 from enmp_jax.models.layers import BlockSpec, init_layers, init_norm, normalise
 from enmp_jax.models.names import KeyTable
 from enmp_jax.models.transformer import Embedded, init_normal, transformer
-from enmp_jax.products import times_transposed
 
 KEYS = KeyTable(
     prefix="vit.",

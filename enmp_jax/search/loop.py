@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from enmp_jax.distributed import put
+from enmp_jax.devices.distributed import put
 from enmp_jax.search.strategies import Genomes, State, Strategy
 
 

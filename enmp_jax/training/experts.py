@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from enmp_jax.config import TrainConfig
+from enmp_jax.config.run_file import TrainConfig
 from enmp_jax.data import Examples
 from enmp_jax.deltas import Deltas, LowRank
 from enmp_jax.errors import UserError
+from enmp_jax.evaluation.scoring import Heads, class_log_probabilities
 from enmp_jax.models.base import Backbone, Params
-from enmp_jax.tasks import Heads, class_log_probabilities
 from enmp_jax.training.loop import OnProgress, Schedule, train
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value")

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from enmp_jax.config import PretrainConfig
+from enmp_jax.config.run_file import PretrainConfig
 from enmp_jax.data import Examples
+from enmp_jax.evaluation.scoring import Heads, class_log_probabilities
 from enmp_jax.models.base import Backbone, Params
-from enmp_jax.tasks import Heads, class_log_probabilities
 from enmp_jax.training.experts import stack_examples
 from enmp_jax.training.loop import OnProgress, Schedule, train
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from enmp_jax.data import Examples
 from enmp_jax.data.batches import batch
+from enmp_jax.evaluation.scoring import Heads, class_log_probabilities
 from enmp_jax.models.base import Backbone, Params
-from enmp_jax.tasks import Heads, class_log_probabilities
 
 
 def base_features(

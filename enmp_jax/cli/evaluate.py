@@ -1,0 +1,53 @@
+"""``enmp evaluate``: score adapters alone, merged, or merged under a mask."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from enmp_jax.cli.run_option import RunFile, load_run_file
+
+
+@dataclass(frozen=True)
+class Args:
+    """Score on a split: every adapter alone, the base, the plain merge, or the merge under a mask.
+
+    On several hosts it runs as a search does, told so by the environment (see docs/pods.md).
+    """
+
+    run: RunFile
+    split: Literal["search", "selection", "test"] = "test"
+    mask: Path | None = None
+    """A mask.json; also scores the merge under it."""
+    scale: float | None = None
+    """Merge coefficient; default: the mask's, else the run file's, else chosen on the search split."""
+    experts: bool = False
+    """Score only the adapters alone (the reference accuracies)."""
+    skip_bad: bool = False
+    """Leave out images that do not decode, instead of stopping."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(args: Args) -> None:
+    """Run ``enmp evaluate``."""
+    from enmp_jax.devices import distributed
+
+    distributed.initialize(distributed.find_job())
+    import jax
+
+    from enmp_jax.io.progress import make_reporter
+    from enmp_jax.report.terminal import print_evaluation
+    from enmp_jax.runs.evaluate import evaluate_run
+
+    with make_reporter() as reporter:
+        config = load_run_file(args.run, args.skip_bad)
+        result = evaluate_run(config, args.split, args.mask, args.scale, args.experts, reporter)
+    if jax.process_index():
+        return
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_evaluation(result)

@@ -1,0 +1,171 @@
+"""``enmp inspect``: what is in LoRA adapters, and whether they can be merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from enmp_jax.adapters.matching import align, check_bases
+from enmp_jax.adapters.peft_import import Adapter, read_adapter
+from enmp_jax.errors import UserError
+from enmp_jax.lora import split_layer
+
+
+@dataclass(frozen=True)
+class Args:
+    """Show modules, ranks, scaling, norms per layer, head and base of adapters.
+
+    The exit code is 2 if one of them cannot be merged, or not with the others."""
+
+    adapters: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER...")]
+    """PEFT directories or hub ids (``name@revision``)."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run(args: Args) -> None:
+    """Print the report.
+
+    Raises:
+        UserError: after printing, when an adapter is refused or they do not belong together.
+    """
+    if not args.adapters:
+        raise UserError("give at least one adapter")
+    report = inspect(args.adapters)
+    print(json.dumps(report, indent=2) if args.json else render(report))
+    refused = [entry["source"] for entry in report["adapters"] if entry["refused"]]
+    if refused:
+        raise UserError(
+            f"{len(refused)} of {len(args.adapters)} adapters cannot be merged: {', '.join(refused)}"
+        )
+    if report["together"]:
+        raise UserError("the adapters cannot be merged with each other: see above")
+
+
+def inspect(sources: Sequence[str]) -> dict[str, Any]:
+    """Describe adapters, JSON-ready.
+
+    Returns:
+        ``adapters``: one dict per source with ``source``, ``refused`` (the reason, or None) and, when
+        it was read, ``commit``, ``base_model``, ``task_type``, ``rank``, ``alpha``, ``rslora``,
+        ``n_modules``, ``n_parameters``, ``projections`` (per template: layers, shape, ranks, scalings,
+        type), ``norms`` (layer -> Frobenius norm of all its deltas) and ``heads`` (shapes).
+        ``together``: why the readable ones cannot be merged with each other, or None.
+    """
+    entries, good = [], {}
+    for source in sources:
+        try:
+            adapter = read_adapter(source)
+            described = describe(adapter)
+            entries.append({"source": source, "refused": None, **described})
+            good[source] = adapter
+        except UserError as error:
+            entries.append({"source": source, "refused": str(error)})
+    together = None
+    try:
+        check_bases({name: adapter.base_model for name, adapter in good.items()}, None, False)
+        if good:
+            align({name: list(adapter.modules) for name, adapter in good.items()})
+    except UserError as error:
+        together = str(error)
+    return {"adapters": entries, "together": together}
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """One adapter, JSON-ready; see ``inspect``.
+
+    Raises:
+        UserError: a module that is not on a numbered layer, or of another shape than in other layers.
+    """
+    projections: dict[str, dict[str, Any]] = {}
+    squares: dict[int, float] = {}
+    for path, (a, b) in adapter.modules.items():
+        template, layer = split_layer(path)
+        shape = [b.shape[0], a.shape[1]]
+        found = projections.setdefault(
+            template, {"layers": [], "shape": shape, "ranks": [], "scalings": [], "dtype": str(a.dtype)}
+        )
+        if found["shape"] != shape:
+            raise UserError(f"{template} has different shapes in different layers: they cannot be stacked")
+        found["layers"].append(layer)
+        for key, value in (("ranks", a.shape[0]), ("scalings", adapter.settings.scaling(path))):
+            if value not in found[key]:
+                found[key].append(value)
+        squares[layer] = squares.get(layer, 0.0) + squared_norm(a, b)
+    for found in projections.values():
+        found["layers"].sort()
+    sizes = [a.size + b.size for a, b in adapter.modules.values()]
+    return {
+        "commit": adapter.commit,
+        "base_model": adapter.base_model,
+        "task_type": adapter.settings.task_type,
+        "rank": adapter.settings.rank,
+        "alpha": adapter.settings.alpha,
+        "rslora": adapter.settings.rslora,
+        "n_modules": len(adapter.modules),
+        "n_parameters": sum(sizes),
+        "projections": dict(sorted(projections.items())),
+        "norms": {str(layer): float(np.sqrt(squares[layer])) for layer in sorted(squares)},
+        "heads": {
+            f"{path}.{name}": list(value.shape)
+            for path, head in adapter.heads.items()
+            for name, value in head.items()
+        },
+    }
+
+
+def squared_norm(a: np.ndarray, b: np.ndarray) -> float:
+    """``||B A||_F^2`` as ``<B^T B, A A^T>``, without forming the delta."""
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    return max(float(np.sum((wide_b.T @ wide_b) * (wide_a @ wide_a.T))), 0.0)
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The report as text."""
+    lines = []
+    for entry in report["adapters"]:
+        lines.append(entry["source"])
+        if entry["refused"]:
+            lines += [f"  refused: {entry['refused']}", ""]
+            continue
+        kind = "rsLoRA" if entry["rslora"] else "LoRA"
+        lines += [
+            f"  base       {entry['base_model'] or 'not named'}",
+            f"  {kind:10} r {entry['rank']}, alpha {entry['alpha']:g}, {entry['n_modules']} modules, "
+            f"{entry['n_parameters'] / 1e6:.2f} M parameters"
+            + (f", {entry['task_type']}" * bool(entry["task_type"])),
+        ]
+        if entry["commit"]:
+            lines.append(f"  commit     {entry['commit']}")
+        for name, found in entry["projections"].items():
+            out, inner = found["shape"]
+            lines.append(
+                f"  {name}: {out}x{inner}, layers {_ranges(found['layers'])}, rank {_join(found['ranks'])}, "
+                f"scaling {_join(found['scalings'])}, {found['dtype']}"
+            )
+        norms = ", ".join(f"{layer}: {norm:.3g}" for layer, norm in entry["norms"].items())
+        heads = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in entry["heads"].items())
+        lines += [f"  norms      {norms}", f"  head       {heads or 'none'}", ""]
+    if report["together"]:
+        lines.append(f"not together: {report['together']}")
+    return "\n".join(lines).rstrip()
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """0-3, 5 for [0, 1, 2, 3, 5]."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _join(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

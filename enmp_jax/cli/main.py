@@ -1,0 +1,89 @@
+"""The command line: parse, call, print. Every command imports only what it needs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from enmp_jax.errors import UserError
+from enmp_jax.version import __version__
+
+COMMANDS = {
+    "demo": "search on the digits that come with the package",
+    "search": "find the negative modules of a run file's adapters",
+    "evaluate": "score adapters alone, merged, or merged under a mask",
+    "merge": "merge adapters; needs no base model and no data",
+    "inspect": "show what is in adapters",
+    "train": "train LoRA experts (and a small base) from a run file",
+    "report": "write the plots and report.html of a run directory again",
+}
+"""Each is a module of this room with ``Args`` and ``run(args)``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (2 for bad input, with one line on stderr)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"enmp-jax {__version__}")
+        return 0
+    name = arguments.pop(0)
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+        print(f"enmp: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    return run(name, arguments)
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Parse and run one command."""
+    import tyro
+
+    # A transformer without torch says so on every import; TensorFlow's logs are nobody's business here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    keep_compiled()
+    module = importlib.import_module(f"enmp_jax.cli.{name}")
+    args = tyro.cli(
+        module.Args, args=arguments, prog=f"enmp {name}",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )  # fmt: skip
+    try:
+        module.run(args)
+    except UserError as error:
+        print(f"enmp {name}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print(f"enmp {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def keep_compiled() -> None:
+    """Let JAX keep compiled programs in ``$ENMP_CACHE/xla`` (default ``~/.cache/enmp-jax/xla``).
+
+    JAX's own variables win: ``JAX_COMPILATION_CACHE_DIR``, or ``JAX_ENABLE_COMPILATION_CACHE=false``.
+    """
+    root = os.environ.get("ENMP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "enmp-jax")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.expanduser(root), "xla"))
+
+
+def overview() -> str:
+    """The text of ``enmp --help``."""
+    lines = [
+        "enmp: find and prune the negative modules of LoRA adapters before merging them",
+        "",
+        "usage: enmp COMMAND [OPTIONS]      (enmp COMMAND --help says more)",
+        "",
+    ]
+    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(lines)

@@ -1,0 +1,207 @@
+"""``enmp merge``: merge adapters into deltas, one adapter, pruned adapters or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from enmp_jax import masks, merges
+from enmp_jax.adapters.delta_export import write_delta
+from enmp_jax.adapters.hf_export import export_checkpoint
+from enmp_jax.adapters.peft_export import export_adapters, export_peft
+from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
+from enmp_jax.adapters.recipe import Recipe, config_yaml
+from enmp_jax.deltas import Deltas
+from enmp_jax.errors import UserError
+from enmp_jax.io.writing import check_unused, new_directory, write_text
+from enmp_jax.masks import Module
+from enmp_jax.runs import mask_file
+
+HYPERPARAMETERS = (
+    "density", "gamma", "drop_rate", "rank_fraction", "coefficient", "common_fraction", "clusters", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Args:
+    """Merge PEFT LoRA adapters, all modules or under a mask. Needs no base model and no data
+    (but for --format checkpoint)."""
+
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK=DIR")]
+    """A task's name and its PEFT directory or hub id (``name@revision``); once for each task."""
+    out: Path
+    """Directory to make."""
+    format: Literal["delta", "peft", "adapters", "checkpoint"] = "delta"
+    """``delta``: delta.safetensors; ``peft``: one merged adapter; ``adapters``: the pruned adapters;
+    ``checkpoint``: the base model with everything merged in."""
+    method: str = "ties"
+    """sum, mean, ties, dare, dare_ties, breadcrumbs, tsv, cart, iso, iso_cts or lego."""
+    space: str = "full"
+    """full, knots or core."""
+    scale: float | None = None
+    """Merge coefficient; default: the mask's, else 1."""
+    isotropize: bool = False
+    """Give the merged delta equal singular values."""
+    density: float | None = None
+    """ties, dare_ties, breadcrumbs: share of entries kept."""
+    gamma: float | None = None
+    """breadcrumbs: share of the largest entries dropped."""
+    drop_rate: float | None = None
+    """dare, dare_ties: share of entries dropped at random."""
+    rank_fraction: float | None = None
+    """cart: share of singular triplets kept."""
+    coefficient: float | None = None
+    """cart: weight of what tasks add to the average."""
+    common_fraction: float | None = None
+    """iso_cts: share of the common subspace."""
+    clusters: int | None = None
+    """lego: rank of the merged adapter."""
+    seed: int | None = None
+    """dare, dare_ties."""
+    task_weights: tuple[float, ...] | None = None
+    """One factor for each task's delta, in the order of --adapter."""
+    prune: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="LAYER[:PROJECTION]:TASK")
+    ] = ()
+    """A module to leave out (``0:dtd`` or ``0:q_proj:dtd``); may be given many times."""
+    mask: Path | None = None
+    """A mask.json of a search."""
+    base_model: str | None = None
+    """Directory or hub id, for --format checkpoint."""
+    rank: int | None = None
+    """peft: largest rank."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """checkpoint: type of the weights; default: the base's."""
+    allow_base_mismatch: bool = False
+    """Merge adapters that name different base models."""
+
+
+class Merged(NamedTuple):
+    """What the writers of formats get."""
+
+    loaded: LoadedAdapters
+    keep: np.ndarray
+    deltas: Callable[[], Deltas]  # merging is left to the formats that need it
+    recipe: Recipe
+    mask: Mapping[str, Any]  # content of mask.json
+
+
+def run(args: Args) -> None:
+    """Merge and write.
+
+    Raises:
+        UserError: bad adapters, method, hyperparameters, modules or output directory.
+    """
+    if args.format == "checkpoint" and args.base_model is None:
+        raise UserError("--format checkpoint needs --base-model DIR")
+    check_unused(args.out)
+    given = {name: getattr(args, name) for name in (*HYPERPARAMETERS, "task_weights")}
+    hyperparameters = {name: value for name, value in given.items() if value is not None}
+    # bad methods and values are found before anything is read
+    method = merges.make(args.method, args.space, args.isotropize, **hyperparameters)
+    loaded = load_adapters(adapter_sources(args.adapter), allow_base_mismatch=args.allow_base_mismatch)
+    spec, keep, scale = _mask(args, loaded)
+    options = {"isotropize": True} if args.isotropize else {}
+    recipe = Recipe(
+        {"method": args.method, "space": args.space, "scale": scale, **options, **hyperparameters},
+        spec.pruned_modules(keep),
+    )
+
+    def deltas() -> Deltas:
+        return jax.jit(method.merge)(method.prepare(loaded.stack), jnp.asarray(keep), scale)
+
+    merged = Merged(loaded, keep, deltas, recipe, spec.to_json(keep, scale))
+    for line in FORMATS[args.format](args, merged):
+        print(line)
+    print(f"wrote {args.out}")
+
+
+def adapter_sources(pairs: tuple[str, ...]) -> dict[str, str]:
+    """``("cars=DIR", ..)`` as a dict in the same order.
+
+    Raises:
+        UserError: not of that form, or a task given twice.
+    """
+    sources: dict[str, str] = {}
+    for pair in pairs:
+        task, equals, source = pair.partition("=")
+        if not (equals and task and source):
+            raise UserError(f"--adapter {pair!r}: expected TASK=DIR, like cars=adapters/cars")
+        if task in sources:
+            raise UserError(f"--adapter: the task {task!r} is given twice; give each its own name")
+        sources[task] = source
+    return sources
+
+
+def parse_prune(text: str) -> Module:
+    """A module given on the command line: ``0:dtd``, or ``0:q_proj:dtd`` for one projection.
+
+    Raises:
+        UserError: not of that form.
+    """
+    parts = text.split(":")
+    if len(parts) not in (2, 3) or not all(parts) or not parts[0].isdecimal():
+        raise UserError(f"--prune {text!r}: expected LAYER:TASK or LAYER:PROJECTION:TASK, like 0:dtd")
+    layer = int(parts[0])
+    return (layer, parts[1]) if len(parts) == 2 else (layer, parts[1], parts[2])
+
+
+def _mask(args: Args, loaded: LoadedAdapters) -> tuple[masks.MaskSpec, np.ndarray, float]:
+    if args.mask is not None:
+        if args.prune:
+            raise UserError("give --prune or --mask, not both")
+        saved = mask_file.load(args.mask, loaded.stack)
+        scale = args.scale if args.scale is not None else saved.scale
+        return saved.spec, saved.keep, 1.0 if scale is None else scale
+    modules = [parse_prune(text) for text in args.prune]
+    finer = any(len(module) == 3 for module in modules)
+    if finer and not all(len(module) == 3 for module in modules):
+        raise UserError("--prune: give LAYER:TASK everywhere or LAYER:PROJECTION:TASK everywhere")
+    spec = masks.MaskSpec.of(loaded.stack, "projection" if finer else "layer", max_pruned=1.0)
+    return spec, spec.keep_from_pruned(modules), 1.0 if args.scale is None else args.scale
+
+
+def _delta(args: Args, merged: Merged) -> list[str]:
+    with new_directory(args.out) as directory:
+        count = write_delta(directory / "delta.safetensors", merged.deltas(), merged.loaded.names)
+        _write_mask(directory, merged)
+        recipe = config_yaml("delta", merged.loaded, merged.recipe, merged.loaded.base_model)
+        write_text(directory / "enmp_config.yaml", recipe)
+    return [f"{count} matrices in delta.safetensors"]
+
+
+def _peft(args: Args, merged: Merged) -> list[str]:
+    return [export_peft(args.out, merged.loaded, merged.deltas(), merged.recipe, args.rank)]
+
+
+def _adapters(args: Args, merged: Merged) -> list[str]:
+    return export_adapters(args.out, merged.loaded, merged.keep, merged.recipe)
+
+
+def _checkpoint(args: Args, merged: Merged) -> list[str]:
+    assert args.base_model is not None
+    line = export_checkpoint(
+        args.out, merged.loaded, merged.deltas(), args.base_model, merged.recipe, dtype=args.dtype
+    )
+    return [line]
+
+
+def _write_mask(directory: Path, merged: Merged) -> None:
+    import json
+
+    write_text(directory / "mask.json", json.dumps(merged.mask, indent=1) + "\n")
+
+
+FORMATS: dict[str, Callable[[Args, Merged], list[str]]] = {
+    "delta": _delta,
+    "peft": _peft,
+    "adapters": _adapters,
+    "checkpoint": _checkpoint,
+}

@@ -1,0 +1,302 @@
+"""Run files: what stands in one, as frozen dataclasses, and the checks that their types cannot make.
+
+Relative paths in a run file are relative to the run file; ``package:demo/base`` means a file
+shipped in ``enmp_jax/suites``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from enmp_jax.config.schema import parse
+from enmp_jax.errors import UserError
+
+SUITES = Path(__file__).parent.parent / "suites"
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The base model: a directory in Hugging Face layout or a hub id."""
+
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of the backbone; norms, softmax and logits stay in float32."""
+    allow_mismatch: bool = False
+    """Accept adapters that name another base model."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where a task's examples come from. Splits are disjoint; ``train`` is for ``enmp train`` only."""
+
+    source: str
+    """``npz:FILE``, ``tfds:NAME``, ``hf:NAME``, ``folder:DIR`` or ``jsonl:FILE``."""
+    train: str | None = None
+    """A split with an optional slice, as in TFDS: ``train[:80%]``, ``validation[100:]``."""
+    search: str | None = None
+    selection: str | None = None
+    test: str | None = None
+    data_dir: str | None = None
+    """TFDS data directory; default: TFDS's own."""
+    image: str | None = None
+    """Key of the image; default: found from the data."""
+    text: tuple[str, ...] = ()
+    """Keys of the text and, for pairs, the second text."""
+    label: str = "label"
+    pretext: str | None = None
+    """Compute the label from the image: ``rotation`` or ``ink:ROW,COLUMN`` (``data.pretexts``)."""
+    transforms: tuple[str, ...] = ()
+    """Applied to images in this order: rotate90, rotate180, rotate270, mirror, flip, invert, occlude."""
+    labels: tuple[int, ...] | None = None
+    """Label map: class k of the source becomes ``labels[k]``; -1 leaves its examples out."""
+    class_names: tuple[str, ...] = ()
+    max_length: int = 128
+    """Tokens; longer texts are truncated and counted."""
+    skip_bad: bool = False
+    """Leave out images that do not decode, instead of stopping."""
+    duplicates: Literal["refuse", "drop"] = "refuse"
+    """What to do when a split repeats the content of one that must be kept clean: stop, or leave the
+    repeated examples out of it (out of train before search before selection, never out of test)."""
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What turns features into class scores."""
+
+    source: str = "adapter"
+    """``adapter`` (saved by PEFT's modules_to_save), ``zero-shot`` (CLIP prompts), ``base`` (the base
+    model's own), or a safetensors file with ``weight`` [classes, width] and, optionally, ``bias``."""
+    prompts: str | None = None
+    """Packaged class names and templates for ``zero-shot``: ``stanford_cars``, ``dtd``, ..."""
+    templates: tuple[str, ...] = ()
+    """Prompts with ``{}`` for the class name, for ``zero-shot``; the names are those of the data."""
+    masked_classes: tuple[int, ...] = ()
+    """Classes never predicted (two-way NLI in a three-way head)."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One task: an adapter, its data and its head."""
+
+    name: str
+    adapter: str
+    """PEFT directory or hub id (``name@revision``)."""
+    data: DataConfig
+    head: HeadConfig = HeadConfig()
+    reference: float | None = None
+    """Accuracy of the unmerged adapter on the test split, 0..1; default: measured."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """The merge method. Hyperparameters that the method does not know are errors."""
+
+    method: str = "ties"
+    space: Literal["full", "knots", "core"] = "full"
+    scale: float | Literal["auto"] = "auto"
+    """Merge coefficient; ``auto``: the best of ``scale_grid`` on the search split, nothing pruned."""
+    scale_grid: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.0)
+    isotropize: bool = False
+    density: float | None = None
+    gamma: float | None = None
+    drop_rate: float | None = None
+    rank_fraction: float | None = None
+    coefficient: float | None = None
+    common_fraction: float | None = None
+    clusters: int | None = None
+    seed: int | None = None
+    task_weights: tuple[float, ...] | None = None
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The given hyperparameters of the method (those not None)."""
+        general = ("method", "space", "scale", "scale_grid", "isotropize")
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in general}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The evolution strategy. Defaults are those of the paper's code (CMA-ES, 8 x 30)."""
+
+    strategy: str = "cma_es"
+    population: int = 8
+    generations: int = 30
+    sigma0: float = 0.5
+    x0: float = -1.0
+    threshold: float = 0.0
+    max_pruned: float = 0.2
+    """Largest share of modules that may be pruned."""
+    granularity: Literal["layer", "projection"] = "layer"
+    fitness: Literal["accuracy", "log_likelihood"] = "accuracy"
+    """On the search split: mean normalised accuracy, or mean log-likelihood of the labels."""
+    search_scale: bool = False
+    """Let the search choose the merge coefficient too."""
+    finalists: int = 8
+    """Best distinct masks of the search that the selection split decides between."""
+    seed: int = 0
+    seeds: int = 1
+    """Searches with the seeds seed, seed + 1, ..; the selection split decides between all finalists."""
+    generations_per_dispatch: int = 1
+    checkpoint_every: int = 5
+    """Generations between checkpoints."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How examples are batched and devices used."""
+
+    batch_size: int = 128
+    search_examples: int | None = None
+    """Examples per task of the search split; default: all."""
+    selection_examples: int | None = None
+    test_examples: int | None = None
+    member_chunk: int | None = None
+    """Members merged and scored together on a device; default: what memory, and a CPU's caches, bear."""
+    mesh: Mapping[str, int] | None = None
+    """Devices along ``population``, ``data`` and ``model``; default: chosen."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """``enmp train``: LoRA experts, or with ``base`` a base model, by AdamW with a cosine schedule."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    """Share of the steps."""
+    weight_decay: float = 0.01
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ()
+    """Last parts of module names; default: the attention projections."""
+    head: Literal["train", "probe", "given"] = "train"
+    """Train the head with the LoRA; fit it to the base's features first and keep it fixed; or keep
+    the task's given head."""
+    head_learning_rate: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """``enmp train``: make the base model itself from random weights, on classification tasks."""
+
+    architecture: Mapping[str, Any]
+    """A Hugging Face ``config.json`` (``model_type`` and sizes)."""
+    tasks: tuple[PretrainTask, ...] = ()
+    steps: int = 2000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PretrainTask:
+    """A named classification data set for pretraining."""
+
+    name: str
+    data: DataConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run file."""
+
+    base: BaseConfig
+    tasks: tuple[TaskConfig, ...]
+    merge: MergeConfig = MergeConfig()
+    search: SearchConfig = SearchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    train: TrainConfig = TrainConfig()
+    pretrain: PretrainConfig | None = None
+    root: Path = field(default=Path(), metadata={"internal": True})
+    """Directory that relative paths start from (the run file's)."""
+
+    def path(self, value: str) -> str:
+        """Resolve ``package:`` and relative paths; hub ids (nothing there on disk) stay as they are."""
+        return resolve_path(value, self.root)
+
+
+def resolve_path(value: str, root: Path) -> str:
+    """Resolve a path of a run file (see the module docstring)."""
+    if value.startswith("package:"):
+        return str(SUITES / value.removeprefix("package:"))
+    path = Path(value).expanduser()
+    if path.is_absolute():
+        return str(path)
+    local = root / path
+    return str(local) if local.exists() or value.startswith((".", "~")) else value
+
+
+def load(path: str | Path) -> RunConfig:
+    """Read and check a run file.
+
+    Raises:
+        UserError: unreadable file, unknown key (the nearest right one is named), wrong type or value.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read run file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must be a mapping with the keys base and tasks")
+    return check(dataclasses.replace(parse(RunConfig, data, str(path)), root=path.parent.resolve()))
+
+
+def check(run: RunConfig) -> RunConfig:
+    """Check values that types cannot; returns the run unchanged.
+
+    Raises:
+        UserError: the first value that is out of range.
+    """
+    names = [task.name for task in run.tasks]
+    if not names:
+        raise UserError("tasks: at least one task is needed")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"tasks: two tasks are named {name!r}; give each its own name")
+        if not name or "/" in name or ":" in name:
+            raise UserError(f"tasks: the name {name!r} must be non-empty, without / and :")
+    search, evaluation, train = run.search, run.evaluation, run.train
+    positive: dict[str, float] = {
+        "search.population": search.population, "search.generations": search.generations,
+        "search.sigma0": search.sigma0, "search.finalists": search.finalists, "search.seeds": search.seeds,
+        "search.generations_per_dispatch": search.generations_per_dispatch,
+        "search.checkpoint_every": search.checkpoint_every, "evaluation.batch_size": evaluation.batch_size,
+        "train.steps": train.steps, "train.batch_size": train.batch_size, "train.rank": train.rank,
+        "train.learning_rate": train.learning_rate, "train.alpha": train.alpha,
+    }  # fmt: skip
+    for key, value in positive.items():
+        if not value > 0:
+            raise UserError(f"{key} is {value}: it must be above 0")
+    if not 0 <= search.max_pruned <= 1:
+        raise UserError(f"search.max_pruned is {search.max_pruned}: it must lie in 0..1")
+    if run.merge.scale == "auto" and not run.merge.scale_grid:
+        raise UserError("merge.scale_grid is empty: give at least one scale, or set merge.scale")
+    for task in run.tasks:
+        if task.reference is not None and not 0 < task.reference <= 1:
+            raise UserError(f"tasks.{task.name}.reference is {task.reference}: accuracies lie in 0..1")
+    return run
+
+
+def skip_bad_images(run: RunConfig) -> RunConfig:
+    """The run with ``skip_bad`` in every task's data, those of the pretraining included."""
+
+    def skip(tasks: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            dataclasses.replace(task, data=dataclasses.replace(task.data, skip_bad=True)) for task in tasks
+        )
+
+    pretrain = run.pretrain and dataclasses.replace(run.pretrain, tasks=skip(run.pretrain.tasks))
+    return dataclasses.replace(run, tasks=skip(run.tasks), pretrain=pretrain)

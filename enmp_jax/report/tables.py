@@ -1,0 +1,99 @@
+"""The end of a run for people: plots, a self-contained HTML report, and the tables of the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+COLUMNS = {"base": "base", "reference": "expert", "merged": "merged", "enmp": "merged + ENMP"}
+
+
+# Tables: the same rows for terminal and page ------------------------------------------------------
+
+
+def score_rows(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of accuracies: a row per task and the mean.
+
+    Takes the content of ``scores.json``, or of an evaluation that lacks some columns. Accuracies in
+    per cent; in brackets normalised by the task's own expert.
+    """
+    present = [key for key in COLUMNS if key in scores]
+    change = "merged" in present and "enmp" in present
+    header = ["task", *(COLUMNS[key] for key in present), *(["change"] if change else [])]
+    rows = []
+    for task in scores["tasks"]:
+        reference = scores["reference"][task]
+        row = [str(task)]
+        for key in present:
+            accuracy = scores[key][task]
+            row.append(
+                percent(accuracy) + (_bracket(accuracy, reference) if key in ("merged", "enmp") else "")
+            )
+        if change:
+            row.append(points(scores["enmp"][task] - scores["merged"][task]))
+        rows.append(row)
+    mean = ["mean"]
+    for key in present:
+        values = [scores[key][task] for task in scores["tasks"]]
+        normalised = scores.get("mean_normalised", {}).get(key)
+        mean.append(
+            percent(sum(values) / len(values)) + ("" if normalised is None else f" ({percent(normalised)})")
+        )
+    if change:
+        gap = [scores["enmp"][t] - scores["merged"][t] for t in scores["tasks"]]
+        mean.append(points(sum(gap) / len(gap)))
+    return header, [*rows, mean]
+
+
+def verdict(scores: Mapping[str, Any]) -> str:
+    """One sentence: what pruning did on data that the search never saw."""
+    before, after = scores["mean_normalised"]["merged"], scores["mean_normalised"]["enmp"]
+    count, total = len(scores["pruned"]), scores.get("modules")
+    head = f"{count}{f' of {total}' if total else ''} module{'' if (total or count) == 1 else 's'} pruned"
+    if not count:
+        return f"{head}: no mask beat the plain merge ({percent(before)} % mean normalised accuracy)."
+    return (
+        f"{head}: mean normalised accuracy on the {scores.get('split', 'test')} split goes from "
+        f"{percent(before)} % to {percent(after)} % ({points(after - before)} points)."
+    )
+
+
+def seed_sentence(scores: Mapping[str, Any]) -> str | None:
+    """Mean and standard deviation of the gain over several searches; None for a single one."""
+    gain, seeds = scores.get("gain") or {}, scores.get("seeds") or []
+    if len(seeds) < 2 or gain.get("std") is None:
+        return None
+    return f"over {len(seeds)} seeds the gain is {points(gain['mean'])} ± {100 * gain['std']:.1f} points"
+
+
+def pruned_lines(scores: Mapping[str, Any]) -> list[str]:
+    """The pruned modules by task: ``dtd: layers 0, 3 (q_proj)``."""
+    places: dict[str, dict[int, list[str]]] = {}
+    for layer, *middle, task in scores.get("pruned") or []:
+        names = places.setdefault(str(task), {}).setdefault(layer, [])
+        names += [name.rsplit(".", 1)[-1] for name in middle]
+    lines = []
+    for task in scores["tasks"]:
+        layers = places.get(task, {})
+        named = [f"{layer} ({', '.join(names)})" if names else str(layer) for layer, names in layers.items()]
+        if named:
+            lines.append(f"{task}: layer{'s' if len(named) > 1 else ''} {', '.join(named)}")
+    return lines
+
+
+def percent(value: float) -> str:
+    """A share as per cent, a dash for NaN."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def points(value: float) -> str:
+    """A difference of shares as signed percentage points."""
+    return f"{100 * value:+.1f}"
+
+
+def _bracket(accuracy: float, reference: float) -> str:
+    return f" ({100 * accuracy / reference:.1f})" if reference else ""

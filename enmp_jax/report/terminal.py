@@ -1,0 +1,66 @@
+"""Tables and sentences of a result on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from enmp_jax.report.tables import pruned_lines, score_rows, seed_sentence, verdict
+
+
+def final_table(scores: Mapping[str, Any]) -> Table:
+    """The table of accuracies for a terminal."""
+    from rich.table import Table
+
+    header, rows = score_rows(scores)
+    title = f"accuracy on the {scores.get('split', 'test')} split, % (normalised by the expert)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows[:-1]:
+        table.add_row(*(Text(cell) for cell in row))
+    table.add_section()
+    table.add_row(*(Text(cell, style="bold") for cell in rows[-1]))
+    return table
+
+
+def print_scores(scores: Mapping[str, Any]) -> None:
+    """Print what a search found, on standard output."""
+    console = _console()
+    console.print()
+    console.print(final_table(scores))
+    console.print(verdict(scores), style="bold")
+    sentence = seed_sentence(scores)
+    if sentence:
+        console.print(f"{sentence[0].upper()}{sentence[1:]}.")
+    for line in pruned_lines(scores):
+        console.print(f"  pruned  {line}", markup=False)
+    cost = f"{scores['masks_evaluated']} masks evaluated" if "masks_evaluated" in scores else ""
+    if scores.get("distinct_masks") is not None:
+        cost += f", {scores['distinct_masks']} of them distinct"
+    if scores.get("masks_per_second"):
+        cost += f", {scores['masks_per_second']:.1f} masks per second"
+    if cost:
+        console.print(cost)
+
+
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """Print the result of ``enmp evaluate``, on standard output."""
+    console = _console()
+    console.print(final_table(result))
+    if "enmp" in result:
+        console.print(verdict(result), style="bold")
+    for line in pruned_lines(result):
+        console.print(f"  pruned  {line}", markup=False)
+
+
+def _console() -> Any:
+
+    console = Console(highlight=False)
+    # a pipe or a log has no width: do not cut tables at 80 columns there
+    return console if console.is_terminal else Console(highlight=False, width=160)

@@ -1,0 +1,166 @@
+"""The run directory: what a search leaves on disk, written so that nothing is lost or half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+
+from enmp_jax.config.run_file import RunConfig
+from enmp_jax.errors import UserError
+from enmp_jax.io.files import write_bytes
+from enmp_jax.config.schema import to_dict
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "evosax", "transformers", "orbax-checkpoint", "numpy")
+
+
+class RunDirectory:
+    """A directory of one search: config, environment, history, checkpoints, results.
+
+    Only process 0 of a multi-host run writes; the others hold the same object and write nothing.
+    """
+
+    def __init__(self, path: str | Path, resume: bool = False):
+        """Check that ``path`` can be written to; nothing is created yet.
+
+        Raises:
+            UserError: it is a file, is not empty (and not resumed), or cannot be created.
+        """
+        self.path = Path(path)
+        self.writes = jax.process_index() == 0
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: give --out a directory")
+        occupied = self.path.is_dir() and any(self.path.iterdir())
+        if occupied and not resume:
+            raise UserError(f"{self.path} is not empty: choose another --out, or --resume to continue it")
+        if resume and occupied and not (self.path / "config.yaml").exists():
+            raise UserError(f"{self.path} is not a run directory (no config.yaml): choose another --out")
+        parent = next(p for p in [self.path, *self.path.parents] if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"{self.path} cannot be written to: no permission in {parent}")
+        self.resumed = occupied
+
+    def start(self, run: RunConfig) -> None:
+        """Create the directory with the resolved config and the environment.
+
+        Raises:
+            UserError: a resumed run had another config.
+        """
+        config = to_dict(run)
+        if self.resumed:
+            before = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            changed = [key for key in config if config[key] != before.get(key)]
+            if changed:
+                raise UserError(f"{self.path} was started with other settings for {', '.join(changed)}")
+            return
+        if self.writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            self.write_json("environment.json", environment())
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        if self.writes:
+            write_bytes(self.path / name, text.encode())
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write JSON, whole or not at all."""
+        self.write(name, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+    def append_history(self, record: dict[str, Any]) -> None:
+        """Add a line to ``history.jsonl``."""
+        if self.writes:
+            with (self.path / "history.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def keep_history(self, seed: int, generations: int) -> None:
+        """Drop history of a seed from generation ``generations`` on: a resumed search repeats it."""
+        path = self.path / "history.jsonl"
+        if not self.writes or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the last line of a killed run
+            if record["seed"] != seed or record["generation"] < generations:
+                kept.append(line + "\n")
+        write_bytes(path, "".join(kept).encode())
+
+
+class Checkpoints:
+    """Search state by generation: arrays in, the same arrays out. Backed by orbax."""
+
+    def __init__(self, path: Path):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self._manager = ocp.CheckpointManager(path.resolve(), options=options)
+
+    def latest(self) -> int | None:
+        """The newest generation on disk."""
+        return self._manager.latest_step()
+
+    def save(self, generation: int, tree: Any) -> None:
+        """Save a pytree of arrays."""
+        # A string leaf would make orbax hang at exit; np scalars would not restore.
+        # Copied: the write goes on while the caller changes its arrays.
+        tree = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(x), tree)
+        self._manager.save(generation, args=self._ocp.args.StandardSave(tree))
+
+    def restore(self, generation: int, like: Any) -> Any:
+        """Restore a pytree with the structure of ``like``."""
+        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
+        return self._manager.restore(generation, args=self._ocp.args.StandardRestore(abstract))
+
+    def __enter__(self) -> Checkpoints:
+        """For ``with``: a write still on its way would fight with those of a resumed run."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Wait for pending writes."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit: what a figure needs beside it."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "enmp_jax": metadata.version("enmp-jax"),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _commit() -> str | None:
+    try:
+        root = Path(__file__).parent
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,92 @@
+"""``enmp search --dry-run``: everything of a search that can go wrong before it starts, and its cost."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from enmp_jax.config.run_file import RunConfig
+from enmp_jax.errors import UserError
+from enmp_jax.masks import MaskSpec
+from enmp_jax.evaluation.population import Fixed
+from enmp_jax.evaluation.problem import Problem, load
+from enmp_jax.io.progress import Reporter
+from enmp_jax.search import strategies
+
+
+def dry_run(run: RunConfig, reporter: Reporter) -> list[str]:
+    """Load a run, compile its evaluation, score the first batch under the empty mask.
+
+    No run directory is made; preprocessed examples may be cached, as by any command.
+
+    Returns:
+        Lines that say what a search would do.
+
+    Raises:
+        UserError: as ``pipeline.search_run``; or the scores are not finite.
+    """
+    reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
+    problem = load(run, reporter=reporter)
+    spec, search = problem.mask_spec, run.search
+    strategies.build(
+        search.strategy, spec.genome_size, search.population, search.sigma0,
+        threshold=search.threshold, free=int(search.search_scale),
+    )  # fmt: skip
+    fixed = problem.fixed("search")
+    one = _one_batch(fixed)
+    scale = run.merge.scale_grid[0] if run.merge.scale == "auto" else float(run.merge.scale)
+    keep, scales = jnp.asarray(spec.all_kept()[None]), jnp.full(1, scale, jnp.float32)
+    reporter.say("compiling")
+    clock = time.perf_counter()
+    compiled = jax.jit(problem.evaluator()).lower(one, keep, scales).compile()
+    compiling, clock = time.perf_counter() - clock, time.perf_counter()
+    counts = compiled(one, keep, scales)
+    correct = np.asarray(counts.correct)[0]
+    seconds = time.perf_counter() - clock
+    if not np.isfinite(np.asarray(counts.log_likelihood)).all():
+        raise UserError(
+            "the plain merge gives log-likelihoods that are not finite: check merge.scale, the adapters' "
+            "heads and base.dtype"
+        )
+    scored = int(np.asarray(one.batches[0].mask).sum())
+    return [
+        *_describe(problem, spec),
+        f"one batch of {scored} examples under one mask: {correct.sum():.0f} right, {seconds:.2f} s, "
+        f"compiled in {compiling:.1f} s",
+        *_plan(run, fixed),
+    ]
+
+
+def _one_batch(fixed: Fixed) -> Fixed:
+    first = jax.tree.map(lambda x: x[:1], fixed.batches[0])
+    return fixed._replace(batches=(first,))
+
+
+def _describe(problem: Problem, spec: MaskSpec) -> list[str]:
+    run, lines = problem.run, []
+    for i, (task, config) in enumerate(zip(problem.tasks, run.tasks, strict=True)):
+        classes = int(np.asarray(problem.heads.allowed[i]).sum())
+        sizes = ", ".join(f"{len(e[i].labels)} {which}" for which, e in problem.examples.items())
+        lines.append(f"{task}: {config.adapter}, {classes} classes, {sizes}")
+    merge = run.merge
+    options = "".join(f", {name} {value}" for name, value in merge.hyperparameters().items())
+    isotropic = ", isotropized" if merge.isotropize else ""
+    lines.append(
+        f"merge: {merge.method} in {merge.space} space, scale {merge.scale}{options}{isotropic}; "
+        f"{np.prod(spec.shape)} modules, at most {run.search.max_pruned:.0%} pruned"
+    )
+    return lines
+
+
+def _plan(run: RunConfig, fixed: Fixed) -> list[str]:
+    search = run.search
+    masks = search.population * search.generations * search.seeds
+    batches = sum(b.label.shape[0] for b in fixed.batches)
+    return [
+        f"would search: {search.strategy}, {search.population} x {search.generations} masks, "
+        f"{search.seeds} seeds: {masks} masks x {batches} batches of {run.evaluation.batch_size}",
+        "nothing was written",
+    ]

@@ -1,0 +1,163 @@
+"""``enmp train``: from a run file to a base model and PEFT adapters on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from enmp_jax import models
+from enmp_jax.adapters.peft_export import save_adapter
+from enmp_jax.config.run_file import RunConfig
+from enmp_jax.data import Examples, load_examples, preprocess_for
+from enmp_jax.data.preprocess import PlainImages
+from enmp_jax.errors import UserError
+from enmp_jax.io.files import write_bytes
+from enmp_jax.evaluation.heads import load_heads
+from enmp_jax.models.base import Backbone, Params
+from enmp_jax.io.progress import read_lines
+from enmp_jax.runs.directory import environment
+from enmp_jax.evaluation.scoring import Heads, stack_heads
+from enmp_jax.training.experts import Experts, train_experts
+from enmp_jax.training.pretrain import pretrain
+from enmp_jax.training.probe import fit_heads
+
+Say = Callable[[str], None]
+
+
+def train_run(run: RunConfig, out: Path, say: Say = print) -> None:
+    """Train what the run file asks for: ``out/base`` (with ``pretrain``), then ``out/adapters/TASK``.
+
+    A base or adapter that is already in ``out`` is kept, so that an interrupted run goes on.
+
+    Raises:
+        UserError: bad data, an unknown module, or ``out`` holds something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give --out a directory")
+    foreign = [p.name for p in out.iterdir() if p.name not in _OWN] if out.is_dir() else []
+    if foreign:
+        raise UserError(f"{out} holds {foreign[0]!r}, which is not of a training run: choose another --out")
+    base = run.path(run.base.model)
+    if run.pretrain is not None:
+        base = str(out / "base")
+        if not (out / "base").exists():
+            _train_base(run, out, say)
+    backbone, params = models.load(base, dtype=run.base.dtype)
+    _train_adapters(run, backbone, params, base, out, say)
+
+
+_OWN = ("base", "adapters", "checkpoints", "training.json")
+
+
+def _train_base(run: RunConfig, out: Path, say: Say) -> None:
+    config = run.pretrain
+    assert config is not None
+    backbone = models.build(dict(config.architecture), run.base.dtype)
+    height, width, channels = _image_shape(backbone)
+    preprocess = PlainImages((height, width), channels)
+    read = read_lines(say)
+    examples = [
+        load_examples(task.data, "train", run.root, preprocess, progress=partial(read, f"{task.name}, train"))
+        for task in config.tasks
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    params, losses = pretrain(
+        backbone, examples, config, _progress(say, "base", config.steps), out / "checkpoints" / "base"
+    )
+    models.save(out / "base", backbone, params)
+    _record(out, "base", {"steps": config.steps, "final_loss": losses[-1] if losses else None})
+
+
+def _image_shape(backbone: Backbone) -> tuple[int, int, int]:
+    spec = backbone.input_spec.get("image")
+    if spec is None:
+        raise UserError("pretrain: only image models can be trained from random weights here")
+    height, width, channels = spec[0]
+    assert height is not None and width is not None and channels is not None
+    return height, width, channels
+
+
+def _train_adapters(
+    run: RunConfig, backbone: Backbone, params: Params, base: str, out: Path, say: Say
+) -> None:
+    config = run.train
+    todo = [task for task in run.tasks if not (out / "adapters" / task.name).exists()]
+    if not todo:
+        say(f"all adapters are in {out / 'adapters'} already")
+        return
+    read = read_lines(say)
+    examples = [
+        load_examples(
+            task.data, "train", run.root, preprocess_for(base, backbone.family, task.data),
+            progress=partial(read, f"{task.name}, train"),
+        )
+        for task in todo
+    ]  # fmt: skip
+    if config.head == "given":
+        names = {task.name: e.class_names for task, e in zip(todo, examples, strict=True)}
+        heads = load_heads(run, {}, base, backbone, tasks=todo, class_names=names)
+    else:
+        heads = _fresh_heads(backbone, examples)
+        if config.head == "probe":
+            say("fitting the heads to the base's features")
+            heads = fit_heads(backbone, params, examples, heads)
+    out.mkdir(parents=True, exist_ok=True)
+    # Other tasks left to do are another training: its checkpoints must not be resumed from here.
+    checkpoints = out / "checkpoints" / ("adapters-" + "-".join(task.name for task in todo))[:200]
+    experts = train_experts(
+        backbone, params, examples, heads, config, _progress(say, "adapters", config.steps), checkpoints
+    )
+    name = run.base.model
+    for i, task in enumerate(todo):
+        _save_expert(out / "adapters" / task.name, experts, i, run, name)
+        _record(out, task.name, {"steps": config.steps, "examples": len(examples[i].labels)})
+    say(f"saved {len(todo)} adapters in {out / 'adapters'}")
+
+
+def _save_expert(path: Path, experts: Experts, i: int, run: RunConfig, base: str) -> None:
+    modules: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for template, (a, b) in experts.factors.items():
+        for layer in range(a.shape[1]):
+            modules[template.format(layer)] = (a[i, layer], b[i, layer])
+    weight, bias = np.asarray(experts.heads.weight[i]), np.asarray(experts.heads.bias[i])
+    # Rows of padding go; a class that is only masked in this run keeps its row.
+    n = np.flatnonzero(np.asarray(experts.heads.allowed[i]) | weight.any(axis=1))[-1] + 1
+    head = {"weight": weight[:n], "bias": bias[:n]}
+    save_adapter(
+        path,
+        modules,
+        rank=run.train.rank,
+        alpha=run.train.alpha,
+        base_model_name=base,
+        heads={"classifier": head},  # target modules: full names, which match nothing else in any base
+    )
+
+
+def _fresh_heads(backbone: Backbone, examples: list[Examples]) -> Heads:
+    heads = []
+    for e in examples:
+        n_classes = len(e.class_names) or int(e.labels.max()) + 1
+        heads.append((np.zeros((n_classes, backbone.width), np.float32), np.zeros(n_classes, np.float32)))
+    return stack_heads(heads)
+
+
+def _progress(say: Say, what: str, steps: int) -> Callable[[int, float], None]:
+    shown = [0]
+
+    def on_progress(done: int, loss: float) -> None:
+        if done * 10 // steps > shown[0]:
+            shown[0] = done * 10 // steps
+            say(f"{what}: step {done} of {steps}, loss {loss:.4f}")
+
+    return on_progress
+
+
+def _record(out: Path, name: str, entry: dict) -> None:
+    path = out / "training.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    record[name] = entry | {"environment": environment()}
+    write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
