@@ -12,6 +12,7 @@ from enmp_jax.evaluation import reference_cache
 from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.io import progress
 from enmp_jax.io.progress import SILENT, Reporter
+from enmp_jax.models import checkpoint
 from enmp_jax.runs.dry_run import dry_run
 
 
