@@ -107,19 +107,19 @@ def best(run: Callable[[], Any], repeats: int) -> float:
 
 
 def ours(problem: Any, merge: Any, masks: int, tasks: int, repeats: int) -> Split:
-    backbone, stack, fixed = problem
+    backbone, stack, inputs = problem
     keep, scale = jnp.asarray(random_keep(masks, stack)), jnp.full(masks, 0.3)
-    host = jax.tree.map(np.asarray, fixed.batches)
+    host = jax.tree.map(np.asarray, inputs.batches)
     data = best(lambda: jax.device_put(host), repeats)
-    ingredients = fixed.ingredients
-    merge = searched_form(backbone, merge, stack, fixed, room=10**9)
+    ingredients = inputs.ingredients
+    merge = searched_form(backbone, merge, stack, inputs, room=10**9)
     merged = jax.jit(lambda i, k, s: merges.merge_population(merge, i, k, s))
     jax.block_until_ready(merged(ingredients, keep, scale))
     merging = best(lambda: merged(ingredients, keep, scale), repeats)
-    chunk = searched_chunk(masks, backbone, fixed)
+    chunk = searched_chunk(masks, backbone, inputs)
     call = jax.jit(make_evaluate(backbone, merge, tasks, member_chunk=chunk))
-    evaluate = call.lower(fixed, keep, scale).compile()
-    total = best(lambda: evaluate(fixed, keep, scale), repeats)
+    evaluate = call.lower(inputs, keep, scale).compile()
+    total = best(lambda: evaluate(inputs, keep, scale), repeats)
     return Split(merging, total - merging, data, 0.0)
 
 
@@ -256,11 +256,11 @@ def main() -> None:
         merge = merges.make(case.method, case.space, case.isotropize, **case.hyper)
         sides = {}
         for dtype in args.dtypes:
-            backbone, _, stack, fixed = random_problem(
+            backbone, _, stack, inputs = random_problem(
                 "vit-b-32", merge, layers=args.layers, dtype=dtype,
                 tasks=args.tasks, examples=args.images, batch_size=64,
             )  # fmt: skip
-            problem = backbone, stack, fixed
+            problem = backbone, stack, inputs
             sides[f"enmp-jax {dtype}"] = ours(problem, merge, args.masks, args.tasks, args.repeats)
         if reference:
             sides["reference float32"] = theirs(reference, problem, case, args)

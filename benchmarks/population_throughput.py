@@ -41,13 +41,13 @@ def main() -> None:
     parser.add_argument("--room", type=int, default=1024, help="MiB a member for full matrices of its deltas")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    backbone, merge, stack, fixed = random_problem(
+    backbone, merge, stack, inputs = random_problem(
         args.model, merges.make(args.method, args.space), layers=args.layers, dtype=args.dtype,
         tasks=args.tasks, examples=args.examples, batch_size=args.batch, tokens=args.tokens,
     )  # fmt: skip
     examples = args.tasks * args.examples
-    merge = searched_form(backbone, merge, stack, fixed, args.room * 2**20)
-    flops = budget.mask_flops(backbone, merge, fixed, (stack.n_layers, stack.n_tasks))
+    merge = searched_form(backbone, merge, stack, inputs, args.room * 2**20)
+    flops = budget.mask_flops(backbone, merge, inputs, (stack.n_layers, stack.n_tasks))
     device = jax.devices()[0]
     print(
         f"{time.strftime('%Y-%m-%d')}, {device.device_kind} ({os.cpu_count()} cores, load "
@@ -59,9 +59,9 @@ def main() -> None:
     print("| P | masks/s | examples/s | GFLOP/s | matmul GFLOP/s | utilisation | temporaries MiB |")
     print("|---|---|---|---|---|---|---|")
     for members in args.populations:
-        chunk = args.member_chunk or searched_chunk(members, backbone, fixed)
+        chunk = args.member_chunk or searched_chunk(members, backbone, inputs)
         evaluate = make_evaluate(backbone, merge, args.tasks, member_chunk=chunk)
-        arguments = fixed, jnp.asarray(random_keep(members, stack)), jnp.full(members, 0.5)
+        arguments = inputs, jnp.asarray(random_keep(members, stack)), jnp.full(members, 0.5)
         compiled = jax.jit(evaluate).lower(*arguments).compile()
         jax.block_until_ready(compiled(*arguments))
         rate, best = 0.0, float("inf")

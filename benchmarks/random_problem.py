@@ -11,7 +11,7 @@ import numpy as np
 from enmp_jax import merges, models
 from enmp_jax.data.batches import Batches
 from enmp_jax.evaluation import budget, delta_format
-from enmp_jax.evaluation.population import Fixed
+from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Heads
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.merges.base import Merge
@@ -60,7 +60,7 @@ def random_problem(
     batch_size: int = 128,
     tokens: int = 128,
     classes: int = 100,
-) -> tuple[Backbone, Merge, LoraStack, Fixed]:
+) -> tuple[Backbone, Merge, LoraStack, EvalInputs]:
     """Everything that an evaluation needs.
 
     Args:
@@ -96,7 +96,7 @@ def random_problem(
     heads = Heads(
         jnp.asarray(weight), jnp.zeros((tasks, classes)), jnp.ones((tasks, classes), bool), jnp.ones(tasks)
     )
-    return backbone, merge, stack, Fixed(params, merge.prepare(stack), heads, (batches,))
+    return backbone, merge, stack, EvalInputs(params, merge.prepare(stack), heads, (batches,))
 
 
 def random_keep(members: int, stack: LoraStack, seed: int = 2) -> np.ndarray:
@@ -104,16 +104,16 @@ def random_keep(members: int, stack: LoraStack, seed: int = 2) -> np.ndarray:
     return np.random.default_rng(seed).random((members, stack.n_layers, stack.n_tasks)) > 0.1
 
 
-def searched_chunk(members: int, backbone: Backbone, fixed: Fixed) -> int:
+def searched_chunk(members: int, backbone: Backbone, inputs: EvalInputs) -> int:
     """Members evaluated together, as a search would with memory for all of them."""
-    return budget.choose_member_chunk(members, 0, budget.largest_activations(backbone, fixed.batches), 2**60)
+    return budget.choose_member_chunk(members, 0, budget.largest_activations(backbone, inputs.batches), 2**60)
 
 
-def searched_form(backbone: Backbone, merge: Merge, stack: LoraStack, fixed: Fixed, room: int) -> Merge:
+def searched_form(backbone: Backbone, merge: Merge, stack: LoraStack, inputs: EvalInputs, room: int) -> Merge:
     """The method with its deltas in the form that a search would choose, ``room`` bytes a member."""
-    labels = [bucket.label for bucket in fixed.batches]
-    one = jax.tree.map(lambda x: x[0], fixed.batches[0].inputs)
+    labels = [bucket.label for bucket in inputs.batches]
+    one = jax.tree.map(lambda x: x[0], inputs.batches[0].inputs)
     return delta_format.choose(
-        merge, fixed.ingredients, (stack.n_layers, stack.n_tasks), room=room,
+        merge, inputs.ingredients, (stack.n_layers, stack.n_tasks), free_bytes=room,
         tokens=budget.n_tokens(backbone, one) * sum(x.size for x in labels), batches=sum(map(len, labels)),
     )  # fmt: skip

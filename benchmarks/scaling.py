@@ -32,13 +32,13 @@ POPULATIONS = (7, 8, 16, 20, 64)
 
 def work(args: argparse.Namespace) -> None:
     """Counted work per device."""
-    backbone, merge, stack, fixed = random_problem(
+    backbone, merge, stack, inputs = random_problem(
         args.model, layers=1, tasks=4, examples=32, batch_size=16, tokens=32
     )
     print("| members | " + " | ".join(f"{p} x {d}" for p, d in MESHES) + " |")
     print("|---" * (len(MESHES) + 1) + "|")
     for members in POPULATIONS:
-        operands = fixed, jnp.asarray(random_keep(members, stack)), jnp.ones(members)
+        operands = inputs, jnp.asarray(random_keep(members, stack)), jnp.ones(members)
         flops = [
             count_flops(make_evaluate(backbone, merge, 4, make_mesh(p, d, 1), 4), *operands)
             for p, d in MESHES
@@ -49,14 +49,14 @@ def work(args: argparse.Namespace) -> None:
 
 def seconds(args: argparse.Namespace, members: int, tasks: int, layers: int, examples: int) -> float:
     """One generation, the best of three, after compilation."""
-    backbone, merge, stack, fixed = random_problem(
+    backbone, merge, stack, inputs = random_problem(
         args.model, merges.make(args.method, args.space), layers=layers, tasks=tasks, examples=examples,
         batch_size=16, tokens=32,
     )  # fmt: skip
-    merge = searched_form(backbone, merge, stack, fixed, room=10**9)
-    chunk = searched_chunk(members, backbone, fixed)
+    merge = searched_form(backbone, merge, stack, inputs, room=10**9)
+    chunk = searched_chunk(members, backbone, inputs)
     evaluate = jax.jit(make_evaluate(backbone, merge, tasks, member_chunk=chunk))
-    operands = fixed, jnp.asarray(random_keep(members, stack)), jnp.full(members, 0.3)
+    operands = inputs, jnp.asarray(random_keep(members, stack)), jnp.full(members, 0.3)
     jax.block_until_ready(evaluate(*operands))
     times = []
     for _ in range(3):

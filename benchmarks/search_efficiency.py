@@ -26,7 +26,8 @@ import numpy as np
 import tyro
 
 from enmp_jax.masks import MaskSpec
-from enmp_jax.search import build, run
+from enmp_jax.search.loop import make_step, run
+from enmp_jax.search.strategies import build
 
 N, LIMIT, STEP = 96, 32, 2.0
 SPEC = MaskSpec(1, ("p",), tuple(map(str, range(N))), tuple(range(N)), max_pruned=LIMIT / N)
@@ -61,13 +62,13 @@ def value(pruned, toy: Toy):
     return pruned @ toy.single + ((pruned @ toy.pairs) * pruned).sum(-1)
 
 
-def evaluate(genomes, toy: Toy, quantised, key):
+def evaluate(genomes, memory, toy: Toy, quantised, key):
     pruned = ~jax.vmap(SPEC.decode)(genomes)[:, 0]
     true = value(pruned, toy)
     # the noise belongs to the genome, drawn anew in every generation
     noise_key = jax.random.fold_in(key, jax.lax.bitcast_convert_type(genomes.sum(), jnp.uint32))
     noisy = true + jax.random.normal(noise_key, true.shape)
-    return Scores(jnp.where(quantised, jnp.floor(true / STEP) * STEP, noisy), true)
+    return Scores(jnp.where(quantised, jnp.floor(true / STEP) * STEP, noisy), true), memory
 
 
 def best_known(toy: Toy, restarts: int = 200) -> float:
@@ -101,13 +102,11 @@ def at_budgets(fitness: np.ndarray, true: np.ndarray) -> list[float]:
     return [float(true[np.argmax(fitness[:budget])]) for budget in BUDGETS]
 
 
-def ours(strategy, population: int, toy: Toy, quantised: bool, seed: int) -> list[float]:
+def ours(step, population: int, toy: Toy, quantised: bool, seed: int) -> list[float]:
     generations = -(-max(BUDGETS) // population)
     key = jax.random.key(seed)
-    result = run(
-        strategy, evaluate, key, SPEC.start(-1.0), generations, generations_per_dispatch=generations,
-        operands=(toy, jnp.asarray(quantised), jax.random.fold_in(key, 2**31)),
-    )  # fmt: skip
+    operands = toy, jnp.asarray(quantised), jax.random.fold_in(key, 2**31)
+    result = run(step, key, SPEC.start(-1.0), generations, operands=operands)
     return at_budgets(result.scores.fitness.ravel(), result.scores.value.ravel())
 
 
@@ -144,8 +143,9 @@ def main(seeds: int = 10, populations: tuple[int, ...] = (8, 16), out: Path | No
     for population in populations:
         for name, sigma in CONFIGURATIONS:
             strategy = build(name, N, population, sigma)
+            step = make_step(strategy, evaluate, -(-max(BUDGETS) // population))
             values = [
-                [ours(strategy, population, toy, v == "quantised", s) for s in range(seeds)] for v in VARIANTS
+                [ours(step, population, toy, v == "quantised", s) for s in range(seeds)] for v in VARIANTS
             ]
             label = name if name == "bit_flip" else f"{name}, sigma0 {sigma:g}"
             rows.append((label, population, np.asarray(values)))

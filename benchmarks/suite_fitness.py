@@ -17,7 +17,8 @@ import numpy as np
 
 from enmp_jax.config import run_file
 from enmp_jax.config.run_file import MergeConfig
-from enmp_jax.evaluation.problem import Problem, load
+from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.runs.directory import environment
 
@@ -30,11 +31,11 @@ METHODS = {
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.2, 1.6, 2.0)
 
 
-def best_merge(problem: Problem) -> tuple[float, float, np.ndarray]:
+def best_merge(evaluator: Evaluator) -> tuple[float, float, np.ndarray]:
     """Best scale, its mean normalised accuracy, and its accuracies by task, all on the search split."""
-    scoring = problem.scoring("search")
-    keep = np.repeat(problem.mask_spec.all_kept()[None], len(SCALES), axis=0)
-    counts: Counts = problem.score(problem.fixed("search"), keep, np.asarray(SCALES, np.float32))
+    scoring = evaluator.scoring("search")
+    keep = np.repeat(evaluator.loaded.mask_spec.all_kept()[None], len(SCALES), axis=0)
+    counts: Counts = evaluator.score(evaluator.inputs("search"), keep, np.asarray(SCALES, np.float32))
     normalised = np.asarray(scoring.normalised(counts))
     best = int(np.argmax(normalised))
     return SCALES[best], float(normalised[best]), np.asarray(scoring.accuracy(counts))[best]
@@ -51,14 +52,14 @@ def main() -> None:
     means: dict[str, float] = {}
     for name in args.methods:
         merge = MergeConfig(**METHODS[name])
-        problem = load(dataclasses.replace(run, merge=merge), ("search",))
+        evaluator = Evaluator(load(dataclasses.replace(run, merge=merge), ("search",)))
         if not columns:
-            sizes = problem.sizes("search")
-            expert = np.asarray(problem.score_experts("search").correct) / sizes
-            columns["base"] = np.asarray(problem.score_base("search").correct) / sizes
+            sizes = evaluator.loaded.sizes("search")
+            expert = np.asarray(evaluator.score_experts("search").correct) / sizes
+            columns["base"] = np.asarray(evaluator.score_base("search").correct) / sizes
             columns["expert"] = expert
             means |= {"base": float((columns["base"] / expert).mean()), "expert": 1.0}
-        scale, mean, accuracy = best_merge(problem)
+        scale, mean, accuracy = best_merge(evaluator)
         columns[f"{name} {scale:g}"], means[f"{name} {scale:g}"] = accuracy, mean
         print(f"{name}: scale {scale:g}, {mean:.4f}", flush=True)
     found = environment()
@@ -67,7 +68,7 @@ def main() -> None:
     )
     print("| task | " + " | ".join(columns) + " |")
     print("|---|" + "---|" * len(columns))
-    for i, task in enumerate(problem.tasks):
+    for i, task in enumerate(evaluator.loaded.tasks):
         print(f"| {task} | " + " | ".join(f"{column[i]:.3f}" for column in columns.values()) + " |")
     print("| mean normalised | " + " | ".join(f"{means[name]:.3f}" for name in columns) + " |")
 

@@ -8,6 +8,7 @@ os.environ["ENMP_CACHE"] = tempfile.mkdtemp(prefix="enmp-test-cache-")
 
 import dataclasses
 import getpass
+import logging
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,8 +40,23 @@ def demo_run():
 
 
 @pytest.fixture(scope="session")
-def demo_problem(demo_run):
+def demo_loaded(demo_run):
     """The demo, loaded."""
-    from enmp_jax.evaluation.problem import load
+    from enmp_jax.evaluation.loaded_run import load
 
     return load(demo_run)
+
+
+@pytest.fixture(scope="session")
+def demo_evaluator(demo_loaded):
+    """The demo, ready to score masks."""
+    from enmp_jax.evaluation.evaluator import Evaluator
+
+    return Evaluator(demo_loaded)
+
+
+@pytest.fixture
+def compilations(caplog):
+    """How often XLA compiled a function of a name within this test: ``compilations("evaluate")``."""
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG):
+        yield lambda name: sum(f"Finished XLA compilation of jit({name})" in m for m in caplog.messages)

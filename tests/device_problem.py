@@ -6,7 +6,7 @@ import numpy as np
 from enmp_jax import merges, models
 from enmp_jax.data import batch
 from enmp_jax.data.base import Examples
-from enmp_jax.evaluation.population import Fixed
+from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import stack_heads
 from enmp_jax.lora import LoraStack, stack_adapters
 
@@ -38,8 +38,8 @@ def random_stack(backbone, tasks=TASKS, rank=2, seed=1) -> LoraStack:
     )
 
 
-def make_fixed(method="mean", examples=7, config=VIT, dtype="float32", size=8):
-    """(backbone, merge, stack, Fixed); 7 examples of 3 tasks leave a ragged last batch of 8."""
+def make_inputs(method="mean", examples=7, config=VIT, dtype="float32", size=8):
+    """(backbone, merge, stack, EvalInputs); 7 examples of 3 tasks leave a ragged last batch of 8."""
     backbone = models.build(config, dtype)
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(backbone.init, jax.random.key(0))
@@ -59,7 +59,7 @@ def make_fixed(method="mean", examples=7, config=VIT, dtype="float32", size=8):
         for _ in TASKS
     ]  # fmt: skip
     heads = stack_heads([(random.normal(size=(4, backbone.width)).astype("f"), None) for _ in TASKS])
-    return backbone, merge, stack, Fixed(params, merge.prepare(stack), heads, batch(data, BATCH))
+    return backbone, merge, stack, EvalInputs(params, merge.prepare(stack), heads, batch(data, BATCH))
 
 
 def masks(n, seed=3):

@@ -11,14 +11,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from device_problem import TASKS, make_fixed, masks
+from device_problem import TASKS, make_inputs, masks
 from jax.sharding import NamedSharding, PartitionSpec
 
 from enmp_jax import merges, models
 from enmp_jax.data.batches import Batches
 from enmp_jax.devices.mesh import choose_shape, make_mesh
 from enmp_jax.evaluation import budget
-from enmp_jax.evaluation.population import Fixed, make_evaluate, place
+from enmp_jax.evaluation.population import EvalInputs, make_evaluate, place
 from enmp_jax.evaluation.scoring import Heads
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.masks import MaskSpec
@@ -32,23 +32,23 @@ SHAPES = [(1, 1, 1), (2, 1, 1), (1, 2, 2), *EVERY]  # 1, 2 and 4 devices, and ev
 
 @pytest.fixture(scope="module")
 def problem():
-    return make_fixed()
+    return make_inputs()
 
 
 @pytest.fixture(scope="module")
 def expected(problem):
     """64 masks, one at a time, on one device."""
-    backbone, merge, _, fixed = problem
+    backbone, merge, _, inputs = problem
     evaluate = jax.jit(make_evaluate(backbone, merge, len(TASKS), member_chunk=1))
-    return evaluate(fixed, *map(jnp.asarray, masks(64)))
+    return evaluate(inputs, *map(jnp.asarray, masks(64)))
 
 
 def scores_on(problem, shape, size, **options):
-    backbone, merge, _, fixed = problem
+    backbone, merge, _, inputs = problem
     mesh = make_mesh(*shape)
     evaluate = jax.jit(make_evaluate(backbone, merge, len(TASKS), mesh, **options))
     keep, scale = masks(64)
-    return evaluate(place(fixed, mesh), keep[:size], scale[:size])
+    return evaluate(place(inputs, mesh), keep[:size], scale[:size])
 
 
 def assert_scores(counts, expected, size):
@@ -74,18 +74,18 @@ def test_any_population_size(problem, expected, size, shape):
 
 
 def test_dense_deltas_in_chunks_on_a_mesh():
-    problem = make_fixed("ties")
-    backbone, merge, _, fixed = problem
+    problem = make_inputs("ties")
+    backbone, merge, _, inputs = problem
     one = jax.jit(make_evaluate(backbone, merge, len(TASKS), member_chunk=1))
-    expected = one(fixed, *(jnp.asarray(x[:16]) for x in masks(64)))
+    expected = one(inputs, *(jnp.asarray(x[:16]) for x in masks(64)))
     assert_scores(scores_on(problem, (2, 2, 2), 16, member_chunk=3), expected, 16)
 
 
 def compiled_text(problem, shape):
-    backbone, merge, _, fixed = problem
+    backbone, merge, _, inputs = problem
     mesh = make_mesh(*shape)
     evaluate = jax.jit(make_evaluate(backbone, merge, len(TASKS), mesh))
-    return str(evaluate.lower(place(fixed, mesh), *masks(16)).compile().as_text())
+    return str(evaluate.lower(place(inputs, mesh), *masks(16)).compile().as_text())
 
 
 def test_the_only_communication_is_the_last_step(problem):
@@ -101,12 +101,12 @@ def test_the_only_communication_is_the_last_step(problem):
 
 
 def test_base_weights_are_divided_over_the_model_axis(problem):
-    fixed = place(problem[-1], make_mesh(1, 2, 4))
-    q = next(v for k, v in fixed.params["layers"].items() if k == "q")["weight"]
-    down = fixed.params["layers"]["down"]["weight"]
+    inputs = place(problem[-1], make_mesh(1, 2, 4))
+    q = next(v for k, v in inputs.params["layers"].items() if k == "q")["weight"]
+    down = inputs.params["layers"]["down"]["weight"]
     assert q.sharding.shard_shape(q.shape) == (2, 4, 16)
     assert down.sharding.shard_shape(down.shape) == (2, 16, 8)
-    label = fixed.batches[0].label
+    label = inputs.batches[0].label
     assert label.sharding.shard_shape(label.shape) == (label.shape[0], label.shape[1] // 2)
 
 
@@ -158,25 +158,25 @@ def abstract_problem(mesh, dtype, tasks=6, rank=16, rows=8, tokens=128, **change
     )
     ingredients, heads = jax.tree.map(on, (ingredients, heads))
     batches = jax.tree.map(lambda x: on(x, (None, "data")), batches)
-    return backbone, merge, Fixed(params, ingredients, heads, (batches,))
+    return backbone, merge, EvalInputs(params, ingredients, heads, (batches,))
 
 
-def compile_abstract(mesh, backbone, merge, fixed, members, tasks=6, chunk=None):
+def compile_abstract(mesh, backbone, merge, inputs, members, tasks=6, chunk=None):
     evaluate = make_evaluate(backbone, merge, tasks, mesh, chunk)
     keep = jax.ShapeDtypeStruct((members, backbone.n_layers, tasks), jnp.bool_)
     scale = jax.ShapeDtypeStruct((members,), jnp.float32)
-    return jax.jit(evaluate).lower(fixed, keep, scale).compile()
+    return jax.jit(evaluate).lower(inputs, keep, scale).compile()
 
 
 def test_llama_3_8b_on_eight_devices():
     """2 x 1 x 4: each device has a quarter of the base weights and never gathers them."""
     mesh = make_mesh(2, 1, 4)
-    backbone, merge, fixed = abstract_problem(mesh, "bfloat16")
-    memory = compile_abstract(mesh, backbone, merge, fixed, 4).memory_analysis()
+    backbone, merge, inputs = abstract_problem(mesh, "bfloat16")
+    memory = compile_abstract(mesh, backbone, merge, inputs, 4).memory_analysis()
     whole = budget.n_bytes(jax.eval_shape(backbone.init, jax.random.key(0)))
     assert whole > 15e9
-    shared = budget.n_bytes((fixed.ingredients, fixed.heads, fixed.batches))
-    shared -= budget.n_bytes(fixed.params["lm_head"])  # classifiers do not use it: the compiler drops it
+    shared = budget.n_bytes((inputs.ingredients, inputs.heads, inputs.batches))
+    shared -= budget.n_bytes(inputs.params["lm_head"])  # classifiers do not use it: the compiler drops it
     assert memory.argument_size_in_bytes == pytest.approx(whole / 4 + shared, rel=0.01)
     # nor does it make copies of its own: a layer at a time is read, and multiplied as bfloat16
     assert memory.temp_size_in_bytes < 0.5 * whole / 4
@@ -185,38 +185,38 @@ def test_llama_3_8b_on_eight_devices():
 def test_members_add_their_cores_and_no_weights():
     """16 masks against 1, at the widths of Llama-3-8B (2 layers, float32)."""
     mesh = make_mesh(1, 1, 1)
-    backbone, merge, fixed = abstract_problem(mesh, "float32", rows=1, tokens=8, num_hidden_layers=2)
-    members, base = 16, budget.n_bytes(fixed.params["layers"])
-    core, dense = budget.delta_bytes(merge, fixed.ingredients, (2, 6))
+    backbone, merge, inputs = abstract_problem(mesh, "float32", rows=1, tokens=8, num_hidden_layers=2)
+    members, base = 16, budget.n_bytes(inputs.params["layers"])
+    core, dense = budget.delta_bytes(merge, inputs.ingredients, (2, 6))
     assert not dense and core * members < base / 20
 
     def temp(n, chunk):
-        compiled = compile_abstract(mesh, backbone, merge, fixed, n, chunk=chunk)
+        compiled = compile_abstract(mesh, backbone, merge, inputs, n, chunk=chunk)
         return compiled.memory_analysis().temp_size_in_bytes
 
     one = temp(1, 1)
     assert temp(members, 1) - one < members * core  # one after the other
-    inputs = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in fixed.batches[0].inputs.items()}
-    activations = budget.activation_bytes(backbone, inputs)
+    batch = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in inputs.batches[0].inputs.items()}
+    activations = budget.activation_bytes(backbone, batch)
     # together: a core and the activations of a layer each, twice (the layer's own and the carry)
     assert temp(members, members) - one < 2 * members * (core + activations) < base / 8
 
 
 def test_a_generation_moves_nothing_between_host_and_device(problem):
     """Ask, decode, look up, evaluate, tell: all arguments on the mesh, nothing comes or goes; one program."""
-    backbone, merge, stack, fixed = problem
+    backbone, merge, stack, inputs = problem
     mesh = make_mesh(4, 2, 1)
     spec = MaskSpec.of(stack, max_pruned=0.5)
     evaluate = make_evaluate(backbone, merge, len(TASKS), mesh)
     traced = []
 
-    def score(keep, scale, fixed):
+    def score(keep, scale, inputs):
         traced.append(keep.shape)
-        return evaluate(fixed, keep, scale).log_likelihood.sum(-1)
+        return evaluate(inputs, keep, scale).log_likelihood.sum(-1)
 
-    def fitness(genomes, memo, fixed):
+    def fitness(genomes, memo, inputs):
         keep = jax.vmap(spec.decode)(genomes)
-        return device_memo.remembering(score, 4)(memo, keep, jnp.ones(len(keep)), fixed)
+        return device_memo.remembering(score, 4)(memo, keep, jnp.ones(len(keep)), inputs)
 
     strategy = strategies.build("snes", spec.genome_size, 8, 1.0)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -224,7 +224,10 @@ def test_a_generation_moves_nothing_between_host_and_device(problem):
     key, count = jax.device_put((jax.random.key(0), jnp.int32(2)), replicated)
     state = step.init(key, jax.device_put(jnp.full(spec.genome_size, 0.0), replicated))
     carried = jax.device_put((state, device_memo.start(64, spec.shape)), replicated)
-    operands, starts = (place(fixed, mesh),), jax.device_put([jnp.int32(2 * i) for i in range(3)], replicated)
+    operands, starts = (
+        (place(inputs, mesh),),
+        jax.device_put([jnp.int32(2 * i) for i in range(3)], replicated),
+    )
     carried, *_ = step.advance(key, starts[0], count, carried, operands)  # compiles
     with jax.transfer_guard("disallow"):
         for begin in starts[1:]:

@@ -33,49 +33,54 @@ def measured():
     return calls, measure
 
 
-def test_measured_once_and_the_same_when_read(cache, demo_problem, measured):
+def test_measured_once_and_the_same_when_read(cache, demo_loaded, measured):
     calls, measure = measured
-    first = reference_cache.remembered(demo_problem, "search", measure)
-    again = reference_cache.remembered(demo_problem, "search", measure)
+    first = reference_cache.remembered(reference_cache.key(demo_loaded, "search"), 6, measure)
+    again = reference_cache.remembered(reference_cache.key(demo_loaded, "search"), 6, measure)
     assert len(calls) == 1 and len(list(cache.iterdir())) == 1
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
-    reference_cache.remembered(demo_problem, "test", measure)
+    reference_cache.remembered(reference_cache.key(demo_loaded, "test"), 6, measure)
     assert len(calls) == 2
 
 
-def test_the_key_follows_every_ingredient(demo_problem):
+def test_the_key_follows_every_ingredient(demo_loaded, monkeypatch):
     """Adapters, heads, examples, labels, compute type and base each make another key."""
-    key = reference_cache.key(demo_problem, "search")
-    assert reference_cache.key(dataclasses.replace(demo_problem), "search") == key
-    heads = demo_problem.heads
-    pairs = dict(demo_problem.stack.pairs)
+    key = reference_cache.key(demo_loaded, "search")
+    assert reference_cache.key(dataclasses.replace(demo_loaded), "search") == key
+    heads = demo_loaded.heads
+    pairs = dict(demo_loaded.stack.pairs)
     name = next(iter(pairs))
     pairs[name] = dataclasses.replace(pairs[name], b=pairs[name].b * 1.0001)
-    few = [e._replace(labels=e.labels[::-1]) for e in demo_problem.examples["search"]]
-    turned = [e._replace(inputs={"image": 255 - e.inputs["image"]}) for e in demo_problem.examples["search"]]
-    base = dataclasses.replace(demo_problem.run.base, dtype="bfloat16")
+    few = [e._replace(labels=e.labels[::-1]) for e in demo_loaded.examples["search"]]
+    turned = [e._replace(inputs={"image": 255 - e.inputs["image"]}) for e in demo_loaded.examples["search"]]
+    stack = dataclasses.replace(demo_loaded.stack, pairs=pairs)
+    base = dataclasses.replace(demo_loaded.run.base, dtype="bfloat16")
     changed = [
-        {"stack": dataclasses.replace(demo_problem.stack, pairs=pairs)},
+        {"adapters": dataclasses.replace(demo_loaded.adapters, stack=stack)},
         {"heads": dataclasses.replace(heads, bias=heads.bias + 1)},
         {"heads": dataclasses.replace(heads, normalise=True)},
-        {"examples": {**demo_problem.examples, "search": few}},
-        {"examples": {**demo_problem.examples, "search": turned}},
-        {"run": dataclasses.replace(demo_problem.run, base=base)},
+        {"examples": {**demo_loaded.examples, "search": few}},
+        {"examples": {**demo_loaded.examples, "search": turned}},
+        {"run": dataclasses.replace(demo_loaded.run, base=base)},
     ]
-    keys = [reference_cache.key(dataclasses.replace(demo_problem, **change), "search") for change in changed]
+    keys = [reference_cache.key(dataclasses.replace(demo_loaded, **change), "search") for change in changed]
     assert len({key, *keys}) == len(changed) + 1
+    # other code may score differently
+    monkeypatch.setattr(reference_cache, "code_digest", lambda: "other")
+    assert reference_cache.key(demo_loaded, "search") != key
+    monkeypatch.undo()
     # what the adapters alone do not depend on
-    merge = dataclasses.replace(demo_problem.run.merge, method="sum", density=None)
-    other = dataclasses.replace(demo_problem.run, merge=merge)
-    assert reference_cache.key(dataclasses.replace(demo_problem, run=other), "search") == key
+    merge = dataclasses.replace(demo_loaded.run.merge, method="sum", density=None)
+    other = dataclasses.replace(demo_loaded.run, merge=merge)
+    assert reference_cache.key(dataclasses.replace(demo_loaded, run=other), "search") == key
 
 
-def test_the_base_counts_by_its_files(tmp_path, demo_problem):
+def test_the_base_counts_by_its_files(tmp_path, demo_loaded):
     import shutil
 
     path = tmp_path / "base"
-    shutil.copytree(demo_problem.base, path)
+    shutil.copytree(demo_loaded.base, path)
     before = checkpoint.base_identity(str(path))
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes())
@@ -83,12 +88,12 @@ def test_the_base_counts_by_its_files(tmp_path, demo_problem):
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"correct": [1], "log_likelihood": [2]}', "[1]"])
-def test_damaged_files_are_measured_again(cache, demo_problem, measured, content):
+def test_damaged_files_are_measured_again(cache, demo_loaded, measured, content):
     calls, measure = measured
     cache.mkdir(parents=True)
-    path = cache / f"{reference_cache.key(demo_problem, 'search')}.json"
+    path = cache / f"{reference_cache.key(demo_loaded, 'search')}.json"
     path.write_text(content)
-    reference_cache.remembered(demo_problem, "search", measure)
+    reference_cache.remembered(reference_cache.key(demo_loaded, "search"), 6, measure)
     assert len(calls) == 1 and json.loads(path.read_text())["correct"] == list(range(6))
 
 

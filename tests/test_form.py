@@ -30,7 +30,7 @@ def shapes(width: int = 768, rank: int = 16) -> merges.Merge:
 
 def chosen(**options) -> set[str]:
     method = shapes()
-    given = {"tokens": MANY, "batches": 8, "room": ROOM} | options
+    given = {"tokens": MANY, "batches": 8, "free_bytes": ROOM} | options
     formed = delta_format.choose(method, None, KEEP, **given)
     deltas = jax.eval_shape(formed.merge, None, jnp.ones(KEEP, bool), 1.0)
     assert {name: delta.materialise().shape for name, delta in deltas.items() if isinstance(delta, Dense)}
@@ -48,31 +48,31 @@ def test_a_batch_for_every_few_tokens_does_not_pay():
 
 def test_full_matrices_need_memory():
     two = 2 * 12 * 768 * 768 * 4
-    assert chosen(room=two) == {"q", "v", "o"}
-    assert chosen(room=two - 1) == {"o"}
+    assert chosen(free_bytes=two) == {"q", "v", "o"}
+    assert chosen(free_bytes=two - 1) == {"o"}
 
 
 @pytest.mark.parametrize("method, space", [("sum", "full"), ("ties", "knots"), ("ties", "full")])
-def test_both_forms_score_alike(demo_problem, method, space):
-    problem, merge = demo_problem, merges.make(method, space)
-    fixed = problem.fixed("search")._replace(ingredients=merge.prepare(problem.stack))
-    keep = np.random.default_rng(0).random((3, *problem.mask_spec.shape)) > 0.3
+def test_both_forms_score_alike(demo_evaluator, method, space):
+    evaluator, merge = demo_evaluator, merges.make(method, space)
+    inputs = evaluator.inputs("search")._replace(ingredients=merge.prepare(evaluator.loaded.stack))
+    keep = np.random.default_rng(0).random((3, *evaluator.loaded.mask_spec.shape)) > 0.3
     scale = np.full(3, 0.4, np.float32)
-    full = delta_format.with_full(merge, list(problem.stack.pairs))
+    full = delta_format.with_full(merge, list(evaluator.loaded.stack.pairs))
     results = [
-        jax.jit(make_evaluate(problem.backbone, m, len(problem.tasks)))(fixed, keep, scale)
+        jax.jit(make_evaluate(evaluator.loaded.backbone, m, len(evaluator.loaded.tasks)))(inputs, keep, scale)
         for m in (merge, full)
     ]
     np.testing.assert_allclose(results[0].log_likelihood, results[1].log_likelihood, rtol=2e-5)
     np.testing.assert_array_equal(results[0].correct, results[1].correct)
 
 
-def test_a_problem_arranges_its_population(demo_problem):
+def test_an_evaluator_plans_its_population(demo_evaluator):
     """Thousands of tokens on a small model: full matrices."""
     merge = merges.make("sum")
-    fixed = demo_problem.fixed("search")._replace(ingredients=merge.prepare(demo_problem.stack))
-    formed, chunk = demo_problem.arrangement(merge, fixed)
+    inputs = demo_evaluator.inputs("search")._replace(ingredients=merge.prepare(demo_evaluator.loaded.stack))
+    formed, chunk = demo_evaluator.plan(inputs, merge)
     deltas = jax.eval_shape(
-        formed.merge, fixed.ingredients, jnp.ones(demo_problem.mask_spec.shape, bool), 1.0
+        formed.merge, inputs.ingredients, jnp.ones(demo_evaluator.loaded.mask_spec.shape, bool), 1.0
     )
     assert all(isinstance(delta, Dense) for delta in deltas.values()) and chunk == 4

@@ -73,13 +73,18 @@ def test_refused(base, head, names, message):
         load_heads(run(path, task("t", **head)), {}, path, backbone, class_names={"t": names})
 
 
-def test_other_heads_beside_and_other_bases(base, demo_problem):
+def test_other_heads_beside_and_other_bases(base, demo_loaded):
     path, backbone = base
     other = dataclasses.replace(task("u"), head=HeadConfig("adapter"))
     with pytest.raises(UserError, match=r"tasks\.u\.head: zero-shot heads cannot be mixed"):
         load_heads(run(path, task("t", prompts="mnist"), other), {}, path, backbone)
     with pytest.raises(UserError, match="need the text tower of a whole CLIP"):
-        load_heads(run("x", task("t", prompts="mnist")), {}, demo_problem.base, demo_problem.backbone)
+        load_heads(
+            run("x", task("t", prompts="mnist")),
+            {},
+            demo_loaded.base,
+            demo_loaded.backbone,
+        )
 
 
 def test_a_saved_text_tower_keeps_its_scalar_logit_scale(base, tmp_path):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from enmp_jax.runs.searcher import MemberScores, make_fitness
+from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.runs.searcher import MemberScores, make_score
 from enmp_jax.search import device_memo, loop, strategies
 
 
@@ -74,25 +75,27 @@ def test_a_memo_of_what_was_scored_before_knows_it():
     np.testing.assert_array_equal(found.evaluated, [False] * 4 + [True])
 
 
-def test_a_search_is_the_same_with_and_without_memo(demo_run, demo_problem):
+def test_a_search_is_the_same_with_and_without_memo(demo_run, demo_evaluator):
     """And about half of the demo's masks are not paid for."""
     search = dataclasses.replace(demo_run.search, population=6, generations=8, sigma0=0.5)
-    problem = dataclasses.replace(demo_problem, run=dataclasses.replace(demo_run, search=search))
-    fixed, scoring, spec = problem.fixed("search"), problem.scoring("search"), problem.mask_spec
+    run = dataclasses.replace(demo_run, search=search)
+    evaluator = Evaluator(dataclasses.replace(demo_evaluator.loaded, run=run))
+    inputs, scoring, spec = (
+        evaluator.inputs("search"),
+        evaluator.scoring("search"),
+        evaluator.loaded.mask_spec,
+    )
     strategy = strategies.build("cma_es", spec.genome_size, 6, 0.5)
     memo = device_memo.start(48, spec.shape)
-    operands, mean = (fixed, scoring, jnp.float32(0.5)), jnp.asarray(spec.start(-1.0))
+    operands, mean = (inputs, scoring, jnp.float32(0.5)), jnp.asarray(spec.start(-1.0))
+    step = loop.make_step(strategy, make_score(evaluator, evaluator.plan(inputs)), 4)
     with_memo, without = (
-        loop.run(
-            strategy, make_fitness(problem, remember), jax.random.key(0), mean, 8,
-            generations_per_dispatch=4, operands=operands, memory=memo if remember else None,
-        )
-        for remember in (True, False)
-    )  # fmt: skip
+        loop.run(step, jax.random.key(0), mean, 8, operands=operands, memory=memory) for memory in (memo, ())
+    )
     scores: MemberScores = with_memo.scores
     np.testing.assert_array_equal(with_memo.genomes, without.genomes)
     np.testing.assert_array_equal(scores.keep, without.scores.keep)
     np.testing.assert_allclose(scores.fitness, without.scores.fitness, rtol=1e-6)
     distinct = {mask.tobytes() for generation in scores.keep for mask in generation}
     assert scores.evaluated.sum() == len(distinct) == int(with_memo.memory.used) < 48
-    assert without.scores.evaluated.all() and without.memory is None
+    assert without.scores.evaluated.all() and without.memory == ()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from device_problem import TASKS, VIT, make_fixed
+from device_problem import TASKS, VIT, make_inputs
 
 from enmp_jax import models
 from enmp_jax.cli.main import main
@@ -56,17 +56,17 @@ def test_flops_of_a_backbone_are_those_of_its_weights():
 def test_memory_of_a_member_is_what_xla_reserves(method):
     """Temporaries of 5 members less those of 1, per member: predicted, rather too many than too few."""
     config = VIT | {"hidden_size": 64, "intermediate_size": 256, "image_size": 32, "num_attention_heads": 4}
-    backbone, merge, _, fixed = make_fixed(method, config=config, size=32)
+    backbone, merge, _, inputs = make_inputs(method, config=config, size=32)
 
     def temp(n):
         keep, scale = jnp.ones((n, 2, len(TASKS)), bool), jnp.ones(n)
-        compiled = jax.jit(make_evaluate(backbone, merge, len(TASKS))).lower(fixed, keep, scale).compile()
+        compiled = jax.jit(make_evaluate(backbone, merge, len(TASKS))).lower(inputs, keep, scale).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     measured = (temp(5) - temp(1)) / 4
-    own, dense = budget.delta_bytes(merge, fixed.ingredients, (2, len(TASKS)))
+    own, dense = budget.delta_bytes(merge, inputs.ingredients, (2, len(TASKS)))
     assert dense == (method == "ties")
-    predicted = own + budget.largest_activations(backbone, fixed.batches)
+    predicted = own + budget.largest_activations(backbone, inputs.batches)
     assert measured * 0.7 < predicted < measured * 3, (measured, predicted)
 
 
@@ -92,15 +92,15 @@ def test_the_base_is_divided_when_it_must_be():
     assert budget.smallest_model_axis(llama, 8, gib) == 8  # does not fit; the plan says so
 
 
-def test_the_plan_of_the_demo(demo_problem):
-    made = make_plan(demo_problem, rate=1e12)
-    fixed, spec = demo_problem.fixed("search"), demo_problem.mask_spec
-    assert made.base == sum(x.nbytes for x in jax.tree.leaves(demo_problem.params))
-    assert made.member_chunk == min(4, demo_problem.run.search.population)
+def test_the_plan_of_the_demo(demo_evaluator):
+    made = make_plan(demo_evaluator, rate=1e12)
+    inputs, spec = demo_evaluator.inputs("search"), demo_evaluator.loaded.mask_spec
+    assert made.base == sum(x.nbytes for x in jax.tree.leaves(demo_evaluator.loaded.params))
+    assert made.member_chunk == min(4, demo_evaluator.loaded.run.search.population)
     assert made.flops_per_mask == budget.mask_flops(
-        demo_problem.backbone, demo_problem.merge, fixed, spec.shape
+        demo_evaluator.loaded.backbone, demo_evaluator.merge, inputs, spec.shape
     )
-    search = demo_problem.run.search
+    search = demo_evaluator.loaded.run.search
     assert made.masks == search.population * search.generations * search.seeds
     np.testing.assert_allclose(made.seconds, made.masks * made.flops_per_mask / 1e12)
     text = "\n".join(made.lines())
@@ -109,10 +109,10 @@ def test_the_plan_of_the_demo(demo_problem):
 
 
 def test_low_rank_deltas_take_cores_alone():
-    _, merge, _, fixed = make_fixed("mean")
-    own, dense = budget.delta_bytes(merge, fixed.ingredients, (2, len(TASKS)))
+    _, merge, _, inputs = make_inputs("mean")
+    own, dense = budget.delta_bytes(merge, inputs.ingredients, (2, len(TASKS)))
     k = 2 * len(TASKS)  # rank 2
-    assert not dense and own == len(fixed.ingredients) * 2 * k * k * 4
+    assert not dense and own == len(inputs.ingredients) * 2 * k * k * 4
 
 
 def test_search_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -1,9 +1,11 @@
 """The loop: one compilation, the same run from the same seed, resume, archive, memo."""
 
 import functools
+import gc
 import logging
 import subprocess
 import sys
+import weakref
 from typing import NamedTuple
 
 import jax
@@ -12,7 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from enmp_jax.search import Memo, build, join, make_step, run
+from enmp_jax.search.loop import Resume, Watch, make_step
+from enmp_jax.search.loop import run as run_step
+from enmp_jax.search.memo import Memo
+from enmp_jax.search.strategies import build
 
 SIZE = 12
 MEAN = np.full(SIZE, -1.0, np.float32)
@@ -23,8 +28,13 @@ class Scores(NamedTuple):
     extra: jax.Array
 
 
-def evaluate(genomes):
-    return Scores(-jnp.sum((genomes - 0.3) ** 2, axis=-1), genomes[:, :2] * 2)
+def evaluate(genomes, memory=()):
+    return Scores(-jnp.sum((genomes - 0.3) ** 2, axis=-1), genomes[:, :2] * 2), memory
+
+
+def run(strategy, score, key, mean, generations, generations_per_dispatch=1, **options):
+    step = make_step(strategy, score, generations_per_dispatch)
+    return run_step(step, key, mean, generations, **options)
 
 
 @functools.cache
@@ -49,16 +59,16 @@ def test_seed_and_dispatch(name):
     assert not np.array_equal(one.genomes, other.genomes)
     assert one.genomes.shape == (10, 6, SIZE)
     assert one.scores.extra.shape == (10, 6, 2)
-    np.testing.assert_allclose(one.scores.fitness, evaluate(one.genomes).fitness, rtol=1e-5)
+    np.testing.assert_allclose(one.scores.fitness, evaluate(one.genomes)[0].fitness, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_compiles_once(size, caplog):
     traced = []
 
-    def counted(genomes):
+    def counted(genomes, memory):
         traced.append(genomes.shape)
-        return evaluate(genomes)
+        return evaluate(genomes, memory)
 
     strategy = build("cma_es", SIZE, 6, 0.5)
     with jax.log_compiles(), caplog.at_level(logging.DEBUG):
@@ -79,42 +89,54 @@ def test_resumes_to_the_identical_trajectory(name, tmp_path):
             manager.save(done, args=ocp.args.StandardSave(state))
             manager.wait_until_finished()
 
-    first = run(strategy, evaluate, jax.random.key(1), MEAN, 4, on_dispatch=save)
+    first = run(strategy, evaluate, jax.random.key(1), MEAN, 4, watch=Watch(on_dispatch=save))
     like = jax.eval_shape(strategy.init, jax.random.key(0), jnp.asarray(MEAN))
     state = manager.restore(4, args=ocp.args.StandardRestore(like))
     manager.close()
-    rest = run(strategy, evaluate, jax.random.key(1), MEAN, 9, state=state, start=4)
+    rest = run(strategy, evaluate, jax.random.key(1), MEAN, 9, resume=Resume(4, state))
     assert rest.generations == 9
-    assert_same(whole, join(first, rest))
+    assert rest.start == 4
+    np.testing.assert_array_equal(whole.genomes, np.concatenate([first.genomes, rest.genomes]))
+    np.testing.assert_array_equal(whole.scores.fitness[4:], rest.scores.fitness)
+    jax.tree.map(np.testing.assert_array_equal, whole.state, rest.state)
     # the given state was copied before its buffers were donated
-    again = run(strategy, evaluate, jax.random.key(1), MEAN, 9, state=state, start=4)
+    again = run(strategy, evaluate, jax.random.key(1), MEAN, 9, resume=Resume(4, state))
     assert_same(rest, again)
-    with pytest.raises(ValueError, match="does not follow"):
-        join(whole, rest)
 
 
-def test_a_step_made_beforehand():
+def test_searches_share_a_step(caplog):
+    """Two searches, one compilation; a step keeps nothing alive that its caller has let go."""
     step = make_step(strategy_of("snes"), evaluate, 4)
-    made = run(strategy_of("snes"), evaluate, jax.random.key(1), MEAN, 6, step=step)
-    assert_same(
-        made, run(strategy_of("snes"), evaluate, jax.random.key(1), MEAN, 6, generations_per_dispatch=4)
-    )
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG):
+        first, second = (run_step(step, jax.random.key(seed), MEAN, 6) for seed in (1, 2))
+    assert sum("Finished XLA compilation of jit(advance)" in m for m in caplog.messages) <= 1
+    assert not np.array_equal(first.genomes, second.genomes)
+
+    class Heavy:
+        """Stands for a base model that an evaluation closes over."""
+
+    heavy = Heavy()
+    gone = weakref.ref(heavy)
+    step = make_step(strategy_of("snes"), lambda genomes, memory, heavy=heavy: evaluate(genomes, memory))
+    del step, heavy
+    gc.collect()
+    assert gone() is None
 
 
 def test_resume_at_the_end_does_nothing():
     strategy = strategy_of("snes")
     done = run(strategy, evaluate, jax.random.key(1), MEAN, 3)
-    nothing = run(strategy, evaluate, jax.random.key(1), MEAN, 3, state=done.state, start=3)
+    nothing = run(strategy, evaluate, jax.random.key(1), MEAN, 3, resume=Resume(3, done.state))
     assert nothing.genomes.shape == (0, 6, SIZE)
     assert nothing.scores.extra.shape == (0, 6, 2)
-    assert_same(done, join(done, nothing))
-    with pytest.raises(ValueError, match="resuming needs both"):
-        run(strategy, evaluate, jax.random.key(1), MEAN, 3, start=2)
+    jax.tree.map(np.testing.assert_array_equal, done.state, nothing.state)
+    with pytest.raises(ValueError, match=r"generations 3\.\.2"):
+        run(strategy, evaluate, jax.random.key(1), MEAN, 2, resume=Resume(3, done.state))
 
 
 def test_operands_reach_the_evaluation():
     strategy = strategy_of("snes")
-    shift = lambda genomes, at: Scores(-jnp.sum((genomes - at) ** 2, -1), genomes[:, :2])  # noqa: E731
+    shift = lambda genomes, memory, at: (Scores(-jnp.sum((genomes - at) ** 2, -1), genomes[:, :2]), memory)  # noqa: E731
     near = run(strategy, shift, jax.random.key(1), MEAN, 40, operands=(jnp.full(SIZE, -2.0),))
     assert near.genomes[-1].mean() == pytest.approx(-2.0, abs=0.2)
     same = run(strategy, shift, jax.random.key(1), MEAN, 1, operands=(jnp.full(SIZE, 5.0),))
@@ -126,8 +148,10 @@ def test_callbacks_see_every_generation_in_order():
     seen, dispatches = [], []
     result = run(
         strategy_of("snes"), evaluate, jax.random.key(0), MEAN, 7, generations_per_dispatch=4,
-        on_generation=lambda generation, genomes, scores: seen.append((generation, genomes, scores)),
-        on_dispatch=lambda done, state: dispatches.append(done),
+        watch=Watch(
+            on_generation=lambda generation, genomes, scores: seen.append((generation, genomes, scores)),
+            on_dispatch=lambda done, state: dispatches.append(done),
+        ),
     )  # fmt: skip
     assert [generation for generation, *_ in seen] == list(range(7))
     assert dispatches == [4, 7]
@@ -141,17 +165,18 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 import logging, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from enmp_jax.search import build, run
+from enmp_jax.search.loop import make_step, run
+from enmp_jax.search.strategies import build
 import collections
 Scores = collections.namedtuple("Scores", "fitness")
 mesh = jax.make_mesh((4,), ("population",), axis_types=(AxisType.Auto,))
 replicated = NamedSharding(mesh, P())
 target = jax.device_put(jnp.full(12, 0.25), replicated)
-def evaluate(genomes, target):
+def evaluate(genomes, memory, target):
     score = lambda g: -jnp.sum((g - target) ** 2, -1)
     members = P("population")
     fitness = jax.shard_map(score, mesh=mesh, in_specs=members, out_specs=members)(genomes)
-    return Scores(jax.lax.with_sharding_constraint(fitness, replicated))
+    return Scores(jax.lax.with_sharding_constraint(fitness, replicated)), memory
 compiled = []
 class Handler(logging.Handler):
     def emit(self, record):
@@ -159,10 +184,10 @@ class Handler(logging.Handler):
 logging.getLogger("jax").addHandler(Handler())
 for name in ("cma_es",):
     with jax.log_compiles():
-        result = run(build(name, 12, 8, 0.5), evaluate, jax.random.key(0), np.full(12, -1, np.float32), 6,
-                     generations_per_dispatch=2, operands=(target,), sharding=replicated)
-    single = run(build(name, 12, 8, 0.5), lambda g: Scores(-jnp.sum((g - 0.25) ** 2, -1)), jax.random.key(0),
-                 np.full(12, -1, np.float32), 6)
+        result = run(make_step(build(name, 12, 8, 0.5), evaluate, 2, replicated), jax.random.key(0),
+                     np.full(12, -1, np.float32), 6, operands=(target,))
+    single = run(make_step(build(name, 12, 8, 0.5), lambda g, m: (Scores(-jnp.sum((g - 0.25) ** 2, -1)), m)),
+                 jax.random.key(0), np.full(12, -1, np.float32), 6)
     np.testing.assert_allclose(result.genomes, single.genomes, atol=1e-5)
 assert sum(m.startswith("Finished XLA compilation of jit(advance)") for m in compiled) == 1, compiled
 print("fine")
@@ -191,10 +216,6 @@ def test_memo_counts_distinct_masks_and_picks_finalists():
     assert [c.order for c in best] == [1, 3, 4, 0]
     assert best[0].evaluations == 2
     assert len(memo.finalists(2)) == 2
-    fitness, known = memo.lookup(np.stack([masks[3], ~masks[3] & False]))
-    assert known.tolist() == [True, False]
-    assert fitness[0] == 0.8
-    assert np.isnan(fitness[1])
 
 
 def test_memo_tells_scales_apart_and_drops_nan():

@@ -8,28 +8,31 @@ import numpy as np
 import pytest
 
 from enmp_jax.errors import UserError
-from enmp_jax.search import STRATEGIES, build, run
+from enmp_jax.search.loop import make_step, run
+from enmp_jax.search.strategies import STRATEGIES, build
 
 SIZE = 24
 MEAN = np.full(SIZE, -1.0, np.float32)
 TARGET = np.asarray(jax.random.bernoulli(jax.random.key(5), 0.4, (SIZE,)))
 
 
+STEPS = {}  # compiled once for all tests
+
+
 class Scores(NamedTuple):
     fitness: jax.Array
 
 
-def evaluate(genomes, mode):
+def evaluate(genomes, memory, mode):
     """Bits (genes above 0) that agree with the target; ``mode`` adds one of the troubles below."""
     good = jnp.sum((genomes > 0) == TARGET, axis=-1).astype(jnp.float32)
     some = jnp.arange(len(genomes)) % 3 == 0
-    return Scores(
-        jnp.select(
-            [mode == SOME_NAN, mode == SOME_WORST, mode == ALL_NAN, mode == CONSTANT],
-            [jnp.where(some, jnp.nan, good), jnp.where(some, -jnp.inf, good), good * jnp.nan, good * 0],
-            good,
-        )
+    fitness = jnp.select(
+        [mode == SOME_NAN, mode == SOME_WORST, mode == ALL_NAN, mode == CONSTANT],
+        [jnp.where(some, jnp.nan, good), jnp.where(some, -jnp.inf, good), good * jnp.nan, good * 0],
+        good,
     )
+    return Scores(fitness), memory
 
 
 NO_TROUBLE, SOME_NAN, SOME_WORST, ALL_NAN, CONSTANT = range(5)
@@ -46,10 +49,9 @@ def strategy(name):
 
 
 def search(strategy, seed, generations, mode=NO_TROUBLE):
-    return run(
-        strategy, evaluate, jax.random.key(seed), MEAN, generations,
-        generations_per_dispatch=60, operands=(jnp.asarray(mode),),
-    )  # fmt: skip
+    if strategy not in STEPS:
+        STEPS[strategy] = make_step(strategy, evaluate, 60)
+    return run(STEPS[strategy], jax.random.key(seed), MEAN, generations, operands=(jnp.asarray(mode),))
 
 
 def test_one_generation_keeps_types(strategy):

@@ -9,7 +9,8 @@ import pytest
 
 from enmp_jax import models
 from enmp_jax.config import run_file
-from enmp_jax.evaluation.problem import load, load_run_adapters
+from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.loaded_run import load, load_run_adapters
 
 DATA = os.environ.get("TFDS_DATA_DIR", str(Path(__file__).parents[2] / "shared" / "data" / "tfds"))
 
@@ -33,9 +34,9 @@ def test_its_experts_know_more_than_the_base(run, monkeypatch):
     """The first thing that makes a suite fit for use, on a few examples."""
     monkeypatch.setenv("TFDS_DATA_DIR", DATA)
     evaluation = dataclasses.replace(run.evaluation, search_examples=40, batch_size=140)
-    problem = load(dataclasses.replace(run, evaluation=evaluation), ("search",))
-    sizes = problem.sizes("search")
-    expert = np.asarray(problem.score_experts("search").correct) / sizes
-    base = np.asarray(problem.score_base("search").correct) / sizes
+    evaluator = Evaluator(load(dataclasses.replace(run, evaluation=evaluation), ("search",)))
+    sizes = evaluator.loaded.sizes("search")
+    expert = np.asarray(evaluator.score_experts("search").correct) / sizes
+    base = np.asarray(evaluator.score_base("search").correct) / sizes
     assert (expert > base).all()
     assert (base / expert).mean() < 0.6

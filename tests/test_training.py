@@ -13,7 +13,8 @@ from enmp_jax.adapters.peft_import import load_adapters
 from enmp_jax.config import run_file
 from enmp_jax.data import load_examples
 from enmp_jax.errors import UserError
-from enmp_jax.evaluation.problem import load
+from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.runs.train import train_run
 from enmp_jax.training.experts import target_templates, train_experts
 from enmp_jax.training.probe import fit_heads
@@ -69,10 +70,10 @@ def test_a_foreign_directory_is_refused(run, tmp_path):
 
 def test_training_makes_the_experts_better_than_the_base(demo_run):
     """The packaged experts, as ``enmp train`` made them, on data that they were not trained on."""
-    problem = load(demo_run, ("search",))
-    sizes = problem.sizes("search")
-    experts = np.asarray(problem.score_experts("search").correct) / sizes
-    base = np.asarray(problem.score_base("search").correct) / sizes
+    evaluator = Evaluator(load(demo_run, ("search",)))
+    sizes = evaluator.loaded.sizes("search")
+    experts = np.asarray(evaluator.score_experts("search").correct) / sizes
+    base = np.asarray(evaluator.score_base("search").correct) / sizes
     assert experts.mean() > base.mean() + 0.15
 
 

@@ -58,8 +58,8 @@ def run(args: Args) -> None:
         from enmp_jax.runs.dry_run import dry_run
 
         with make_reporter() as reporter:
-            lines = dry_run(config, reporter)
-        print("\n".join(lines))
+            for line in dry_run(config, reporter):
+                reporter.say(line)  # process 0 alone
         return
     if args.plan:
         return _plan(config)
@@ -84,11 +84,12 @@ def show(job: Callable[..., dict[str, Any]], out: Path) -> None:
 
 
 def _plan(config: RunConfig) -> None:
-    from enmp_jax.evaluation.problem import load
+    from enmp_jax.evaluation.evaluator import Evaluator
+    from enmp_jax.evaluation.loaded_run import load
     from enmp_jax.io.progress import make_reporter
     from enmp_jax.runs.plan import make_plan
 
     with make_reporter() as reporter:
-        problem = load(config, ("search",), reporter=reporter)
-        for line in make_plan(problem).lines():
+        evaluator = Evaluator(load(config, ("search",), reporter=reporter))
+        for line in make_plan(evaluator).lines():
             reporter.say(line)

@@ -7,10 +7,12 @@ process 0 alone writes files.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
 
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line
+
+T = TypeVar("T")
 
 
 class Job(NamedTuple):
@@ -81,10 +83,9 @@ def initialize(job: Job | None) -> None:
     try:
         jax.distributed.initialize(*job)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot join the other processes ({reason}): give --coordinator HOST:PORT, --processes N and "
-            "--process-id I"
+            f"cannot join the other processes ({one_line(error)}): give --coordinator HOST:PORT, "
+            "--processes N and --process-id I"
         ) from None
 
 
@@ -97,41 +98,31 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def agree(value: int) -> int:
-    """Process 0's value, on every process."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
-
-
-def together(check: Any) -> Any:
-    """Run ``check`` everywhere; if any process fails, all of them stop with a line instead of hanging.
+def all_or_none(work: Callable[[], T]) -> T:
+    """Run ``work`` on every process; if any of them fails, all stop with a line instead of waiting for ever.
 
     Raises:
-        UserError: the own one, or that another process stopped.
+        UserError: that another process stopped.
+        Exception: what this process itself raised, whatever it was.
     """
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
     if jax.process_count() == 1:
-        return check()
-    error: UserError | None = None
-    result = None
+        return work()
+    error: Exception | None = None
+    result: T | None = None
     try:
-        result = check()
-    except UserError as caught:
+        result = work()
+    except Exception as caught:
         error = caught
     failed = np.asarray(multihost_utils.process_allgather(np.asarray(error is not None)))
     if error is not None:
         raise error
     if failed.any():
         raise UserError(f"process {int(failed.argmax())} stopped: its own message says why")
-    return result
+    return cast(T, result)
 
 
 def put(tree: Any, sharding: Any) -> Any:

@@ -63,8 +63,8 @@ def _itemsize(dtype: Any) -> int:
 def smallest_model_axis(backbone: Backbone, devices: int, memory: int | None = None) -> int:
     """Over how many devices the base weights must be divided to fit: the smallest divisor that does."""
     base = n_bytes(jax.eval_shape(backbone.init, jax.random.key(0)))
-    room = BASE_SHARE * (memory or device_memory())
-    fitting = (m for m in range(1, devices + 1) if devices % m == 0 and base / m <= room)
+    limit = BASE_SHARE * (memory or device_memory())
+    fitting = (m for m in range(1, devices + 1) if devices % m == 0 and base / m <= limit)
     return next(fitting, devices)
 
 
@@ -90,7 +90,7 @@ def activation_bytes(backbone: Backbone, inputs: Any, platform: str | None = Non
 
 
 def delta_bytes(
-    merge: Merge, ingredients: Ingredients, keep_shape: tuple[int, ...], formed: Merge | None = None
+    merge: Merge, ingredients: Ingredients, keep_shape: tuple[int, ...], chosen: Merge | None = None
 ) -> tuple[int, bool]:
     """Bytes of deltas that each member has of its own, and whether the method makes dense ones.
 
@@ -98,9 +98,9 @@ def delta_bytes(
         merge: the method.
         ingredients: arrays or shapes.
         keep_shape: of a mask.
-        formed: the same method with other forms of its deltas (see ``form``), if that is what runs.
+        chosen: the same method with its deltas in other formats (see ``delta_format``), if that is what runs.
     """
-    deltas = delta_shapes(formed or merge, ingredients, keep_shape)
+    deltas = delta_shapes(chosen or merge, ingredients, keep_shape)
     own = [d.core if isinstance(d, LowRank) else d.weight for d in deltas.values()]
     made = delta_shapes(merge, ingredients, keep_shape).values()
     dense = [d.weight for d in made if isinstance(d, Dense)]
@@ -145,14 +145,29 @@ def matmul_rate(dtype: Any, size: int | None = None, repeats: int = 5) -> float:
 
 
 def largest_activations(backbone: Backbone, batches: Any) -> int:
-    """Activations of one member for the largest batch on a device."""
+    """Activations of one member for the largest batch, in bytes on a device."""
+    return max(activation_bytes(backbone, _one_batch(bucket)) for bucket in batches)
+
+
+def tokens_and_batches(backbone: Backbone, batches: Any) -> tuple[int, int]:
+    """Tokens that one member sees on a device, of all batches together, and the number of batches."""
+    tokens = count = 0
+    for bucket in batches:
+        inputs, n = _one_batch(bucket), bucket.label.shape[0]
+        tokens += n * jax.tree.leaves(inputs)[0].shape[0] * n_tokens(backbone, inputs)
+        count += n
+    return tokens, count
+
+
+def _one_batch(bucket: Any) -> Any:
+    """What a device has of one batch of inputs [batches, row, ...], as shapes."""
 
     def rows(x: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(x, "sharding", None)
         shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
         return jax.ShapeDtypeStruct(shape[1:], x.dtype)
 
-    return max(activation_bytes(backbone, jax.tree.map(rows, bucket.inputs)) for bucket in batches)
+    return jax.tree.map(rows, bucket.inputs)
 
 
 def mask_flops(backbone: Backbone, merge: Merge, fixed: Any, keep_shape: tuple[int, ...]) -> int:

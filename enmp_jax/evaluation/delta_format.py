@@ -1,4 +1,4 @@
-"""The form of merged deltas in the forward pass: factors, or full matrices where those are cheaper.
+"""The format of merged deltas in the forward pass: factors, or full matrices where those are cheaper.
 
 Factors cost ``in j + j k + k out`` multiply-adds for every token. A full matrix is formed once per mask and
 added to the base weight once per batch, but every member then has its own. On ViT-B/32 with 8 adapters of
@@ -30,7 +30,7 @@ def choose(
     *,
     tokens: int,
     batches: int,
-    room: int,
+    free_bytes: int,
 ) -> Merge:
     """The merge method with those low-rank deltas as full matrices for which that is cheaper.
 
@@ -40,14 +40,14 @@ def choose(
         keep_shape: shape of a mask.
         tokens: tokens that one member sees on a device, of all batches together.
         batches: number of batches.
-        room: bytes for the full matrices of one member; without them all deltas stay factored.
+        free_bytes: memory for the full matrices of one member; if they need more, all deltas stay factored.
     """
     chosen, taken = [], 0
     for name, delta in sorted(delta_shapes(merge, ingredients, keep_shape).items()):
         if isinstance(delta, LowRank) and _full_is_cheaper(delta, tokens, batches):
             chosen.append(name)
             taken += delta.left.shape[0] * math.prod(full_shape(delta)) * 4
-    return with_full(merge, chosen) if chosen and taken <= room else merge
+    return with_full(merge, chosen) if chosen and taken <= free_bytes else merge
 
 
 def with_full(merge: Merge, names: list[str]) -> Merge:

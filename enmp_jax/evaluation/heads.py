@@ -18,6 +18,7 @@ from enmp_jax.models import checkpoint
 from enmp_jax.models.base import Backbone
 from enmp_jax.models.checkpoint import base_identity
 from enmp_jax.models.clip import zero_shot_head
+from enmp_jax.version import code_digest
 
 LOGIT_SCALE = 100.0
 """Of zero-shot heads: what CLIP's learned temperature was clipped to (Radford et al., section 2.5)."""
@@ -91,7 +92,7 @@ def _zero_shot(
     made: dict[str, np.ndarray] = {}
     tower: tuple[Backbone, models.Params] | None = None
     for names, templates in chosen:
-        key = cache.key("zero-shot", base_identity(base), _digest(directory), names, templates)
+        key = cache.key("zero-shot", code_digest(), base_identity(base), _digest(directory), names, templates)
         if key not in made:
             found = cache.read_array("heads", key)
             if found is None:

@@ -18,14 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num
 
 from enmp_jax.data.batches import Batches
-from enmp_jax.devices.mesh import AXES, make_mesh, put, replicate
+from enmp_jax.devices.mesh import make_mesh, put, replicate
 from enmp_jax.evaluation.scoring import Counts, Heads, class_log_probabilities, count
 from enmp_jax.merges.base import Ingredients, Merge
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.models.sharding import shard_params
 
 
-class Fixed(NamedTuple):
+class EvalInputs(NamedTuple):
     """Everything that all members share; an argument of the compiled call, never a constant of it."""
 
     params: Params
@@ -34,15 +34,13 @@ class Fixed(NamedTuple):
     batches: tuple[Batches, ...]  # one per bucket of input lengths
 
 
-__all__ = ["AXES", "Evaluate", "Fixed", "make_evaluate", "make_mesh", "place"]
-
-Evaluate = Callable[[Fixed, Num[Array, "member ..."], Float[Array, " member"]], Counts]
+EvaluateMasks = Callable[[EvalInputs, Num[Array, "member ..."], Float[Array, " member"]], Counts]
 
 
 def make_evaluate(
     backbone: Backbone, merge: Merge, n_tasks: int, mesh: Mesh | None = None, member_chunk: int | None = None
-) -> Evaluate:
-    """Build ``evaluate(fixed, keep [P, ...], scale [P]) -> Counts [P, T]``; jit it or call it under jit.
+) -> EvaluateMasks:
+    """Build ``evaluate(inputs, keep [P, ...], scale [P]) -> Counts [P, T]``; jit it or call it under jit.
 
     Args:
         backbone: the base model.
@@ -57,34 +55,36 @@ def make_evaluate(
     manual = {"population", "data"}
     n_shards = mesh.shape["population"]
 
-    def member(fixed: Fixed, keep: Array, scale: Array) -> Counts:
-        deltas = merge.merge(fixed.ingredients, keep, scale)
+    def member(inputs: EvalInputs, keep: Array, scale: Array) -> Counts:
+        deltas = merge.merge(inputs.ingredients, keep, scale)
 
         def step(total: Counts, batch: Batches) -> tuple[Counts, None]:
-            features = backbone.features(fixed.params, batch.inputs, deltas)
-            scores = class_log_probabilities(fixed.heads, features, batch.task)
+            features = backbone.features(inputs.params, batch.inputs, deltas)
+            scores = class_log_probabilities(inputs.heads, features, batch.task)
             counts = count(scores, batch.label, batch.task, batch.mask, n_tasks)
             return jax.tree.map(jnp.add, total, counts), None
 
         zero = jnp.zeros(n_tasks, jnp.float32)
         total = Counts(zero, zero)
-        for bucket in fixed.batches:
+        for bucket in inputs.batches:
             total, _ = jax.lax.scan(step, total, bucket)
         return total
 
-    def shard(fixed: Fixed, keep: Array, scale: Array, chunk: int) -> Counts:
+    def shard(inputs: EvalInputs, keep: Array, scale: Array, chunk: int) -> Counts:
         # One chunk is a plain vmap: shared base weights, one batched matmul over all members.
-        counts = jax.lax.map(lambda args: member(fixed, *args), (keep, scale), batch_size=chunk)
+        counts = jax.lax.map(lambda args: member(inputs, *args), (keep, scale), batch_size=chunk)
         return jax.lax.psum(counts, "data") if mesh.shape["data"] > 1 else counts
 
-    def evaluate(fixed: Fixed, keep: Num[Array, "member ..."], scale: Float[Array, " member"]) -> Counts:
+    def evaluate(
+        inputs: EvalInputs, keep: Num[Array, "member ..."], scale: Float[Array, " member"]
+    ) -> Counts:
         size = keep.shape[0]
         share = math.ceil(size / n_shards)
         rounds = math.ceil(share / (member_chunk or share))
         chunk = math.ceil(share / rounds)  # equal chunks: a remainder would compile all of it again
         keep, scale = (_pad(x, n_shards * rounds * chunk - size) for x in (keep, scale))
         members, replicated = PartitionSpec("population"), PartitionSpec()
-        specs = Fixed(replicated, replicated, replicated, PartitionSpec(None, "data"))  # type: ignore[arg-type]
+        specs = EvalInputs(replicated, replicated, replicated, PartitionSpec(None, "data"))  # type: ignore[arg-type]
         # No check of varying axes: merges and models, which know no mesh, have scans of their own.
         counts = jax.shard_map(
             partial(shard, chunk=chunk),
@@ -93,24 +93,24 @@ def make_evaluate(
             out_specs=members,
             axis_names=manual,
             check_vma=False,
-        )(fixed, keep, scale)
+        )(inputs, keep, scale)
         counts = jax.lax.with_sharding_constraint(counts, NamedSharding(mesh, replicated))
         return jax.tree.map(lambda x: x[:size], counts)
 
     return evaluate
 
 
-def place(fixed: Fixed, mesh: Mesh) -> Fixed:
+def place(inputs: EvalInputs, mesh: Mesh) -> EvalInputs:
     """Put what all members share on the mesh.
 
     Batches are split over ``data``, base weights over ``model`` by their logical axes, adapters and
     heads are everywhere. Parameters that are there already (``models.load(place=...)``) do not move.
     """
-    return Fixed(
-        jax.tree.map(put, fixed.params, shard_params(fixed.params, mesh)),
-        replicate(fixed.ingredients, mesh),
-        replicate(fixed.heads, mesh),
-        put(fixed.batches, NamedSharding(mesh, PartitionSpec(None, "data"))),
+    return EvalInputs(
+        jax.tree.map(put, inputs.params, shard_params(inputs.params, mesh)),
+        replicate(inputs.ingredients, mesh),
+        replicate(inputs.heads, mesh),
+        put(inputs.batches, NamedSharding(mesh, PartitionSpec(None, "data"))),
     )
 
 

@@ -11,49 +11,53 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
+from enmp_jax.evaluation.loaded_run import LoadedRun, Split
 from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.io import cache
 from enmp_jax.io.files import write_bytes
 from enmp_jax.models import checkpoint
-
-if TYPE_CHECKING:
-    from enmp_jax.evaluation.problem import Problem, Which
+from enmp_jax.version import code_digest
 
 
-def remembered(problem: Problem, which: Which, measure: Callable[[], Counts]) -> Counts:
+def remembered(key: str, tasks: int, measure: Callable[[], Counts]) -> Counts:
     """The counts of every adapter alone on a split: from the cache, else measured and written there.
 
     Several processes measure together, so they do not look: one with and one without the file would
     wait for each other forever.
+
+    Args:
+        key: see ``key``.
+        tasks: number of tasks.
+        measure: makes the counts [task].
     """
     if jax.process_count() > 1:
         return measure()
-    path = cache.directory() / "experts" / f"{key(problem, which)}.json"
-    found = _read(path, len(problem.tasks))
+    path = cache.directory() / "experts" / f"{key}.json"
+    found = _read(path, tasks)
     if found is None:
         found = Counts(*(np.asarray(x, np.float32) for x in measure()))
         _write(path, found)
     return found
 
 
-def key(problem: Problem, which: Which) -> str:
-    """Hash of what the counts depend on: base, adapters, heads, examples, compute type and backend.
+def key(loaded: LoadedRun, split: Split) -> str:
+    """Hash of what the counts depend on: code, base, adapters, heads, examples, compute type and backend.
 
     Contents are hashed, except of the base's weights: those count by file name, size and time.
     """
     digest = hashlib.blake2b(digest_size=20)
-    parts = [cache.VERSION, problem.tasks, problem.run.base.dtype, jax.default_backend(), jax.__version__]
-    digest.update(json.dumps([*parts, checkpoint.base_identity(problem.base)]).encode())
-    for tree in (problem.stack, problem.heads):
+    parts = [code_digest(), loaded.tasks, loaded.run.base.dtype, jax.default_backend(), jax.__version__]
+    digest.update(json.dumps([*parts, checkpoint.base_identity(loaded.base)]).encode())
+    for tree in (loaded.stack, loaded.heads):
         for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             _update(digest, jax.tree_util.keystr(leaf_path), np.asarray(leaf))
-    digest.update(f"normalise {problem.heads.normalise}".encode())
-    for task, examples in zip(problem.tasks, problem.examples[which], strict=True):
+    digest.update(f"normalise {loaded.heads.normalise}".encode())
+    for task, examples in zip(loaded.tasks, loaded.examples[split], strict=True):
         for name in sorted(examples.inputs):
             _update(digest, f"{task} {name}", np.asarray(examples.inputs[name]))
         _update(digest, f"{task} labels", examples.labels)

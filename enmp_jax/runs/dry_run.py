@@ -11,8 +11,9 @@ import numpy as np
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.errors import UserError
 from enmp_jax.masks import MaskSpec
-from enmp_jax.evaluation.population import Fixed
-from enmp_jax.evaluation.problem import Problem, load
+from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.loaded_run import LoadedRun, load
+from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.io.progress import Reporter
 from enmp_jax.search import strategies
 
@@ -26,22 +27,22 @@ def dry_run(run: RunConfig, reporter: Reporter) -> list[str]:
         Lines that say what a search would do.
 
     Raises:
-        UserError: as ``pipeline.search_run``; or the scores are not finite.
+        UserError: as ````enmp search````; or the scores are not finite.
     """
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
-    problem = load(run, reporter=reporter)
-    spec, search = problem.mask_spec, run.search
+    loaded = load(run, reporter=reporter)
+    evaluator, spec, search = Evaluator(loaded), loaded.mask_spec, run.search
     strategies.build(
         search.strategy, spec.genome_size, search.population, search.sigma0,
         threshold=search.threshold, free=int(search.search_scale),
     )  # fmt: skip
-    fixed = problem.fixed("search")
-    one = _one_batch(fixed)
+    inputs = evaluator.inputs("search")
+    one = _one_batch(inputs)
     scale = run.merge.scale_grid[0] if run.merge.scale == "auto" else float(run.merge.scale)
     keep, scales = jnp.asarray(spec.all_kept()[None]), jnp.full(1, scale, jnp.float32)
     reporter.say("compiling")
     clock = time.perf_counter()
-    compiled = jax.jit(problem.evaluator()).lower(one, keep, scales).compile()
+    compiled = jax.jit(evaluator.evaluate(evaluator.plan(one))).lower(one, keep, scales).compile()
     compiling, clock = time.perf_counter() - clock, time.perf_counter()
     counts = compiled(one, keep, scales)
     correct = np.asarray(counts.correct)[0]
@@ -53,38 +54,38 @@ def dry_run(run: RunConfig, reporter: Reporter) -> list[str]:
         )
     scored = int(np.asarray(one.batches[0].mask).sum())
     return [
-        *_describe(problem, spec),
+        *_describe(loaded, spec),
         f"one batch of {scored} examples under one mask: {correct.sum():.0f} right, {seconds:.2f} s, "
         f"compiled in {compiling:.1f} s",
-        *_plan(run, fixed),
+        *_plan(run, inputs),
     ]
 
 
-def _one_batch(fixed: Fixed) -> Fixed:
-    first = jax.tree.map(lambda x: x[:1], fixed.batches[0])
-    return fixed._replace(batches=(first,))
+def _one_batch(inputs: EvalInputs) -> EvalInputs:
+    first = jax.tree.map(lambda x: x[:1], inputs.batches[0])
+    return inputs._replace(batches=(first,))
 
 
-def _describe(problem: Problem, spec: MaskSpec) -> list[str]:
-    run, lines = problem.run, []
-    for i, (task, config) in enumerate(zip(problem.tasks, run.tasks, strict=True)):
-        classes = int(np.asarray(problem.heads.allowed[i]).sum())
-        sizes = ", ".join(f"{len(e[i].labels)} {which}" for which, e in problem.examples.items())
+def _describe(loaded: LoadedRun, spec: MaskSpec) -> list[str]:
+    run, lines = loaded.run, []
+    for i, (task, config) in enumerate(zip(loaded.tasks, run.tasks, strict=True)):
+        classes = int(np.asarray(loaded.heads.allowed[i]).sum())
+        sizes = ", ".join(f"{len(e[i].labels)} {split}" for split, e in loaded.examples.items())
         lines.append(f"{task}: {config.adapter}, {classes} classes, {sizes}")
     merge = run.merge
     options = "".join(f", {name} {value}" for name, value in merge.hyperparameters().items())
     isotropic = ", isotropized" if merge.isotropize else ""
     lines.append(
         f"merge: {merge.method} in {merge.space} space, scale {merge.scale}{options}{isotropic}; "
-        f"{np.prod(spec.shape)} modules, at most {run.search.max_pruned:.0%} pruned"
+        f"{spec.n_modules} modules, at most {run.search.max_pruned:.0%} pruned"
     )
     return lines
 
 
-def _plan(run: RunConfig, fixed: Fixed) -> list[str]:
+def _plan(run: RunConfig, inputs: EvalInputs) -> list[str]:
     search = run.search
     masks = search.population * search.generations * search.seeds
-    batches = sum(b.label.shape[0] for b in fixed.batches)
+    batches = sum(b.label.shape[0] for b in inputs.batches)
     return [
         f"would search: {search.strategy}, {search.population} x {search.generations} masks, "
         f"{search.seeds} seeds: {masks} masks x {batches} batches of {run.evaluation.batch_size}",

@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from enmp_jax.runs import mask_file
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.errors import UserError
-from enmp_jax.runs.search import choose_scale
-from enmp_jax.evaluation.problem import Problem, Which, load
+from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.loaded_run import Split, load
+from enmp_jax.evaluation.scoring import by_task
 from enmp_jax.io.progress import Reporter
-from enmp_jax.evaluation.scoring import Scoring, by_task
+from enmp_jax.runs import mask_file
+from enmp_jax.runs.search import choose_scale
 
 
 def evaluate_run(
     run: RunConfig,
-    split: Which,
+    split: Split,
     mask: Path | None,
     scale: float | None,
     experts: bool,
@@ -40,50 +41,39 @@ def evaluate_run(
     if mask is not None and not mask.exists():
         raise UserError(f"there is no mask {mask}")
     tunes = not experts and scale is None and run.merge.scale == "auto"
-    splits: list[Which] = [split]
+    splits: list[Split] = [split]
     if tunes and mask is None and split != "search":
         splits.append("search")
-    problem = load(run, splits, reporter)
-    saved = None if mask is None else mask_file.load(mask, problem.stack)
-    reporter.say(f"scoring {sum(problem.sizes(split)):.0f} examples of {split}")
-    sizes = problem.sizes(split)
-    alone = np.asarray(problem.score_experts(split).correct) / sizes
+    loaded = load(run, splits, reporter)
+    evaluator, tasks, sizes = Evaluator(loaded), loaded.tasks, loaded.sizes(split)
+    saved = None if mask is None else mask_file.load(mask, loaded.stack)
+    reporter.say(f"scoring {sum(sizes):.0f} examples of {split}")
+    alone = np.asarray(evaluator.score_experts(split).correct) / sizes
     result: dict[str, Any] = {
         "split": split,
-        "tasks": list(problem.tasks),
-        "examples": by_task(problem.tasks, sizes),
-        "reference": by_task(problem.tasks, alone),
+        "tasks": list(tasks),
+        "examples": by_task(tasks, sizes),
+        "reference": by_task(tasks, alone),
     }
     if experts:
         return result
-    scoring = problem.scoring(split)
-    result["reference"] = by_task(problem.tasks, np.asarray(scoring.reference))
-    result["base"] = by_task(problem.tasks, np.asarray(problem.score_base(split).correct) / sizes)
+    scoring = evaluator.scoring(split)
+    result["reference"] = by_task(tasks, np.asarray(scoring.reference))
     value = scale if scale is not None else saved.scale if saved else None
     if value is None:
         if run.merge.scale == "auto" and saved:
             raise UserError(f"{mask} holds no scale and the run file says auto: give --scale")
-        value = _tuned(problem) if run.merge.scale == "auto" else float(run.merge.scale)
-    keep = [problem.mask_spec.all_kept()]
-    if saved is not None:
-        keep.append(saved.keep)
-    result |= _merged(problem, split, scoring, keep, value)
-    result["pruned"] = [list(m) for m in saved.spec.pruned_modules(saved.keep)] if saved else []
-    return result
+        value = _tuned(evaluator) if run.merge.scale == "auto" else float(run.merge.scale)
+    plain = (saved.spec if saved else loaded.mask_spec).all_kept()
+    masks = {"merged": plain, "base": ~plain} | ({"enmp": saved.keep} if saved else {})
+    scales = np.full(len(masks), value, np.float32)
+    counts = evaluator.score(evaluator.inputs(split), np.stack(list(masks.values())), scales)
+    accuracy, normalised = np.asarray(scoring.accuracy(counts)), np.asarray(scoring.normalised(counts))
+    result |= {name: by_task(tasks, row) for name, row in zip(masks, accuracy, strict=True)}
+    mean = {name: float(x) for name, x in zip(masks, normalised, strict=True) if name != "base"}
+    pruned = [list(m) for m in saved.spec.pruned_modules(saved.keep)] if saved else []
+    return result | {"mean_normalised": mean, "scale": value, "pruned": pruned}
 
 
-def _tuned(problem: Problem) -> float:
-    return choose_scale(problem, problem.fixed("search"), problem.scoring("search"))[0]
-
-
-def _merged(
-    problem: Problem, split: Which, scoring: Scoring, keep: list[np.ndarray], scale: float
-) -> dict[str, Any]:
-    fixed, found = problem.fixed(split), {}
-    names = ("merged", "enmp")[: len(keep)]
-    normalised = {}
-    for name, mask in zip(names, keep, strict=True):
-        counts = problem.score(fixed, mask[None], np.asarray([scale], np.float32))
-        found[name] = by_task(problem.tasks, np.asarray(scoring.accuracy(counts))[0])
-        normalised[name] = float(np.asarray(scoring.normalised(counts))[0])
-    return found | {"mean_normalised": normalised, "scale": scale}
+def _tuned(evaluator: Evaluator) -> float:
+    return choose_scale(evaluator, evaluator.inputs("search"), evaluator.scoring("search"))[0]

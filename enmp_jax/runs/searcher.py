@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from enmp_jax.devices.distributed import put
-from enmp_jax.evaluation.population import Fixed
-from enmp_jax.evaluation.problem import Problem
+from enmp_jax.evaluation.evaluator import Evaluator, ExecutionPlan
+from enmp_jax.evaluation.population import EvalInputs
+from enmp_jax.evaluation.scoring import Scoring
 from enmp_jax.io.progress import Reporter
 from enmp_jax.runs.directory import Checkpoints, RunDirectory
 from enmp_jax.search import device_memo, loop, strategies
 from enmp_jax.search.device_memo import DeviceMemo
 from enmp_jax.search.memo import Memo
-from enmp_jax.evaluation.scoring import Scoring
 
 
 class MemberScores(NamedTuple):
@@ -33,61 +32,62 @@ class MemberScores(NamedTuple):
     """False where the memo knew the mask: no model was run for it."""
 
 
-def make_fitness(problem: Problem, memo: bool = True) -> Callable[..., Any]:
+def make_score(evaluator: Evaluator, plan: ExecutionPlan) -> loop.ScoreGenomes:
     """The evaluation of a search, all of it compiled with it.
 
-    ``(genomes [P, G], memo, fixed, scoring, scale) -> (MemberScores, memo)``: models are run only for
-    masks that are neither in the memo nor twice in the generation. Without ``memo``, for all of them:
-    ``(genomes, fixed, scoring, scale) -> MemberScores``.
+    ``(genomes [P, G], memo, inputs, scoring, scale) -> (MemberScores, memo)``: models are run only for
+    masks that are neither in the memo nor twice in the generation; with ``()`` for a memo, for all of them.
     """
-    evaluate, kind, spec = problem.evaluator(), problem.run.search.fitness, problem.mask_spec
+    evaluate, kind, spec = evaluator.evaluate(plan), evaluator.loaded.run.search.fitness, evaluator.loaded.mask_spec
+    chunk = evaluator.mesh.shape["population"] * plan.member_chunk
 
-    def decode(genomes: Array, scale: Array) -> tuple[Array, Array]:
+    def fitness(keep: Array, scales: Array, inputs: EvalInputs, scoring: Scoring) -> Array:
+        return jnp.asarray(scoring.fitness(evaluate(inputs, keep, scales), kind))
+
+    def score(
+        genomes: Array, memo: DeviceMemo | tuple[()], inputs: EvalInputs, scoring: Scoring, scale: Array
+    ) -> tuple[MemberScores, DeviceMemo | tuple[()]]:
         scales = jax.vmap(lambda genome: spec.decode_scale(genome, scale))(genomes)
-        return jax.vmap(spec.decode)(genomes), scales
+        keep = jax.vmap(spec.decode)(genomes)
+        if not isinstance(memo, DeviceMemo):
+            every = jnp.ones(len(keep), bool)
+            return MemberScores(fitness(keep, scales, inputs, scoring), keep, scales, every), memo
+        found, memo = device_memo.remembering(fitness, chunk)(memo, keep, scales, inputs, scoring)
+        return MemberScores(found.fitness, keep, scales, found.evaluated), memo
 
-    def score(keep: Array, scales: Array, fixed: Fixed, scoring: Scoring) -> Array:
-        return jnp.asarray(scoring.fitness(evaluate(fixed, keep, scales), kind))
-
-    def plain(genomes: Array, fixed: Fixed, scoring: Scoring, scale: Array) -> MemberScores:
-        keep, scales = decode(genomes, scale)
-        return MemberScores(score(keep, scales, fixed, scoring), keep, scales, jnp.ones(len(keep), bool))
-
-    def remembering(
-        genomes: Array, known: DeviceMemo, fixed: Fixed, scoring: Scoring, scale: Array
-    ) -> tuple[MemberScores, DeviceMemo]:
-        chunk = problem.mesh.shape["population"] * problem.arrangement(problem.merge, fixed)[1]
-        keep, scales = decode(genomes, scale)
-        found, known = device_memo.remembering(score, chunk)(known, keep, scales, fixed, scoring)
-        return MemberScores(found.fitness, keep, scales, found.evaluated), known
-
-    return remembering if memo else plain
+    return score
 
 
 class Searcher:
-    """Searches of one problem, one after the other, compiled once."""
+    """Searches of one loaded run, one after the other, compiled once."""
 
-    def __init__(self, problem: Problem, directory: RunDirectory, reporter: Reporter):
-        search, spec = problem.run.search, problem.mask_spec
-        self.problem, self.directory, self.reporter = problem, directory, reporter
+    def __init__(self, evaluator: Evaluator, directory: RunDirectory, reporter: Reporter):
+        search, spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
+        self.evaluator, self.directory, self.reporter = evaluator, directory, reporter
         self.strategy = strategies.build(
             search.strategy, spec.genome_size, search.population, search.sigma0,
             threshold=search.threshold, free=int(search.search_scale),
         )  # fmt: skip
-        self.fitness = make_fitness(problem)
-        sharding = NamedSharding(problem.mesh, PartitionSpec())
-        self.step = loop.make_step(self.strategy, self.fitness, search.generations_per_dispatch, sharding)
-        self.sharding = sharding
+        self.sharding = NamedSharding(evaluator.mesh, PartitionSpec())
         # Time and masks run of the dispatches after the first, which compiles.
         self.seconds, self.masks = 0.0, 0
         self.masks_run = 0
         # What earlier searches scored: the same masks, split and scale give the same fitness.
         self._scored: list[dict[str, np.ndarray]] = []
-        self._given: tuple[Fixed, Scoring] | None = None
+        self._given: tuple[EvalInputs, Scoring] | None = None
+        self._steps: dict[ExecutionPlan, loop.Step] = {}
+
+    def _step(self, inputs: EvalInputs) -> loop.Step:
+        plan = self.evaluator.plan(inputs)
+        if plan not in self._steps:
+            per_dispatch = self.evaluator.loaded.run.search.generations_per_dispatch
+            score = make_score(self.evaluator, plan)
+            self._steps[plan] = loop.make_step(self.strategy, score, per_dispatch, self.sharding)
+        return self._steps[plan]
 
     def _memo(self, archive: dict[str, np.ndarray], start: int) -> DeviceMemo:
         """The device's memo of the earlier searches and the first ``start`` generations of this one."""
-        search, shape = self.problem.run.search, self.problem.mask_spec.shape
+        search, shape = self.evaluator.loaded.run.search, self.evaluator.loaded.mask_spec.shape
         own = {name: rows[:start] for name, rows in archive.items()}
         earlier = self._scored[-(search.seeds - 1) :] if search.seeds > 1 else []  # there is room for those
         keep, scale, fitness = (
@@ -96,33 +96,33 @@ class Searcher:
         capacity = search.population * search.generations * search.seeds
         return device_memo.start(capacity, shape, keep, scale, fitness)
 
-    def search(self, fixed: Fixed, scoring: Scoring, scale: float, seed: int) -> Memo:
+    def search(self, inputs: EvalInputs, scoring: Scoring, scale: float, seed: int) -> Memo:
         """One search; resumes from its newest checkpoint. Returns all masks that it scored."""
         given = self._given
-        if given is None or given[0] is not fixed or given[1] is not scoring:
-            self._given, self._scored = (fixed, scoring), []  # scores of other data say nothing here
+        if given is None or given[0] is not inputs or given[1] is not scoring:
+            self._given, self._scored = (inputs, scoring), []  # scores of other data say nothing here
         with Checkpoints(self.directory.path / "checkpoints" / f"seed-{seed}") as checkpoints:
-            return self._search(fixed, scoring, scale, seed, checkpoints)
+            return self._search(inputs, scoring, scale, seed, checkpoints)
 
     def _search(
-        self, fixed: Fixed, scoring: Scoring, scale: float, seed: int, checkpoints: Checkpoints
+        self, inputs: EvalInputs, scoring: Scoring, scale: float, seed: int, checkpoints: Checkpoints
     ) -> Memo:
-        search, spec, memo = self.problem.run.search, self.problem.mask_spec, Memo()
+        search, spec, memo = self.evaluator.loaded.run.search, self.evaluator.loaded.mask_spec, Memo()
         key = jax.random.key(seed)
         mean = jnp.asarray(spec.start(search.x0, scale))
         archive = _empty_archive(search.generations, search.population, spec.shape)
-        state, start, run = None, checkpoints.latest() or 0, 0
+        step, resume, start, run = self._step(inputs), None, checkpoints.latest() or 0, 0
         if start:
             saved = checkpoints.restore(
-                start, {"state": self.step.init(*put((key, mean), self.sharding)), "archive": archive}
+                start, {"state": step.init(*put((key, mean), self.sharding)), "archive": archive}
             )
-            state, archive = saved["state"], jax.tree.map(np.array, saved["archive"])
+            resume, archive = loop.Resume(start, saved["state"]), jax.tree.map(np.array, saved["archive"])
             for generation in range(start):
                 _remember(memo, archive, generation, search.search_scale)
             run += int(archive["evaluated"][:start].sum())
             self.reporter.say(f"seed {seed}: goes on after generation {start}")
         self.directory.keep_history(seed, start)
-        clock, counted = time.perf_counter(), run
+        clock, counted, saved_at = time.perf_counter(), run, start
 
         def on_generation(generation: int, genomes: np.ndarray, scores: MemberScores) -> None:
             nonlocal run
@@ -142,20 +142,21 @@ class Searcher:
             self.reporter.advance(generation + 1, search.generations, best)
 
         def on_dispatch(done: int, state: Any) -> None:
-            nonlocal clock, counted
+            nonlocal clock, counted, saved_at
             now = time.perf_counter()
             if self._compiled:
                 self.seconds += now - clock
                 self.masks += run - counted
             self._compiled, counted, clock = True, run, now  # the next dispatch runs meanwhile
-            if done % search.checkpoint_every == 0 or done == search.generations:
+            if done // search.checkpoint_every > saved_at // search.checkpoint_every or done == search.generations:
                 checkpoints.save(done, {"state": state, "archive": archive})
+                saved_at = done
 
+        operands = (inputs, *put((scoring, np.float32(scale)), self.sharding))
         loop.run(
-            self.strategy, self.fitness, key, mean, search.generations,
-            state=state, start=start, operands=(fixed, *put((scoring, np.float32(scale)), self.sharding)),
-            on_generation=on_generation, on_dispatch=on_dispatch, sharding=self.sharding, step=self.step,
-            memory=self._memo(archive, start),
+            step, key, mean, search.generations,
+            operands=operands, memory=self._memo(archive, start), resume=resume,
+            watch=loop.Watch(on_generation, on_dispatch),
         )  # fmt: skip
         self.masks_run += run
         self._scored.append(archive)

@@ -56,18 +56,6 @@ class Memo:
                 known.evaluations = n + 1
             self.evaluated += 1
 
-    def lookup(
-        self, keep: Bool[np.ndarray, "member ..."], scale: Float[np.ndarray, " member"] | None = None
-    ) -> tuple[Float[np.ndarray, " member"], Bool[np.ndarray, " member"]]:
-        """Fitness of masks scored before, and which those are (fitness of the others is NaN)."""
-        keep = np.asarray(keep, bool)
-        fitness, known = np.full(len(keep), np.nan), np.zeros(len(keep), bool)
-        for i, mask in enumerate(keep):
-            candidate = self._candidates.get(_key(mask, None if scale is None else float(scale[i])))
-            if candidate is not None:
-                fitness[i], known[i] = candidate.fitness, True
-        return fitness, known
-
     def finalists(self, count: int) -> list[Candidate]:
         """The best distinct masks, best first. Ties: fewer modules pruned, then seen earlier.
 

@@ -1,0 +1,185 @@
+"""Masks of a loaded run scored on its devices: who compiles what, and how many members run together."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Num
+
+from enmp_jax import merges
+from enmp_jax.data import batch
+from enmp_jax.devices.mesh import replicate
+from enmp_jax.errors import UserError
+from enmp_jax.evaluation import budget, delta_format, reference_cache
+from enmp_jax.evaluation.loaded_run import LoadedRun, Split, make_merge
+from enmp_jax.evaluation.population import EvalInputs, EvaluateMasks, make_evaluate, place
+from enmp_jax.evaluation.scoring import Counts, Scoring
+from enmp_jax.merges.base import Ingredients, Merge
+
+
+class ExecutionPlan(NamedTuple):
+    """How masks are evaluated: the method with its deltas in their cheapest format, and how many members
+    a device evaluates together."""
+
+    merge: Merge
+    member_chunk: int
+
+
+class Evaluator:
+    """Scores the masks of one loaded run. Everything static is decided here, before anything is traced."""
+
+    def __init__(self, loaded: LoadedRun):
+        self.loaded, self.mesh = loaded, loaded.mesh
+        self.merge = make_merge(loaded.run)
+        self._plans: dict[Any, ExecutionPlan] = {}
+        self._compiled: dict[ExecutionPlan, Callable[..., Counts]] = {}
+
+    @functools.cached_property
+    def ingredients(self) -> Ingredients:
+        """What the merge method made of the adapters, once."""
+        return self.merge.prepare(self.loaded.stack)
+
+    def inputs(self, split: Split, ingredients: Ingredients | None = None) -> EvalInputs:
+        """What all members share, on the devices: weights, prepared adapters, batches of a split.
+
+        Args:
+            split: whose examples.
+            ingredients: of another method than the run's.
+        """
+        loaded = self.loaded
+        batches = batch(loaded.examples[split], loaded.run.evaluation.batch_size)
+        prepared = self.ingredients if ingredients is None else ingredients
+        return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh)
+
+    def plan(self, inputs: EvalInputs, merge: Merge | None = None) -> ExecutionPlan:
+        """How masks are evaluated on these inputs (see ``delta_format`` and ``budget``); the same for the
+        same shapes, so that nothing compiles twice.
+
+        Args:
+            inputs: arrays on the mesh.
+            merge: default: the run's.
+        """
+        merge = merge or self.merge
+        key = merge, tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(inputs.batches))
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(inputs, merge)
+        return self._plans[key]
+
+    def _make_plan(self, inputs: EvalInputs, merge: Merge) -> ExecutionPlan:
+        loaded = self.loaded
+        population, shape = loaded.run.search.population, loaded.mask_spec.shape
+        members = math.ceil(population / self.mesh.shape["population"])
+        activations = budget.largest_activations(loaded.backbone, inputs.batches)
+        free = int(budget.USABLE * budget.device_memory()) - budget.n_bytes(inputs)
+        chosen = merge
+        if self.mesh.shape["model"] == 1:  # else base weights are divided, and so would these have to be
+            tokens, batches = budget.tokens_and_batches(loaded.backbone, inputs.batches)
+            chosen = delta_format.choose(
+                merge, inputs.ingredients, shape, tokens=tokens, batches=batches,
+                free_bytes=free // min(members, delta_format.LEAST_MEMBERS) - activations,
+            )  # fmt: skip
+        if loaded.run.evaluation.member_chunk:
+            return ExecutionPlan(chosen, min(members, loaded.run.evaluation.member_chunk))
+        deltas, _ = budget.delta_bytes(merge, inputs.ingredients, shape, chosen)
+        return ExecutionPlan(chosen, budget.choose_member_chunk(members, deltas, activations, free))
+
+    def evaluate(self, plan: ExecutionPlan) -> EvaluateMasks:
+        """The pure function ``(inputs, keep, scale) -> Counts`` of ``population.make_evaluate``."""
+        loaded = self.loaded
+        return make_evaluate(
+            loaded.backbone, plan.merge, len(loaded.tasks), self.mesh, member_chunk=plan.member_chunk
+        )
+
+    def score(
+        self,
+        inputs: EvalInputs,
+        keep: Num[np.ndarray, "member ..."],
+        scale: Float[np.ndarray, " member"],
+        plan: ExecutionPlan | None = None,
+    ) -> Counts:
+        """Score any number of masks; runs one forward pass a mask, the last chunk filled up.
+
+        Args:
+            inputs: of a split.
+            keep: masks or relaxed masks, [layer, task] or [layer, projection, task] each.
+            scale: merge coefficients.
+            plan: default: that of the run's merge method.
+        """
+        plan = plan or self.plan(inputs)
+        if plan not in self._compiled:
+            self._compiled[plan] = jax.jit(self.evaluate(plan))
+        together = self.mesh.shape["population"] * plan.member_chunk
+        return in_chunks(functools.partial(self._compiled[plan], inputs), keep, scale, together)
+
+    def score_experts(self, split: Split) -> Counts:
+        """Every adapter alone, unmerged, at its own scaling: the reference accuracies.
+
+        Measured once: later calls, in this process or another, read them from the cache.
+        """
+        key = reference_cache.key(self.loaded, split)
+        return reference_cache.remembered(key, len(self.loaded.tasks), lambda: self._measure_experts(split))
+
+    def _measure_experts(self, split: Split) -> Counts:
+        merge, stack = self._alone, self.loaded.stack
+        inputs = self.inputs(split, replicate(merge.prepare(stack), self.mesh))
+        keep = np.zeros((stack.n_tasks, stack.n_layers, stack.n_tasks), np.float32)
+        keep[np.arange(stack.n_tasks), :, np.arange(stack.n_tasks)] = 1
+        plan = self.plan(inputs, merge)
+        counts = self.score(inputs, keep, np.ones(stack.n_tasks, np.float32), plan)
+        return Counts(*(np.diagonal(np.asarray(x)) for x in counts))
+
+    @functools.cached_property
+    def _alone(self) -> Merge:
+        """The sum of one adapter is that adapter."""
+        return merges.make("sum")
+
+    def score_base(self, split: Split) -> Counts:
+        """The base model with no adapter at all."""
+        nothing = ~self.loaded.mask_spec.all_kept()[None]
+        counts = self.score(self.inputs(split), nothing, np.ones(1, np.float32))
+        return Counts(*(np.asarray(x)[0] for x in counts))
+
+    def scoring(self, split: Split) -> Scoring:
+        """Sizes and reference accuracies of a split: given in the run file, or measured here.
+
+        Raises:
+            UserError: an adapter that alone gets nothing right.
+        """
+        loaded = self.loaded
+        sizes = loaded.sizes(split)
+        given = [task.reference for task in loaded.run.tasks]
+        if all(value is not None for value in given):
+            return Scoring(jnp.asarray(sizes), jnp.asarray(given, jnp.float32))
+        measured = np.asarray(self.score_experts(split).correct) / sizes
+        reference = [g if g is not None else m for g, m in zip(given, measured, strict=True)]
+        for task, value in zip(loaded.tasks, reference, strict=True):
+            if value == 0:
+                raise UserError(
+                    f"the adapter of {task!r} alone gets nothing right on {split}: check its head and labels"
+                )
+        return Scoring(jnp.asarray(sizes), jnp.asarray(reference, jnp.float32))
+
+
+def in_chunks(
+    evaluate: Callable[[Any, Any], Counts],
+    keep: Num[np.ndarray, "member ..."],
+    scale: Float[np.ndarray, " member"],
+    size: int,
+) -> Counts:
+    """Call a compiled evaluation ``size`` masks at a time: one shape, so one compilation.
+
+    The last chunk is filled up with copies; fewer masks than ``size`` are a chunk of their own.
+    """
+    size = min(size, len(keep))
+    parts: list[Counts] = []
+    for start in range(0, len(keep), size):
+        rows = np.minimum(np.arange(start, start + size), len(keep) - 1)
+        counts = evaluate(keep[rows], scale[rows])  # numpy: every process gives the same
+        parts.append(Counts(*(np.asarray(x)[: len(keep) - start] for x in counts)))
+    return Counts(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -1,0 +1,197 @@
+"""A run file, loaded: base model, adapters, heads and examples. Data only; ``Evaluator`` scores masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from enmp_jax import merges, models
+from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
+from enmp_jax.config.run_file import RunConfig
+from enmp_jax.data import Examples, check_splits, load_examples, preprocess_for
+from enmp_jax.devices.mesh import AXES, choose_shape, make_mesh
+from enmp_jax.errors import UserError
+from enmp_jax.evaluation import budget
+from enmp_jax.evaluation.heads import load_heads
+from enmp_jax.evaluation.scoring import Heads
+from enmp_jax.io.progress import SILENT, Reporter
+from enmp_jax.lora import LoraStack
+from enmp_jax.masks import MaskSpec
+from enmp_jax.merges.base import Merge
+from enmp_jax.models import checkpoint
+from enmp_jax.models.base import Backbone, Params
+from enmp_jax.models.sharding import param_sharding
+
+Split = Literal["train", "search", "selection", "test"]
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """Everything that scoring masks needs. Build with ``load``.
+
+    Attributes:
+        run: the run file.
+        base: directory or hub id of the base model, resolved.
+        backbone: the base model.
+        params: its weights, on ``mesh``.
+        mesh: the devices of the run.
+        adapters: the LoRA adapters, as imported.
+        heads: the tasks' classification heads.
+        examples: split -> examples of every task, in the order of the tasks.
+    """
+
+    run: RunConfig
+    base: str
+    backbone: Backbone
+    params: Params
+    mesh: Mesh
+    adapters: LoadedAdapters
+    heads: Heads
+    examples: Mapping[Split, list[Examples]]
+
+    @property
+    def stack(self) -> LoraStack:
+        """The adapters, stacked."""
+        return self.adapters.stack
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names in merge order."""
+        return self.stack.tasks
+
+    @cached_property
+    def mask_spec(self) -> MaskSpec:
+        """How genomes become masks of these adapters."""
+        search = self.run.search
+        return MaskSpec.of(
+            self.stack, search.granularity, search.max_pruned, search.threshold, search.search_scale
+        )
+
+    def sizes(self, split: Split) -> Float[np.ndarray, " task"]:
+        """Number of examples of every task in a split."""
+        return np.asarray([len(e.labels) for e in self.examples[split]], np.float32)
+
+
+def load(
+    run: RunConfig,
+    splits: Sequence[Split] = ("search", "selection", "test"),
+    reporter: Reporter = SILENT,
+) -> LoadedRun:
+    """Load base model, adapters, heads and data of a run.
+
+    Raises:
+        UserError: anything that does not fit together; nothing has been written by then.
+    """
+    make_merge(run)  # a bad method is said before anything is read
+    base = run.path(run.base.model)
+    backbone = models.build(checkpoint.read_config(checkpoint.find(base)), run.base.dtype)
+    mesh = choose_mesh(run, backbone)
+    backbone, params = models.load(base, dtype=run.base.dtype, place=param_sharding(mesh))
+    adapters = load_run_adapters(run, backbone)
+    examples = load_splits(run, backbone, base, splits, reporter)
+    names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
+    heads = load_heads(run, adapters.heads, base, backbone, class_names=names)
+    check_labels(run, heads, examples)
+    return LoadedRun(run, base, backbone, params, mesh, adapters, heads, examples)
+
+
+def make_merge(run: RunConfig) -> Merge:
+    """The merge method of a run file.
+
+    Raises:
+        UserError: an unknown method or hyperparameter, or a value out of range.
+    """
+    merge = run.merge
+    return merges.make(merge.method, merge.space, merge.isotropize, **merge.hyperparameters())
+
+
+def load_run_adapters(run: RunConfig, backbone: Backbone) -> LoadedAdapters:
+    """The adapters that a run file names, matched with its base.
+
+    Raises:
+        UserError: a missing or bad adapter, or one of another base.
+    """
+    return load_adapters(
+        {task.name: run.path(task.adapter) for task in run.tasks},
+        backbone.canonical,
+        n_layers=backbone.n_layers,
+        modules=backbone.modules,
+        base_name=run.base.model,
+        allow_base_mismatch=run.base.allow_mismatch,
+    )
+
+
+def choose_mesh(run: RunConfig, backbone: Backbone) -> Mesh:
+    """The run file's mesh, or the one for these devices, this population and this base model.
+
+    Raises:
+        UserError: an unknown axis, too few devices, or a batch that ``data`` does not divide.
+    """
+    shape = run.evaluation.mesh
+    if shape is None:
+        model = budget.smallest_model_axis(backbone, jax.device_count())
+        shape = choose_shape(jax.device_count(), run.search.population, run.evaluation.batch_size, model)
+    unknown = [axis for axis in shape if axis not in AXES]
+    if unknown:
+        raise UserError(f"evaluation.mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
+    mesh = make_mesh(shape.get("population", 1), shape.get("data", 1), shape.get("model", 1))
+    if run.evaluation.batch_size % mesh.shape["data"]:
+        raise UserError(
+            f"evaluation.batch_size {run.evaluation.batch_size} does not divide over the "
+            f"{mesh.shape['data']} devices of the mesh axis data"
+        )
+    return mesh
+
+
+def load_splits(
+    run: RunConfig, backbone: Backbone, base: str, splits: Sequence[Split], reporter: Reporter = SILENT
+) -> dict[Split, list[Examples]]:
+    """The examples of every task, by split; refused where splits share examples."""
+    limits = {
+        "search": run.evaluation.search_examples,
+        "selection": run.evaluation.selection_examples,
+        "test": run.evaluation.test_examples,
+    }
+    loaded: dict[str, dict[str, Examples]] = {}
+    for task in run.tasks:
+        preprocess = preprocess_for(base, backbone.family, task.data)
+        loaded[task.name] = {
+            split: load_examples(
+                task.data, split, run.root, preprocess, limits.get(split),
+                progress=reporter.reading(f"{task.name}, {split}"),
+            )
+            for split in splits
+        }  # fmt: skip
+    drop = [task.name for task in run.tasks if task.data.duplicates == "drop"]
+    checked = check_splits(loaded, drop)
+    for task in run.tasks:
+        for split in splits:
+            for note in checked[task.name][split].notes:  # what was truncated, left out, dropped
+                reporter.say(f"{task.name}, {split}: {note}")
+    return {split: [checked[task.name][split] for task in run.tasks] for split in splits}
+
+
+def check_labels(run: RunConfig, heads: Heads, examples: Mapping[Split, list[Examples]]) -> None:
+    """Every label must be a class that the task's head can answer.
+
+    Raises:
+        UserError: the first label that is not.
+    """
+    allowed = np.asarray(heads.allowed)
+    for split, per_task in examples.items():
+        for i, (task, e) in enumerate(zip(run.tasks, per_task, strict=True)):
+            answerable = np.flatnonzero(allowed[i])
+            wrong = e.labels[~np.isin(e.labels, answerable)]
+            if len(wrong):
+                raise UserError(
+                    f"tasks.{task.name}.data.{split}: label {wrong[0]} is none of the head's classes "
+                    f"{', '.join(map(str, answerable[:10]))}{' ...' if len(answerable) > 10 else ''}; "
+                    "set data.labels to map them"
+                )
