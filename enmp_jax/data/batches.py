@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from enmp_jax.data.base import Examples
 from enmp_jax.errors import UserError
@@ -24,12 +24,14 @@ class Batches(NamedTuple):
         label: class of each example.
         task: index of the task each example belongs to.
         mask: False where a row is padding (a copy of the last example).
+        expert: log-probabilities that each example's own unmerged adapter gives, where somebody asks.
     """
 
     inputs: dict[str, Array]
     label: Int[Array, "batches batch"]
     task: Int[Array, "batches batch"]
     mask: Bool[Array, "batches batch"]
+    expert: Float[Array, "batches batch class"] | None = None
 
 
 def batch(
@@ -37,6 +39,7 @@ def batch(
     batch_size: int,
     device: Any = None,
     lengths: Sequence[int] = LENGTHS,
+    expert: Sequence[Float[np.ndarray, "example class"]] | None = None,
 ) -> tuple[Batches, ...]:
     """Put the examples of all tasks on the device in batches; every example appears exactly once.
 
@@ -49,6 +52,7 @@ def batch(
         batch_size: rows of a batch.
         device: a device or sharding for ``jax.device_put``; default: JAX's default device.
         lengths: possible lengths of text batches, rising.
+        expert: for ``Batches.expert``, one array per task.
 
     Raises:
         UserError: no examples, or tasks whose inputs differ in name or shape.
@@ -65,7 +69,8 @@ def batch(
         chosen = {name: _to_length(value[rows], length) for name, value in inputs.items()}
         shaped = jax.tree.map(lambda a: _fold(a, batch_size), (chosen, label[rows], task[rows]))
         mask = np.arange(shaped[1].size).reshape(shaped[1].shape) < len(rows)
-        made.append(Batches(*jax.device_put((*shaped, mask), device)))
+        answers = None if expert is None else _fold(np.concatenate(expert)[rows], batch_size)
+        made.append(Batches(*jax.device_put((*shaped, mask, answers), device)))
     return tuple(made)
 
 

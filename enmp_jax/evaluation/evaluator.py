@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num
 
-from enmp_jax import merges
 from enmp_jax.data import batch
-from enmp_jax.devices.mesh import replicate
 from enmp_jax.errors import UserError
-from enmp_jax.evaluation import budget, delta_format, reference_cache
+from enmp_jax.evaluation import budget, delta_format, experts, fitness
 from enmp_jax.evaluation.loaded_run import LoadedRun, Split, make_merge
 from enmp_jax.evaluation.population import EvalInputs, EvaluateMasks, make_evaluate, place
 from enmp_jax.evaluation.scoring import Counts, Scoring
@@ -37,6 +35,10 @@ class Evaluator:
     def __init__(self, loaded: LoadedRun):
         self.loaded, self.mesh = loaded, loaded.mesh
         self.merge = make_merge(loaded.run)
+        search = loaded.run.search
+        self.kind = fitness.get(search.fitness)
+        self.importance = fitness.importances(loaded.tasks, search.importance)
+        self._answers: dict[Split, experts.LogProbabilities] = {}
         self._plans: dict[Any, ExecutionPlan] = {}
         self._compiled: dict[ExecutionPlan, Callable[..., Counts]] = {}
 
@@ -53,7 +55,8 @@ class Evaluator:
             ingredients: of another method than the run's.
         """
         loaded = self.loaded
-        batches = batch(loaded.examples[split], loaded.run.evaluation.batch_size)
+        expert = self.expert_answers(split) if self.kind.needs_expert else None
+        batches = batch(loaded.examples[split], loaded.run.evaluation.batch_size, expert=expert)
         prepared = self.ingredients if ingredients is None else ingredients
         return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh)
 
@@ -93,7 +96,7 @@ class Evaluator:
         """The pure function ``(inputs, keep, scale) -> Counts`` of ``population.make_evaluate``."""
         loaded = self.loaded
         return make_evaluate(
-            loaded.backbone, plan.merge, len(loaded.tasks), self.mesh, member_chunk=plan.member_chunk
+            loaded.backbone, plan.merge, len(loaded.tasks), self.mesh, plan.member_chunk, self.kind
         )
 
     def score(
@@ -117,27 +120,21 @@ class Evaluator:
         together = self.mesh.shape["population"] * plan.member_chunk
         return in_chunks(functools.partial(self._compiled[plan], inputs), keep, scale, together)
 
-    def score_experts(self, split: Split) -> Counts:
-        """Every adapter alone, unmerged, at its own scaling: the reference accuracies.
+    def expert_answers(self, split: Split) -> experts.LogProbabilities:
+        """Class log-probabilities of every adapter alone on its own task's examples.
 
-        Measured once: later calls, in this process or another, read them from the cache.
+        Raises:
+            UserError: they do not fit into the memory of a device, where the fitness needs them.
         """
-        key = reference_cache.key(self.loaded, split)
-        return reference_cache.remembered(key, len(self.loaded.tasks), lambda: self._measure_experts(split))
-
-    def _measure_experts(self, split: Split) -> Counts:
-        merge, stack = self._alone, self.loaded.stack
-        inputs = self.inputs(split, replicate(merge.prepare(stack), self.mesh))
-        keep = np.zeros((stack.n_tasks, stack.n_layers, stack.n_tasks), np.float32)
-        keep[np.arange(stack.n_tasks), :, np.arange(stack.n_tasks)] = 1
-        plan = self.plan(inputs, merge)
-        counts = self.score(inputs, keep, np.ones(stack.n_tasks, np.float32), plan)
-        return Counts(*(np.diagonal(np.asarray(x)) for x in counts))
-
-    @functools.cached_property
-    def _alone(self) -> Merge:
-        """The sum of one adapter is that adapter."""
-        return merges.make("sum")
+        if split not in self._answers:
+            rows, classes = int(self.loaded.sizes(split).sum()), self.loaded.heads.allowed.shape[1]
+            if self.kind.needs_expert and 4 * rows * classes > budget.USABLE * budget.device_memory():
+                raise UserError(
+                    f"search.fitness {self.kind.name} keeps {rows} x {classes} answers of the experts on the "
+                    f"device, which has no memory for them: fewer evaluation.{split}_examples, or another fitness"
+                )
+            self._answers[split] = experts.log_probabilities(self.loaded, split)
+        return self._answers[split]
 
     def score_base(self, split: Split) -> Counts:
         """The base model with no adapter at all."""
@@ -146,24 +143,36 @@ class Evaluator:
         return Counts(*(np.asarray(x)[0] for x in counts))
 
     def scoring(self, split: Split) -> Scoring:
-        """Sizes and reference accuracies of a split: given in the run file, or measured here.
+        """What turns counts on a split into accuracies and fitness.
+
+        Reference accuracies are those of the run file, else measured here.
 
         Raises:
             UserError: an adapter that alone gets nothing right.
         """
         loaded = self.loaded
-        sizes = loaded.sizes(split)
         given = [task.reference for task in loaded.run.tasks]
-        if all(value is not None for value in given):
-            return Scoring(jnp.asarray(sizes), jnp.asarray(given, jnp.float32))
-        measured = np.asarray(self.score_experts(split).correct) / sizes
-        reference = [g if g is not None else m for g, m in zip(given, measured, strict=True)]
+        reference = np.asarray([g or 0.0 for g in given], np.float32)
+        if not all(given):
+            measured = experts.accuracies(self.expert_answers(split), loaded.examples[split])
+            reference = np.where(reference > 0, reference, measured)
         for task, value in zip(loaded.tasks, reference, strict=True):
             if value == 0:
                 raise UserError(
                     f"the adapter of {task!r} alone gets nothing right on {split}: check its head and labels"
                 )
-        return Scoring(jnp.asarray(sizes), jnp.asarray(reference, jnp.float32))
+        own = reference if self.kind.name == "accuracy" else self._expert_values(split)
+        parts = loaded.sizes(split), reference, own, self.importance
+        return Scoring(*(jnp.asarray(x, jnp.float32) for x in parts))
+
+    def _expert_values(self, split: Split) -> Float[np.ndarray, " task"]:
+        """Mean value of the fitness of every adapter alone."""
+        values = []
+        for answers, examples in zip(self.expert_answers(split), self.loaded.examples[split], strict=True):
+            rows = jnp.asarray(answers)
+            total = self.kind.value(rows, jnp.asarray(examples.labels), rows).sum(axis=0)
+            values.append(fitness.task_values(total[None], jnp.asarray([float(len(answers))]), self.kind)[0])
+        return np.asarray(values)
 
 
 def in_chunks(

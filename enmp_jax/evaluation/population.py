@@ -18,7 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num
 
 from enmp_jax.data.batches import Batches
+from enmp_jax.deltas import Deltas
 from enmp_jax.devices.mesh import make_mesh, put, replicate
+from enmp_jax.evaluation.fitness import FITNESS, Fitness
 from enmp_jax.evaluation.scoring import Counts, Heads, class_log_probabilities, count
 from enmp_jax.merges.base import Ingredients, Merge
 from enmp_jax.models.base import Backbone, Params
@@ -38,7 +40,12 @@ EvaluateMasks = Callable[[EvalInputs, Num[Array, "member ..."], Float[Array, " m
 
 
 def make_evaluate(
-    backbone: Backbone, merge: Merge, n_tasks: int, mesh: Mesh | None = None, member_chunk: int | None = None
+    backbone: Backbone,
+    merge: Merge,
+    n_tasks: int,
+    mesh: Mesh | None = None,
+    member_chunk: int | None = None,
+    kind: Fitness = FITNESS["accuracy"],
 ) -> EvaluateMasks:
     """Build ``evaluate(inputs, keep [P, ...], scale [P]) -> Counts [P, T]``; jit it or call it under jit.
 
@@ -48,6 +55,7 @@ def make_evaluate(
         n_tasks: number of tasks T.
         mesh: devices; default: one device.
         member_chunk: most members evaluated together on a device (memory); default: all of them.
+        kind: the fitness whose values are summed.
 
     Any P works on any mesh: it is padded with copies of the last member, which are dropped.
     """
@@ -58,17 +66,7 @@ def make_evaluate(
     def member(inputs: EvalInputs, keep: Array, scale: Array) -> Counts:
         deltas = merge.merge(inputs.ingredients, keep, scale)
 
-        def step(total: Counts, batch: Batches) -> tuple[Counts, None]:
-            features = backbone.features(inputs.params, batch.inputs, deltas)
-            scores = class_log_probabilities(inputs.heads, features, batch.task)
-            counts = count(scores, batch.label, batch.task, batch.mask, n_tasks)
-            return jax.tree.map(jnp.add, total, counts), None
-
-        zero = jnp.zeros(n_tasks, jnp.float32)
-        total = Counts(zero, zero)
-        for bucket in inputs.batches:
-            total, _ = jax.lax.scan(step, total, bucket)
-        return total
+        return count_all(backbone, inputs, deltas, n_tasks, kind)
 
     def shard(inputs: EvalInputs, keep: Array, scale: Array, chunk: int) -> Counts:
         # One chunk is a plain vmap: shared base weights, one batched matmul over all members.
@@ -98,6 +96,34 @@ def make_evaluate(
         return jax.tree.map(lambda x: x[:size], counts)
 
     return evaluate
+
+
+def count_all(
+    backbone: Backbone, inputs: EvalInputs, deltas: Deltas, n_tasks: int, kind: Fitness, remat: bool = False
+) -> Counts:
+    """Counts of one merged model over all batches.
+
+    Args:
+        backbone: the base model.
+        inputs: what all members share.
+        deltas: of the merged model.
+        n_tasks: number of tasks.
+        kind: the fitness whose values are summed.
+        remat: keep no activations of a batch for the backward pass but compute them again.
+    """
+
+    def step(total: Counts, batch: Batches) -> tuple[Counts, None]:
+        features = backbone.features(inputs.params, batch.inputs, deltas)
+        scores = class_log_probabilities(inputs.heads, features, batch.task)
+        counts = count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert)
+        return jax.tree.map(jnp.add, total, counts), None
+
+    one = jax.tree.map(lambda x: x[0], inputs.batches[0])
+    shapes = jax.eval_shape(lambda b: step(Counts(0.0, 0.0, 0.0), b)[0], one)  # type: ignore[arg-type]
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    for bucket in inputs.batches:
+        total, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, total, bucket)
+    return total
 
 
 def place(inputs: EvalInputs, mesh: Mesh) -> EvalInputs:

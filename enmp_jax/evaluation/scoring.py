@@ -1,4 +1,4 @@
-"""Task heads, scores and fitness: from features to numbers per task."""
+"""Task heads and scores: from features to numbers per task."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from enmp_jax.errors import UserError
+from enmp_jax.evaluation.fitness import FITNESS, Fitness, Objective, normalised, objective, task_values
 
 
 @flax.struct.dataclass
@@ -31,6 +32,8 @@ class Counts(NamedTuple):
 
     correct: Float[Array | np.ndarray, "*member task"]
     log_likelihood: Float[Array | np.ndarray, "*member task"]
+    value: Float[Array | np.ndarray, "*member task"] | Float[Array | np.ndarray, "*member task temperature"]
+    """Of the fitness kind that was asked for (see ``fitness``)."""
 
 
 def stack_heads(
@@ -88,19 +91,44 @@ def count(
     task: Int[Array, " batch"],
     mask: Bool[Array, " batch"],
     n_tasks: int,
+    kind: Fitness = FITNESS["accuracy"],
+    expert: Float[Array, "batch class"] | None = None,
 ) -> Counts:
-    """Correct answers and summed log-likelihoods of a padded batch, per task."""
+    """Correct answers, summed log-likelihoods and fitness values of a padded batch, per task.
+
+    Args:
+        log_probabilities: of the merged model.
+        label: the right class of each example.
+        task: the task of each example.
+        mask: False where a row is padding.
+        n_tasks: number of tasks.
+        kind: whose values are summed.
+        expert: log-probabilities of each example's own unmerged adapter, if the kind needs them.
+    """
     correct = jnp.argmax(log_probabilities, axis=-1) == label
     own = jnp.take_along_axis(log_probabilities, label[:, None], axis=1)[:, 0]
     member = jax.nn.one_hot(task, n_tasks) * mask[:, None]
-    return Counts(correct.astype(jnp.float32) @ member, jnp.where(mask, own, 0.0) @ member)
+    value = kind.value(log_probabilities, label, expert)
+    value = jnp.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, 0.0)
+    return Counts(
+        correct.astype(jnp.float32) @ member, jnp.where(mask, own, 0.0) @ member, jnp.tensordot(member.T, value, 1)
+    )
 
 
 class Scoring(NamedTuple):
-    """What turns counts into fitness: sizes of the split and accuracies to normalise by."""
+    """What turns counts into accuracies and fitness.
+
+    Attributes:
+        examples: number of examples of each task.
+        reference: accuracies of the adapters alone.
+        expert: values of the fitness kind of the adapters alone.
+        importance: weights of tasks in the mean.
+    """
 
     examples: Float[Array, " task"]
     reference: Float[Array, " task"]
+    expert: Float[Array, " task"]
+    importance: Float[Array, " task"]
 
     def accuracy(self, counts: Counts) -> Float[Array | np.ndarray, "*member task"]:
         """Accuracies in 0..1."""
@@ -110,13 +138,13 @@ class Scoring(NamedTuple):
         """Mean over tasks of accuracy / reference accuracy."""
         return (self.accuracy(counts) / self.reference).mean(-1)
 
-    def mean_log_likelihood(self, counts: Counts) -> Float[Array | np.ndarray, "*member"]:
-        """Mean over tasks of the mean log-likelihood of the labels (natural logarithm)."""
-        return (counts.log_likelihood / self.examples).mean(-1)
+    def task_values(self, counts: Counts, kind: Fitness) -> Float[Array, "*member task"]:
+        """Values of a fitness kind relative to the tasks' own experts."""
+        return normalised(task_values(counts.value, self.examples, kind), self.expert, kind)
 
-    def fitness(self, counts: Counts, kind: str) -> Float[Array | np.ndarray, "*member"]:
-        """Higher is better; ``kind`` is ``accuracy`` or ``log_likelihood``."""
-        return self.normalised(counts) if kind == "accuracy" else self.mean_log_likelihood(counts)
+    def fitness(self, counts: Counts, kind: Fitness, name: Objective = "mean") -> Float[Array, " *member"]:
+        """Higher is better: 1 is, in the mean, as good as the experts."""
+        return objective(self.task_values(counts, kind), name, self.importance)
 
 
 def by_task(tasks: Sequence[str], values: np.ndarray) -> dict[str, float]:
