@@ -1,0 +1,167 @@
+"""Gradient search: Adam on the weights of a relaxed mask, stopped early on data it does not follow.
+
+A mask keeps or prunes a module; its relaxation multiplies it by a weight. The derivative of a smooth
+fitness through the merge costs about three evaluations whatever the number of modules, where local search
+pays one for each. A weight of 0 is a pruned module, so the search contains pruning. This file knows
+functions of weights, nothing of merges or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Num, PRNGKeyArray
+
+Weights = Float[Array, "*module"]
+Objective = Callable[..., Float[Array, ""]]
+"""``objective(weights, *operands) -> fitness``, higher is better."""
+
+
+class Settings(NamedTuple):
+    """Of the search.
+
+    Attributes:
+        steps: most steps of Adam.
+        learning_rate: of Adam.
+        highest: weights lie in 0..highest.
+        penalty: times the mean squared distance from the plain merge (all weights 1) is taken off the fitness.
+        jitter: standard deviation of the start around the plain merge, what tells seeds apart.
+        check_every: steps between looks at the data that stop the search.
+        patience: looks without a better value after which it stops.
+    """
+
+    steps: int
+    learning_rate: float = 0.08
+    highest: float = 3.0
+    penalty: float = 0.0
+    jitter: float = 0.01
+    check_every: int = 2
+    patience: int = 5
+
+
+class State(NamedTuple):
+    """Where a search is: everything that a resumed one needs."""
+
+    weights: Weights
+    optimizer: optax.OptState
+    step: Num[Array, ""]
+
+
+class Look(NamedTuple):
+    """One look at the other data.
+
+    Attributes:
+        step: steps done.
+        weights: at that point.
+        fitness: of the data that the search follows, at the last step (before its update); NaN at the start.
+        value: of the other data.
+    """
+
+    step: int
+    weights: Float[np.ndarray, "*module"]
+    fitness: float
+    value: float
+
+
+class Ascent(NamedTuple):
+    """Compiled functions of one search; several seeds share them.
+
+    ``init(key, present) -> State``; ``advance(state, present, *operands) -> (State, fitness)`` does
+    ``check_every`` steps. ``present`` [*module] is True where a module exists: elsewhere weights stay 1.
+    """
+
+    init: Callable[[PRNGKeyArray, Num[Array, "*module"]], State]
+    advance: Callable[..., tuple[State, Float[Array, ""]]]
+    settings: Settings
+
+
+def make_ascent(objective: Objective, settings: Settings) -> Ascent:
+    """Compile gradient ascent on an objective.
+
+    Args:
+        objective: differentiable; what it needs besides weights are operands, never closed over.
+        settings: see ``Settings``.
+    """
+    adam = optax.adam(settings.learning_rate)
+
+    def init(key: PRNGKeyArray, present: Num[Array, "*module"]) -> State:
+        noise = settings.jitter * jax.random.normal(key, present.shape)
+        weights = jnp.where(present, jnp.clip(1.0 + noise, 0.0, settings.highest), 1.0)
+        return State(weights, adam.init(weights), jnp.zeros((), jnp.int32))
+
+    def loss(weights: Weights, present: Array, *operands: Any) -> tuple[Array, Array]:
+        fitness = objective(weights, *operands)
+        distance = jnp.sum(jnp.where(present, (weights - 1.0) ** 2, 0.0)) / jnp.maximum(present.sum(), 1)
+        return settings.penalty * distance - fitness, fitness
+
+    def step(state: State, present: Array, *operands: Any) -> tuple[State, Array]:
+        (_, fitness), gradient = jax.value_and_grad(loss, has_aux=True)(state.weights, present, *operands)
+        # one module whose derivative is no number must not take the others with it
+        gradient = jnp.where(present & jnp.isfinite(gradient), gradient, 0.0)
+        updates, optimizer = adam.update(gradient, state.optimizer)
+        weights = jnp.clip(state.weights + updates, 0.0, settings.highest)
+        return State(jnp.where(present, weights, 1.0), optimizer, state.step + 1), fitness
+
+    def advance(state: State, present: Array, *operands: Any) -> tuple[State, Array]:
+        def body(_: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
+            return step(carry[0], present, *operands)
+
+        count = jnp.minimum(settings.check_every, settings.steps - state.step)
+        return jax.lax.fori_loop(0, count, body, (state, jnp.asarray(jnp.nan, jnp.float32)))
+
+    return Ascent(jax.jit(init), jax.jit(advance), settings)
+
+
+def run(
+    ascent: Ascent,
+    state: State,
+    present: Num[Array, "*module"],
+    operands: tuple[Any, ...],
+    look: Callable[[Float[np.ndarray, "*module"]], float],
+    looks: list[Look],
+    on_look: Callable[[State, list[Look]], None] | None = None,
+    may_go_on: Callable[[], bool] = lambda: True,
+) -> list[Look]:
+    """Climb until the steps are done, or the other data say that nothing better comes.
+
+    Args:
+        ascent: see ``make_ascent``.
+        state: where to begin.
+        present: which modules exist.
+        operands: of the objective.
+        look: the value of weights on the other data, higher is better.
+        looks: those of an earlier call that this one goes on with; empty for a new search.
+        on_look: called after each look; the place for checkpoints and history.
+        may_go_on: asked before every dispatch of steps (budgets).
+
+    Returns:
+        All looks, the start among them; the best of them is the result.
+    """
+    settings, looks = ascent.settings, list(looks)
+    if not looks:
+        start = np.asarray(state.weights)
+        looks.append(Look(0, start, float("nan"), look(start)))
+        if on_look is not None:
+            on_look(state, looks)
+    while int(state.step) < settings.steps and not _exhausted(looks, settings.patience) and may_go_on():
+        state, fitness = ascent.advance(state, present, *operands)
+        weights = np.asarray(state.weights)
+        looks.append(Look(int(state.step), weights, float(fitness), look(weights)))
+        if on_look is not None:
+            on_look(state, looks)
+    return looks
+
+
+def best(looks: list[Look]) -> Look:
+    """The look of the largest value; the earlier of equal ones; NaN never wins."""
+    return max(looks, key=lambda l: (-np.inf if np.isnan(l.value) else l.value, -l.step))
+
+
+def _exhausted(looks: list[Look], patience: int) -> bool:
+    steps = [look.step for look in looks]
+    return len(looks) - 1 - steps.index(best(looks).step) >= patience
