@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
 from enmp_jax.config import run_file
 from enmp_jax.config.run_file import MergeConfig
+from enmp_jax.config.schema import parse
 from enmp_jax.evaluation.problem import Problem, load
 from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.runs.directory import environment
@@ -45,12 +45,11 @@ def main() -> None:
     parser.add_argument("suite")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     args = parser.parse_args()
-    path = Path(args.suite)
-    run = run_file.load(path if path.exists() else run_file.SUITES / f"{args.suite}.yaml")
+    run = run_file.load(args.suite)
     columns: dict[str, np.ndarray] = {}
     means: dict[str, float] = {}
     for name in args.methods:
-        merge = MergeConfig(**METHODS[name])
+        merge = parse(MergeConfig, METHODS[name], name)
         problem = load(dataclasses.replace(run, merge=merge), ("search",))
         if not columns:
             sizes = problem.sizes("search")

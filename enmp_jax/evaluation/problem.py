@@ -198,9 +198,7 @@ def load(
     Raises:
         UserError: anything that does not fit together; nothing has been written by then.
     """
-    merge = merges.make(
-        run.merge.method, run.merge.space, run.merge.isotropize, **run.merge.hyperparameters()
-    )
+    merge = merges.make(run.merge.method, run.merge.space, run.merge.isotropize, **run.merge.arguments())
     base = run.path(run.base.model)
     backbone = models.build(checkpoint.read_config(checkpoint.find(base)), run.base.dtype)
     mesh = choose_mesh(run, backbone)

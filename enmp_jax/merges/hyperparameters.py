@@ -38,8 +38,8 @@ class Range:
         """In words: ``above 0 to 1``."""
         low, high = "above" if self.low_open else "from", "and below" if self.high_open else "to"
         if math.isinf(self.high):
-            return "finite" if math.isinf(self.low) else f"{low} {self.low:g}"
-        return f"{low} {self.low:g} {high} {self.high:g}"
+            return "finite" if math.isinf(self.low) else f"{low} {self.low:.9g}"
+        return f"{low} {self.low:.9g} {high} {self.high:.9g}"
 
 
 Share = Annotated[float, Range(0, 1)]

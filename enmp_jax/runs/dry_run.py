@@ -72,7 +72,7 @@ def _describe(problem: Problem, spec: MaskSpec) -> list[str]:
         sizes = ", ".join(f"{len(e[i].labels)} {which}" for which, e in problem.examples.items())
         lines.append(f"{task}: {config.adapter}, {classes} classes, {sizes}")
     merge = run.merge
-    options = "".join(f", {name} {value}" for name, value in merge.hyperparameters().items())
+    options = "".join(f", {name} {value}" for name, value in merge.arguments().items())
     isotropic = ", isotropized" if merge.isotropize else ""
     lines.append(
         f"merge: {merge.method} in {merge.space} space, scale {merge.scale}{options}{isotropic}; "
