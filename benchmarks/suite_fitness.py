@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from enmp_jax.config import run_file
 from enmp_jax.config.run_file import MergeConfig
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import load
+from enmp_jax.config.schema import parse
 from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.runs.directory import environment
 
@@ -46,12 +46,11 @@ def main() -> None:
     parser.add_argument("suite")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     args = parser.parse_args()
-    path = Path(args.suite)
-    run = run_file.load(path if path.exists() else run_file.SUITES / f"{args.suite}.yaml")
+    run = run_file.load(args.suite)
     columns: dict[str, np.ndarray] = {}
     means: dict[str, float] = {}
     for name in args.methods:
-        merge = MergeConfig(**METHODS[name])
+        merge = parse(MergeConfig, METHODS[name], name)
         evaluator = Evaluator(load(dataclasses.replace(run, merge=merge), ("search",)))
         if not columns:
             sizes = evaluator.loaded.sizes("search")

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import yaml
 
+from enmp_jax.cli.run_option import load_run_file
 from enmp_jax.config import run_file
+from enmp_jax.config.compose import packaged_names
 from enmp_jax.config.schema import to_dict
 from enmp_jax.errors import UserError
 
@@ -30,11 +32,9 @@ def test_defaults_are_those_of_the_papers_code(tmp_path):
     assert (search.x0, search.sigma0, search.threshold, search.max_pruned) == (-1.0, 0.5, 0.0, 0.2)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(p.name for p in run_file.SUITES.glob("*.yaml") if p.name != "prompts.yaml")
-)
+@pytest.mark.parametrize("name", packaged_names())
 def test_packaged_suites_load_and_come_back_from_their_plain_form(name, tmp_path):
-    run = run_file.load(run_file.SUITES / name)
+    run = load_run_file(name)
     again = run_file.load(write(tmp_path, to_dict(run)))
     assert dataclasses.replace(again, root=run.root) == run
 
@@ -65,6 +65,7 @@ BAD = {
     "scale": (change(["merge"], {"scale": "best"}), "merge: scale"),
     "empty grid": (change(["merge"], {"scale_grid": []}), "scale_grid is empty"),
     "task name": (change(["tasks", 0, "name"], "a:b"), "without / and :"),
+    "infinite": (change(["search"], {"sigma0": float("inf")}), "sigma0: expected a finite number, got inf"),
     "not a mapping": (change(["base"], "some/model"), "expected a mapping"),
 }
 
@@ -79,7 +80,7 @@ def test_bad_run_files_get_one_clear_line(case, tmp_path):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "- a\n- b\n", "", "base: [unclosed"])
+@pytest.mark.parametrize("text", ["{", "- a\n- b\n", "", "base: [unclosed", "base: {model: a, model: b}"])
 def test_what_is_no_run_file_is_refused(text, tmp_path):
     with pytest.raises(UserError) as caught:
         run_file.load(write(tmp_path, text))
@@ -92,8 +93,14 @@ def test_a_run_file_that_is_not_there(tmp_path):
 
 
 def test_numbers_in_scientific_notation(tmp_path):
-    data = yaml.safe_dump(MINIMAL) + "train: {learning_rate: 1e-3}\n"
-    assert run_file.load(write(tmp_path, data)).train.learning_rate == pytest.approx(1e-3)
+    data = (
+        yaml.safe_dump(MINIMAL) + "train: {learning_rate: 1e-3}\nmerge: {method: cart, rank_fraction: 4E-2}\n"
+    )
+    run = load_run_file(str(write(tmp_path, data)))
+    assert run.train.learning_rate == pytest.approx(1e-3)
+    assert run.merge.hyperparameters == {"rank_fraction": 0.04}
+    with pytest.raises(UserError, match="expected a finite number, got '1e-3'"):
+        run_file.load(write(tmp_path, yaml.safe_dump(MINIMAL) + "train: {learning_rate: '1e-3'}\n"))
 
 
 def test_paths_start_from_the_run_file(tmp_path):
@@ -105,6 +112,11 @@ def test_paths_start_from_the_run_file(tmp_path):
     assert run.path("package:demo.yaml") == str(run_file.SUITES / "demo.yaml")
 
 
-def test_hyperparameters_are_the_given_ones():
-    merge = run_file.MergeConfig(method="ties", density=0.4)
-    assert merge.hyperparameters() == {"density": 0.4}
+def test_other_keys_of_the_merge_section_are_hyperparameters(tmp_path):
+    data = MINIMAL | {"merge": {"method": "dare", "drop_rate": 0.5, "seed": 3, "gamma": None}}
+    merge = run_file.load(write(tmp_path, data)).merge
+    assert merge.hyperparameters == {"drop_rate": 0.5}  # null is as good as not given
+    assert merge.arguments() == {"seed": 3, "drop_rate": 0.5}
+    plain = to_dict(merge)
+    assert plain["drop_rate"] == 0.5 and "hyperparameters" not in plain
+    assert hash(merge) == hash(dataclasses.replace(merge))

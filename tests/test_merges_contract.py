@@ -10,7 +10,7 @@ import pytest
 from enmp_jax import merges
 from enmp_jax.deltas import member_axes
 from enmp_jax.lora import LoraStack, stack_adapters
-from enmp_jax.merges.hyperparameters import names
+from enmp_jax.merges.hyperparameters import hyperparameters
 
 LAYERS, OUT, IN = 2, 10, 14
 RANKS = (3, 2, 3)  # mixed: task 1 is padded
@@ -33,7 +33,7 @@ def adapters(seed: int = 0, scale: float = 1.0) -> dict:
 
 
 def hyper(method: str) -> dict:
-    return {k: v for k, v in HYPER.items() if k in names(merges.METHODS[method])}
+    return {k: v for k, v in HYPER.items() if k in hyperparameters(merges.METHODS[method])}
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from enmp_jax.lora import stack_adapters
         ({"method": "tise"}, "unknown merge method 'tise': did you mean 'ties'?"),
         ({"method": "ties", "space": "knot"}, "did you mean 'knots'?"),
         ({"method": "ties", "densty": 0.2}, "did you mean 'density'?"),
-        ({"method": "sum", "density": 0.2}, "sum has no hyperparameters"),
+        ({"method": "sum", "density": 0.2}, "merge method 'sum' has no hyperparameter 'density'"),
         ({"method": "ties", "density": 0.0}, "density is 0.0: it must be above 0 to 1"),
         ({"method": "ties", "density": "x"}, "density must be a number"),
         ({"method": "ties", "density": float("nan")}, "density is nan"),

@@ -13,7 +13,7 @@ from enmp_jax.deltas import member_axes
 from enmp_jax.lora import LoraStack, stack_adapters
 from enmp_jax.merges.base import _keys
 from enmp_jax.merges.dare import random_drop
-from enmp_jax.merges.hyperparameters import names
+from enmp_jax.merges.hyperparameters import hyperparameters
 
 HYPER = {
     "density": 0.4,
@@ -41,7 +41,7 @@ def random_stack(ranks: list[int], out: int, inner: int, layers: int = 1, seed: 
 
 
 def hyper(method: str) -> dict:
-    return {k: v for k, v in HYPER.items() if k in names(merges.METHODS[method])}
+    return {k: v for k, v in HYPER.items() if k in hyperparameters(merges.METHODS[method])}
 
 
 def ours(stack: LoraStack, pairs: list[tuple[str, bool]], method: str, keeps: np.ndarray) -> list[np.ndarray]:

@@ -1,19 +1,26 @@
-"""The packaged KnOTS run files: as generated, and each dry run on a simulated hub."""
+"""The packaged KnOTS run files: three suites, a table of methods, and each dry run on a simulated hub."""
 
 import pytest
 import simulated_hub
 
 from enmp_jax.cli import main as cli
 from enmp_jax.config import run_file
-from enmp_jax.suites import make_knots
+from enmp_jax.config.compose import packaged_names
 
-FILES = make_knots.files()
+SUITES = ("knots-vit-b-32", "knots-vit-l-14", "knots-llama-3-8b")
+NAMES = [name for name in packaged_names() if name.startswith("knots-") and name not in SUITES]
 
 
-def test_files_are_those_of_the_generator():
-    assert {p.name for p in run_file.SUITES.glob("knots-*.yaml")} == set(FILES)
-    for name, content in FILES.items():
-        assert (run_file.SUITES / name).read_text(encoding="utf-8") == content, f"run {make_knots.__name__}"
+def test_every_suite_with_every_method_has_a_name():
+    methods = ("tv", "ties", "dare-ties", "tsv", "iso", "knots-ties", "cart")
+    expected = {f"{suite}-{method}" for suite in SUITES for method in methods}
+    core = {f"{suite}-core-tsv-iso" for suite in SUITES[:2]} | {"knots-llama-3-8b-core-tsv"}
+    assert set(NAMES) == expected | core and len(NAMES) == 24
+    for suite in SUITES:
+        plain = run_file.load(suite)
+        for name in (n for n in NAMES if n.startswith(suite)):
+            whole = run_file.load(name)
+            assert (whole.base, whole.tasks, whole.search) == (plain.base, plain.tasks, plain.search)
 
 
 def test_settings_of_the_reference():
@@ -32,11 +39,10 @@ def test_settings_of_the_reference():
     for name, (vision, llama) in wanted.items():
         for suite, expected in (("vit-b-32", vision), ("vit-l-14", vision), ("llama-3-8b", llama)):
             suffix = "-iso" if name == "core-tsv" and suite != "llama-3-8b" else ""
-            m = run_file.load(run_file.SUITES / f"knots-{suite}-{name}{suffix}.yaml").merge
-            assert (m.space, m.method, m.scale, m.density, m.drop_rate, m.isotropize) == expected, (
-                suite,
-                name,
-            )
+            m = run_file.load(f"knots-{suite}-{name}{suffix}").merge
+            shares = (m.hyperparameters.get("density"), m.hyperparameters.get("drop_rate"))
+            found = (m.space, m.method, m.scale, *shares, m.isotropize)
+            assert found == expected, (suite, name)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,7 @@ VISION_CLASSES = {
 LLAMA_CLASSES = {"snli": 3, "mnli": 3, "sick": 3, "qnli": 2, "rte": 2, "scitail": 2}
 
 
-@pytest.mark.parametrize("name", [name.removesuffix(".yaml") for name in sorted(FILES)])
+@pytest.mark.parametrize("name", NAMES)
 def test_dry_run(name, capsys, tmp_path):
     assert cli.main(["search", name, "--dry-run"]) == 0
     out = capsys.readouterr().out

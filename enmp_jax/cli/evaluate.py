@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from enmp_jax.cli.run_option import RunFile, load_run_file
+from enmp_jax.cli.run_option import RunFile, Settings, load_run_file
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Args:
     """Merge coefficient; default: the mask's, else the run file's, else chosen on the search split."""
     experts: bool = False
     """Score only the adapters alone (the reference accuracies)."""
+    set: Settings = ()
     skip_bad: bool = False
     """Leave out images that do not decode, instead of stopping."""
     json: bool = False
@@ -43,7 +44,7 @@ def run(args: Args) -> None:
     from enmp_jax.runs.evaluate import evaluate_run
 
     with make_reporter() as reporter:
-        config = load_run_file(args.run, args.skip_bad)
+        config = load_run_file(args.run, args.set, args.skip_bad)
         result = evaluate_run(config, args.split, args.mask, args.scale, args.experts, reporter)
     if jax.process_index():
         return

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,15 +25,12 @@ from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import check_unused, new_directory, write_text
 from enmp_jax.masks import Module
+from enmp_jax.merges.hyperparameters import Hyperparameter, hyperparameters
 from enmp_jax.runs import mask_file
-
-HYPERPARAMETERS = (
-    "density", "gamma", "drop_rate", "rank_fraction", "coefficient", "common_fraction", "clusters", "seed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Args:
+class Options:
     """Merge PEFT LoRA adapters, all modules or under a mask. Needs no base model and no data
     (but for --format checkpoint)."""
 
@@ -41,30 +41,14 @@ class Args:
     format: Literal["delta", "peft", "adapters", "checkpoint"] = "delta"
     """``delta``: delta.safetensors; ``peft``: one merged adapter; ``adapters``: the pruned adapters;
     ``checkpoint``: the base model with everything merged in."""
-    method: str = "ties"
-    """sum, mean, ties, dare, dare_ties, breadcrumbs, tsv, cart, iso, iso_cts or lego."""
-    space: str = "full"
-    """full, knots or core."""
+    method: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(merges.METHODS)}.")] = "ties"
+    space: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(merges.SPACES)}.")] = "full"
     scale: float | None = None
     """Merge coefficient; default: the mask's, else 1."""
     isotropize: bool = False
     """Give the merged delta equal singular values."""
-    density: float | None = None
-    """ties, dare_ties, breadcrumbs: share of entries kept."""
-    gamma: float | None = None
-    """breadcrumbs: share of the largest entries dropped."""
-    drop_rate: float | None = None
-    """dare, dare_ties: share of entries dropped at random."""
-    rank_fraction: float | None = None
-    """cart: share of singular triplets kept."""
-    coefficient: float | None = None
-    """cart: weight of what tasks add to the average."""
-    common_fraction: float | None = None
-    """iso_cts: share of the common subspace."""
-    clusters: int | None = None
-    """lego: rank of the merged adapter."""
     seed: int | None = None
-    """dare, dare_ties."""
+    """Of methods that draw at random; default: 0."""
     task_weights: tuple[float, ...] | None = None
     """One factor for each task's delta, in the order of --adapter."""
     prune: Annotated[
@@ -83,6 +67,33 @@ class Args:
     """Merge adapters that name different base models."""
 
 
+def _hyperparameters() -> dict[str, dict[str, Hyperparameter]]:
+    """Name -> method -> hyperparameter, over all methods."""
+    found: dict[str, dict[str, Hyperparameter]] = {}
+    for method, factory in merges.METHODS.items():
+        for name, hyperparameter in hyperparameters(factory).items():
+            found.setdefault(name, {})[method] = hyperparameter
+    return found
+
+
+def _option(name: str, of: Mapping[str, Hyperparameter]) -> tuple[str, Any, Any]:
+    """A field of ``Args``: which methods take a hyperparameter, what it is and does there."""
+    lines = []
+    for method, one in of.items():
+        default = "" if one.default is None else f"; default {one.default}"
+        lines.append(f"{method} ({one.domain()}{default}): {one.help}")
+    kinds = functools.reduce(operator.or_, {one.type for one in of.values()})
+    option = tyro.conf.arg(help=" ".join(lines), metavar="VALUE", help_behavior_hint="")
+    return name, Annotated[kinds | None, option], None
+
+
+# every hyperparameter of every method is an option
+Args = make_dataclass(
+    "Args", [_option(*item) for item in _hyperparameters().items()], bases=(Options,), frozen=True
+)
+Args.__doc__ = Options.__doc__
+
+
 class Merged(NamedTuple):
     """What the writers of formats get."""
 
@@ -93,7 +104,7 @@ class Merged(NamedTuple):
     mask: Mapping[str, Any]  # content of mask.json
 
 
-def run(args: Args) -> None:
+def run(args: Options) -> None:
     """Merge and write.
 
     Raises:
@@ -102,15 +113,15 @@ def run(args: Args) -> None:
     if args.format == "checkpoint" and args.base_model is None:
         raise UserError("--format checkpoint needs --base-model DIR")
     check_unused(args.out)
-    given = {name: getattr(args, name) for name in (*HYPERPARAMETERS, "task_weights")}
-    hyperparameters = {name: value for name, value in given.items() if value is not None}
+    names = ("seed", "task_weights", *_hyperparameters())
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     # bad methods and values are found before anything is read
-    method = merges.make(args.method, args.space, args.isotropize, **hyperparameters)
+    method = merges.make(args.method, args.space, args.isotropize, **given)
     loaded = load_adapters(adapter_sources(args.adapter), allow_base_mismatch=args.allow_base_mismatch)
     spec, keep, scale = _mask(args, loaded)
     options = {"isotropize": True} if args.isotropize else {}
     recipe = Recipe(
-        {"method": args.method, "space": args.space, "scale": scale, **options, **hyperparameters},
+        {"method": args.method, "space": args.space, "scale": scale, **options, **given},
         spec.pruned_modules(keep),
     )
 
@@ -153,7 +164,7 @@ def parse_prune(text: str) -> Module:
     return (layer, parts[1]) if len(parts) == 2 else (layer, parts[1], parts[2])
 
 
-def _mask(args: Args, loaded: LoadedAdapters) -> tuple[masks.MaskSpec, np.ndarray, float]:
+def _mask(args: Options, loaded: LoadedAdapters) -> tuple[masks.MaskSpec, np.ndarray, float]:
     if args.mask is not None:
         if args.prune:
             raise UserError("give --prune or --mask, not both")
@@ -168,7 +179,7 @@ def _mask(args: Args, loaded: LoadedAdapters) -> tuple[masks.MaskSpec, np.ndarra
     return spec, spec.keep_from_pruned(modules), 1.0 if args.scale is None else args.scale
 
 
-def _delta(args: Args, merged: Merged) -> list[str]:
+def _delta(args: Options, merged: Merged) -> list[str]:
     with new_directory(args.out) as directory:
         count = write_delta(directory / "delta.safetensors", merged.deltas(), merged.loaded.names)
         _write_mask(directory, merged)
@@ -177,15 +188,15 @@ def _delta(args: Args, merged: Merged) -> list[str]:
     return [f"{count} matrices in delta.safetensors"]
 
 
-def _peft(args: Args, merged: Merged) -> list[str]:
+def _peft(args: Options, merged: Merged) -> list[str]:
     return [export_peft(args.out, merged.loaded, merged.deltas(), merged.recipe, args.rank)]
 
 
-def _adapters(args: Args, merged: Merged) -> list[str]:
+def _adapters(args: Options, merged: Merged) -> list[str]:
     return export_adapters(args.out, merged.loaded, merged.keep, merged.recipe)
 
 
-def _checkpoint(args: Args, merged: Merged) -> list[str]:
+def _checkpoint(args: Options, merged: Merged) -> list[str]:
     assert args.base_model is not None
     line = export_checkpoint(
         args.out, merged.loaded, merged.deltas(), args.base_model, merged.recipe, dtype=args.dtype
@@ -194,12 +205,10 @@ def _checkpoint(args: Args, merged: Merged) -> list[str]:
 
 
 def _write_mask(directory: Path, merged: Merged) -> None:
-    import json
-
     write_text(directory / "mask.json", json.dumps(merged.mask, indent=1) + "\n")
 
 
-FORMATS: dict[str, Callable[[Args, Merged], list[str]]] = {
+FORMATS: dict[str, Callable[[Options, Merged], list[str]]] = {
     "delta": _delta,
     "peft": _peft,
     "adapters": _adapters,

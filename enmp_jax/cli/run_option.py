@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from enmp_jax.config import run_file
+from enmp_jax import merges
+from enmp_jax.config import compose, run_file
+from enmp_jax.errors import UserError
 
 RunFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN.yaml")]
+Settings = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        metavar="KEY=VALUE",
+        help="Change a key of the run file (``search.population=32``); may be given many times. "
+        "A new ``merge.method`` brings its own hyperparameters.",
+    ),
+]
 
 
-def load_run_file(name: str, skip_bad: bool = False, **overrides: Any) -> run_file.RunConfig:
-    """A run file or packaged suite by name; ``overrides`` of its ``search`` section, None ones left out."""
-    path = Path(name)
-    packaged = run_file.SUITES / f"{name}.yaml"
-    loaded = run_file.load(packaged if not path.exists() and packaged.exists() else path)
-    if skip_bad:
-        loaded = run_file.skip_bad_images(loaded)
+def load_run_file(
+    name: str, settings: Settings = (), skip_bad: bool = False, **overrides: Any
+) -> run_file.RunConfig:
+    """A run file, or a packaged one by name, as the command line wants it.
+
+    Args:
+        name: path or packaged name.
+        settings: ``--set``.
+        skip_bad: leave out images that do not decode, in every task.
+        overrides: of the ``search`` section, None ones left out; they win over ``settings``.
+
+    Raises:
+        UserError: a run file, setting, merge method or hyperparameter that cannot be.
+    """
     given = {key: value for key, value in overrides.items() if value is not None}
-    return run_file.check(dataclasses.replace(loaded, search=dataclasses.replace(loaded.search, **given)))
+    over = compose.settings(run_file.RunConfig, settings)
+    loaded = run_file.load(name, over, {"search": given} if given else {})
+    merge = loaded.merge
+    try:
+        merges.make(merge.method, merge.space, merge.isotropize, **merge.arguments())
+    except UserError as error:
+        raise UserError(f"{name}: merge: {error}") from None
+    return run_file.skip_bad_images(loaded) if skip_bad else loaded

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from enmp_jax.cli.run_option import RunFile, load_run_file
+from enmp_jax.cli.run_option import RunFile, Settings, load_run_file
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.errors import UserError
 
@@ -24,6 +24,7 @@ class Args:
     """Go on with the search in --out."""
     dry_run: bool = False
     """Load everything, compile, score one batch under one mask, say what would run; write no results."""
+    set: Settings = ()
     skip_bad: bool = False
     """Leave out images that do not decode, instead of stopping."""
     seeds: int | None = None
@@ -50,7 +51,7 @@ def run(args: Args) -> None:
     from enmp_jax.runs.search import search_run
 
     config = load_run_file(
-        args.run, args.skip_bad, seeds=args.seeds, generations=args.generations,
+        args.run, args.set, args.skip_bad, seeds=args.seeds, generations=args.generations,
         population=args.population, seed=args.seed,
     )  # fmt: skip
     if args.dry_run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from enmp_jax.cli.run_option import RunFile, load_run_file
+from enmp_jax.cli.run_option import RunFile, Settings, load_run_file
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Args:
     run: RunFile
     out: Path
     """Directory for base/ and adapters/TASK/; what is there already is kept."""
+    set: Settings = ()
     skip_bad: bool = False
     """Leave out images that do not decode, instead of stopping."""
 
@@ -25,4 +26,4 @@ def run(args: Args) -> None:
     from enmp_jax.runs.train import train_run
 
     with make_reporter() as reporter:
-        train_run(load_run_file(args.run, args.skip_bad), args.out, reporter.say)
+        train_run(load_run_file(args.run, args.set, args.skip_bad), args.out, reporter.say)

@@ -1,30 +1,49 @@
 """Run files: what stands in one, as frozen dataclasses, and the checks that their types cannot make.
 
 Relative paths in a run file are relative to the run file; ``package:demo/base`` means a file
-shipped in ``enmp_jax/suites``.
+shipped in ``enmp_jax/suites``. A run file may extend another one: see ``config.compose``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from enmp_jax.config import compose
+from enmp_jax.config.paths import SUITES, resolve_path  # noqa: F401 (found here by users of run files)
 from enmp_jax.config.schema import parse
 from enmp_jax.errors import UserError
 
-SUITES = Path(__file__).parent.parent / "suites"
+
+def _whole(value: str, move: Callable[[str], str]) -> str:
+    return move(value)
+
+
+def _after_kind(value: str, move: Callable[[str], str]) -> str:
+    """``KIND:PATH``; names of TFDS are no paths, those of hubs may end in configuration and revision."""
+    kind, colon, name = value.partition(":")
+    if not colon or kind in ("tfds", "package"):
+        return value
+    end = min((i for i in map(name.find, "@:") if i >= 0), default=len(name)) if kind == "hf" else len(name)
+    return f"{kind}:{move(name[:end])}{name[end:]}"
+
+
+def _head(value: str, move: Callable[[str], str]) -> str:
+    return value if value in ("adapter", "zero-shot", "base") else move(value)
+
+
+# how a relative path in a field is rewritten where another run file extends its own
+_PATH, _SOURCE, _HEAD = ({"path": rewrite} for rewrite in (_whole, _after_kind, _head))
 
 
 @dataclass(frozen=True)
 class BaseConfig:
     """The base model: a directory in Hugging Face layout or a hub id."""
 
-    model: str
+    model: str = field(metadata=_PATH)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the backbone; norms, softmax and logits stay in float32."""
     allow_mismatch: bool = False
@@ -35,14 +54,14 @@ class BaseConfig:
 class DataConfig:
     """Where a task's examples come from. Splits are disjoint; ``train`` is for ``enmp train`` only."""
 
-    source: str
+    source: str = field(metadata=_SOURCE)
     """``npz:FILE``, ``tfds:NAME``, ``hf:NAME``, ``folder:DIR`` or ``jsonl:FILE``."""
     train: str | None = None
     """A split with an optional slice, as in TFDS: ``train[:80%]``, ``validation[100:]``."""
     search: str | None = None
     selection: str | None = None
     test: str | None = None
-    data_dir: str | None = None
+    data_dir: str | None = field(default=None, metadata=_PATH)
     """TFDS data directory; default: TFDS's own."""
     image: str | None = None
     """Key of the image; default: found from the data."""
@@ -69,7 +88,7 @@ class DataConfig:
 class HeadConfig:
     """What turns features into class scores."""
 
-    source: str = "adapter"
+    source: str = field(default="adapter", metadata=_HEAD)
     """``adapter`` (saved by PEFT's modules_to_save), ``zero-shot`` (CLIP prompts), ``base`` (the base
     model's own), or a safetensors file with ``weight`` [classes, width] and, optionally, ``bias``."""
     prompts: str | None = None
@@ -85,7 +104,7 @@ class TaskConfig:
     """One task: an adapter, its data and its head."""
 
     name: str
-    adapter: str
+    adapter: str = field(metadata=_PATH)
     """PEFT directory or hub id (``name@revision``)."""
     data: DataConfig
     head: HeadConfig = HeadConfig()
@@ -95,7 +114,8 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """The merge method. Hyperparameters that the method does not know are errors."""
+    """The merge method. All other keys of the section are hyperparameters of that method, which knows
+    their names and ranges (``merges.make`` checks them)."""
 
     method: str = "ties"
     space: Literal["full", "knots", "core"] = "full"
@@ -103,20 +123,14 @@ class MergeConfig:
     """Merge coefficient; ``auto``: the best of ``scale_grid`` on the search split, nothing pruned."""
     scale_grid: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.0)
     isotropize: bool = False
-    density: float | None = None
-    gamma: float | None = None
-    drop_rate: float | None = None
-    rank_fraction: float | None = None
-    coefficient: float | None = None
-    common_fraction: float | None = None
-    clusters: int | None = None
     seed: int | None = None
     task_weights: tuple[float, ...] | None = None
+    # mappings have no hash; equal configs still have equal hashes
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata={"rest": "method"})
 
-    def hyperparameters(self) -> dict[str, Any]:
-        """The given hyperparameters of the method (those not None)."""
-        general = ("method", "space", "scale", "scale_grid", "isotropize")
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in general}
+    def arguments(self) -> dict[str, Any]:
+        """What is given to ``merges.make`` beside method, space and isotropize."""
+        given = {"seed": self.seed, "task_weights": self.task_weights, **self.hyperparameters}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -225,33 +239,20 @@ class RunConfig:
         return resolve_path(value, self.root)
 
 
-def resolve_path(value: str, root: Path) -> str:
-    """Resolve a path of a run file (see the module docstring)."""
-    if value.startswith("package:"):
-        return str(SUITES / value.removeprefix("package:"))
-    path = Path(value).expanduser()
-    if path.is_absolute():
-        return str(path)
-    local = root / path
-    return str(local) if local.exists() or value.startswith((".", "~")) else value
+def load(name: str | Path, *over: Mapping[str, Any]) -> RunConfig:
+    """Read and check a run file, with what it extends.
 
-
-def load(path: str | Path) -> RunConfig:
-    """Read and check a run file.
+    Args:
+        name: its path, or the name of a packaged one.
+        over: settings in a run file's plain form, which lie over it.
 
     Raises:
         UserError: unreadable file, unknown key (the nearest right one is named), wrong type or value.
     """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read run file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must be a mapping with the keys base and tasks")
-    return check(dataclasses.replace(parse(RunConfig, data, str(path)), root=path.parent.resolve()))
+    data, root = compose.read(RunConfig, str(name))
+    for settings in over:
+        data = compose.overlay(RunConfig, data, settings)
+    return check(dataclasses.replace(parse(RunConfig, data, str(name)), root=root.resolve()))
 
 
 def check(run: RunConfig) -> RunConfig:

@@ -1,33 +1,64 @@
-"""Frozen dataclasses from plain mappings and back. Unknown keys and wrong types are errors."""
+"""Frozen dataclasses from plain mappings and back. Unknown keys and wrong types are errors.
+
+A field with the metadata ``rest`` collects the keys that no other field of its dataclass has; in the
+plain form they stand beside the others. Fields with the metadata ``internal`` have no plain form.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, suggestion
+
+
+def keys(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a dataclass that a mapping names."""
+    hidden = ("internal", "rest")
+    return {f.name: f for f in dataclasses.fields(cls) if not any(map(f.metadata.get, hidden))}
+
+
+def rest(cls: type) -> str | None:
+    """The field that collects all other keys."""
+    return next((f.name for f in dataclasses.fields(cls) if f.metadata.get("rest")), None)
+
+
+def section(cls: type | None, key: str) -> type | None:
+    """The dataclass below a key, that of the items if it is a list; None where there is none."""
+    if cls is None or key not in keys(cls):
+        return None
+    hint = typing.get_type_hints(cls)[key]
+    options = [hint, *typing.get_args(hint)]
+    return next((typing.cast(type, x) for x in options if dataclasses.is_dataclass(x)), None)
 
 
 def parse(cls: type, data: Any, where: str) -> Any:
-    """Build a dataclass from a mapping, checking keys and types."""
+    """Build a dataclass from a mapping, checking keys and types.
+
+    Raises:
+        UserError: an unknown or missing key, or a value of the wrong type.
+    """
+    fields, hints, other = keys(cls), typing.get_type_hints(cls), rest(cls)
     if not isinstance(data, Mapping):
-        raise UserError(f"{where}: expected a mapping with keys such as {_some_keys(cls)}, got {_show(data)}")
-    fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
-    hints = typing.get_type_hints(cls)
+        raise UserError(
+            f"{where}: expected a mapping with keys such as {', '.join(list(fields)[:3])}, got {_show(data)}"
+        )
     for key in data:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+        if key not in fields and (other is None or not isinstance(key, str)):
+            raise UserError(f"{where}: unknown key {key!r}; {suggestion(key, fields, 'known keys')}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in data:
             raise UserError(f"{where}: the key {name!r} is missing")
-    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in data.items()})
+    given = {key: _convert(hints[key], data[key], f"{where}: {key}") for key in fields if key in data}
+    if other is not None:
+        # null is as good as not given
+        given[other] = {k: v for k, v in data.items() if k not in fields and v is not None}
+    return cls(**given)
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -61,13 +92,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if kind is float:
-        # YAML 1.1 reads 1e-3 as a string
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            return float(value)
-        except (TypeError, ValueError):
-            raise UserError(f"{where}: expected a number, got {_show(value)}") from None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{where}: expected a finite number, got {_show(value)}")
+        return float(value)
     if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
         raise UserError(f"{where}: expected {kind.__name__}, got {_show(value)}")
     return value
@@ -76,8 +103,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 def to_dict(config: Any) -> Any:
     """The plain form of a config, ready for YAML; internal fields left out."""
     if dataclasses.is_dataclass(config):
-        fields = [f for f in dataclasses.fields(config) if not f.metadata.get("internal")]
-        return {f.name: to_dict(getattr(config, f.name)) for f in fields}
+        own, other = keys(typing.cast(type, config)), rest(typing.cast(type, config))
+        beside = {} if other is None else to_dict(getattr(config, other))
+        return {name: to_dict(getattr(config, name)) for name in own} | beside
     if isinstance(config, Mapping):
         return {key: to_dict(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
@@ -88,7 +116,3 @@ def to_dict(config: Any) -> Any:
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _some_keys(cls: type) -> str:
-    return ", ".join(f.name for f in dataclasses.fields(cls)[:3])

@@ -109,7 +109,7 @@ def make_merge(run: RunConfig) -> Merge:
         UserError: an unknown method or hyperparameter, or a value out of range.
     """
     merge = run.merge
-    return merges.make(merge.method, merge.space, merge.isotropize, **merge.hyperparameters())
+    return merges.make(merge.method, merge.space, merge.isotropize, **merge.arguments())
 
 
 def load_run_adapters(run: RunConfig, backbone: Backbone) -> LoadedAdapters:

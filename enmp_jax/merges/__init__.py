@@ -8,13 +8,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, suggestion
 from enmp_jax.lora import LoraPair, LoraStack
-from enmp_jax.merges import hyperparameters as hyper
 from enmp_jax.merges.base import LayerMethod, Merge, lift, merge_population
 from enmp_jax.merges.breadcrumbs import breadcrumbs
 from enmp_jax.merges.cart import cart
 from enmp_jax.merges.dare import dare, dare_ties
+from enmp_jax.merges.hyperparameters import check, check_seed
 from enmp_jax.merges.iso import iso, isotropized
 from enmp_jax.merges.iso_cts import iso_cts
 from enmp_jax.merges.lego import lego
@@ -43,7 +43,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("lego", "core"): "it clusters the adapters' own factors; use full",
 }
 _ISOTROPIC = ("iso", "iso_cts")
-_RANDOM = ("dare", "dare_ties")
 
 __all__ = ["METHODS", "REFUSED", "SPACES", "Merge", "make", "merge_population"]
 
@@ -64,17 +63,17 @@ def make(method: str, space: str = "full", isotropize: bool = False, **hyperpara
     """
     name = method.replace("-", "_")
     if name not in METHODS:
-        raise UserError(hyper.nearest("merge method", method, METHODS))
+        raise UserError(f"unknown merge method {method!r}: {suggestion(name, METHODS)}")
     if space not in SPACES:
-        raise UserError(hyper.nearest("merge space", space, SPACES))
+        raise UserError(f"unknown merge space {space!r}: {suggestion(space, SPACES)}")
     if (name, space) in REFUSED:
         raise UserError(f"{name} makes no sense in {space} space: {REFUSED[name, space]}")
     if isotropize and name in _ISOTROPIC:
         raise UserError(f"{name} is isotropic already: leave out isotropize")
     weights = hyperparameters.pop("task_weights", None)
     # random methods alone use the seed; others accept it, as run files set it for a whole run
-    seed = int(hyper.check_range("seed", hyperparameters.pop("seed", 0)))
-    built = METHODS[name](space, **hyper.check(name, METHODS[name], hyperparameters))
+    seed = check_seed(hyperparameters.pop("seed", 0))
+    built = METHODS[name](space, **check(name, METHODS[name], hyperparameters))
     merge = lift(isotropized(built) if isotropize else built, seed)
     return merge if weights is None else _weighted(merge, weights)
 

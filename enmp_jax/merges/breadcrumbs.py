@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from enmp_jax.merges.base import LayerMethod
 from enmp_jax.merges.dare import added
-from enmp_jax.merges.entrywise import Entrywise, in_space
+from enmp_jax.merges.entrywise import Entrywise, entrywise_in_space
+from enmp_jax.merges.hyperparameters import PositiveShare, ProperShare
 
 
-def breadcrumbs(space: str = "full", density: float = 0.1, gamma: float = 0.01) -> LayerMethod:
+def breadcrumbs(space: str = "full", density: PositiveShare = 0.1, gamma: ProperShare = 0.01) -> LayerMethod:
     """Model Breadcrumbs.
+
+    Dense in full space, where export as a PEFT adapter truncates; low-rank, and exported exactly, in the
+    KnOTS and core spaces.
 
     Args:
         space: see ``SPACES``.
@@ -24,4 +28,4 @@ def breadcrumbs(space: str = "full", density: float = 0.1, gamma: float = 0.01) 
         top = int(size * gamma)
         return top, min(top + int(size * density), size)
 
-    return in_space(space, Entrywise(added, counts))
+    return entrywise_in_space(space, Entrywise(added, counts))

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from enmp_jax.merges.base import LayerMethod
-from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, in_space
+from enmp_jax.merges.hyperparameters import PositiveShare
+from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, matrix_method_in_space
 from enmp_jax.merges.spectral import truncate
 
 
-def cart(space: str = "full", rank_fraction: float = 0.04, coefficient: float = 0.1) -> LayerMethod:
-    """CART.
+def cart(space: str = "full", rank_fraction: PositiveShare = 0.04, coefficient: float = 0.1) -> LayerMethod:
+    """CART. Low-rank in every space: export as a PEFT adapter is exact.
 
     Args:
         space: see ``SPACES``.
@@ -35,4 +36,4 @@ def cart(space: str = "full", rank_fraction: float = 0.04, coefficient: float = 
         centred = jax.vmap(lambda matrix, w: truncate(matrix - average, count, w != 0))(matrices, weights)
         return average + coefficient * jnp.tensordot(weights, centred, 1)
 
-    return in_space(space, MatrixMethod(lambda x: x, combine), sequential=True)
+    return matrix_method_in_space(space, MatrixMethod(lambda x: x, combine), sequential=True)

@@ -15,31 +15,35 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from enmp_jax.merges.base import LayerMethod
-from enmp_jax.merges.entrywise import Combine, Entrywise, Tasks, in_space
+from enmp_jax.merges.entrywise import Combine, Entrywise, Tasks, entrywise_in_space
+from enmp_jax.merges.hyperparameters import PositiveShare, ProperShare
 from enmp_jax.merges.ties import elect, largest, total
 
 added = Combine(None, lambda x, weights, votes: total(x, weights))
 
 
-def dare(space: str = "full", drop_rate: float = 0.9) -> LayerMethod:
+def dare(space: str = "full", drop_rate: ProperShare = 0.9) -> LayerMethod:
     """DARE with task arithmetic.
+
+    Dense in full space, where export as a PEFT adapter truncates; low-rank, and exported exactly, in the
+    KnOTS and core spaces.
 
     Args:
         space: see ``SPACES``.
         drop_rate: share of entries dropped (the paper's p; it goes up to 0.9 and beyond).
     """
-    return in_space(space, Entrywise(added, drop=random_drop(drop_rate)))
+    return entrywise_in_space(space, Entrywise(added, drop=random_drop(drop_rate)))
 
 
-def dare_ties(space: str = "full", drop_rate: float = 0.9, density: float = 0.2) -> LayerMethod:
-    """DARE, then TIES on what is left.
+def dare_ties(space: str = "full", drop_rate: ProperShare = 0.9, density: PositiveShare = 0.2) -> LayerMethod:
+    """DARE, then TIES on what is left. Dense or low-rank, and exported, as ``dare`` is.
 
     Args:
         space: see ``SPACES``.
         drop_rate: share of entries dropped first.
         density: share of all entries that TIES then keeps of each task.
     """
-    return in_space(space, Entrywise(elect, largest(density), random_drop(drop_rate)))
+    return entrywise_in_space(space, Entrywise(elect, largest(density), random_drop(drop_rate)))
 
 
 def random_drop(rate: float) -> Callable[[Tasks, Key[Array, " task"], Int[Array, ""] | int], Tasks]:

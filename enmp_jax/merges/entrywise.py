@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from enmp_jax.deltas import Dense, LowRank
 from enmp_jax.merges.base import LayerInputs, LayerMethod
 from enmp_jax.merges.batching import one_by_one, one_by_one_differentiable
-from enmp_jax.merges.spaces import Factors, Size, core_bases, factorise, knots
+from enmp_jax.merges.spaces import QrFactors, Size, core_bases, knots, qr_factors
 from enmp_jax.merges.thresholds import threshold_of_largest
 
 Tasks = Float[Array, "task row column"]
@@ -52,15 +52,15 @@ class Entrywise(NamedTuple):
         return x if self.drop is None else self.drop(x, key, first_row)
 
 
-def in_space(space: str, method: Entrywise) -> LayerMethod:
+def entrywise_in_space(space: str, method: Entrywise) -> LayerMethod:
     """The method on the entries of the tasks' matrices in a space."""
     if space == "full":
-        return _in_full_space(method)
+        return _full_space(method)
 
-    def prepare(inputs: LayerInputs) -> tuple[Factors, Key[Array, " task"]]:
-        return factorise(inputs), inputs.key
+    def prepare(inputs: LayerInputs) -> tuple[QrFactors, Key[Array, " task"]]:
+        return qr_factors(inputs), inputs.key
 
-    def merge(ingredients: tuple[Factors, Key[Array, " task"]], weights: Float[Array, " task"]) -> LowRank:
+    def merge(ingredients: tuple[QrFactors, Key[Array, " task"]], weights: Float[Array, " task"]) -> LowRank:
         # two times faster on CPUs than a batch of members, whose temporaries fall out of the cache
         arrays, structure = jax.tree.flatten((ingredients, weights))
         factors = ingredients[0]
@@ -68,7 +68,7 @@ def in_space(space: str, method: Entrywise) -> LayerMethod:
         return LowRank(factors.q_b, core, None if space == "knots" else factors.q_a.T)
 
     def merge_core(
-        ingredients: tuple[Factors, Key[Array, " task"]], weights: Float[Array, " task"]
+        ingredients: tuple[QrFactors, Key[Array, " task"]], weights: Float[Array, " task"]
     ) -> Float[Array, "p q"]:
         factors, key = ingredients
         if space == "knots":
@@ -121,7 +121,7 @@ class _Full(NamedTuple):
     limits: tuple[Float[Array, " task"], Float[Array, " task"]] | None
 
 
-def _in_full_space(method: Entrywise) -> LayerMethod:
+def _full_space(method: Entrywise) -> LayerMethod:
     def prepare(inputs: LayerInputs) -> _Full:
         tasks, out, rank = inputs.b.shape
         size = out * inputs.a.shape[-1]

@@ -1,71 +1,161 @@
-"""Names and ranges of the hyperparameters of merge methods."""
+"""Hyperparameters of merge methods, read off the signatures and docstrings of their factories.
+
+A factory says all there is to know: ``density: Annotated[float, Range(0, 1, low_open=True)] = 0.2`` gives
+type, range and default, the ``Args`` section of its docstring the help. Whatever checks, lists or
+offers hyperparameters (``make``, run files, ``enmp merge --help``) asks here.
+"""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from enmp_jax.errors import UserError
-
-# name -> (lowest, highest, whether the lowest and the highest are allowed)
-_RANGES: Mapping[str, tuple[float, float, bool, bool]] = {
-    "density": (0, 1, False, True),
-    "gamma": (0, 1, True, False),
-    "drop_rate": (0, 1, True, False),
-    "rank_fraction": (0, 1, False, True),
-    "coefficient": (-math.inf, math.inf, False, False),
-    "common_fraction": (0, 1, True, True),
-    "clusters": (1, 1_000_000, True, True),
-    "seed": (0, 2**32 - 1, True, True),
-}
-_WHOLE = ("clusters", "seed")
+from enmp_jax.errors import UserError, suggestion
 
 
-def nearest(kind: str, name: str, known: Collection[str]) -> str:
-    """The message for an unknown name, with the nearest right one."""
-    near = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
-    return f"unknown {kind} {name!r}: {hint}"
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, an open end left out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        """Whether a finite number lies in the range."""
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        """In words: ``above 0 to 1``."""
+        low, high = "above" if self.low_open else "from", "and below" if self.high_open else "to"
+        if math.isinf(self.high):
+            return "finite" if math.isinf(self.low) else f"{low} {self.low:.9g}"
+        return f"{low} {self.low:.9g} {high} {self.high:.9g}"
 
 
-def names(factory: Callable[..., Any]) -> tuple[str, ...]:
-    """The hyperparameters of a method."""
-    return tuple(name for name in inspect.signature(factory).parameters if name != "space")
+Share = Annotated[float, Range(0, 1)]
+"""None (0) to all (1)."""
+PositiveShare = Annotated[float, Range(0, 1, low_open=True)]
+"""More than none, to all."""
+ProperShare = Annotated[float, Range(0, 1, high_open=True)]
+"""None to not quite all."""
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+
+# what `make` and the merge section of a run file take for every method: near misses are named
+GENERAL = ("scale", "scale_grid", "space", "isotropize", "seed", "task_weights")
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """One hyperparameter of one method.
+
+    Attributes:
+        name: as in the factory's signature.
+        type: float, int, or a ``Literal`` of strings.
+        range: of numbers.
+        default: None where the method finds its own.
+        help: from the factory's docstring.
+    """
+
+    name: str
+    type: Any
+    range: Range
+    default: Any
+    help: str
+
+    def check(self, value: Any) -> Any:
+        """The value, whole numbers as int.
+
+        Raises:
+            UserError: of another type, or out of range.
+        """
+        if typing.get_origin(self.type) is Literal:
+            choices = typing.get_args(self.type)
+            if value not in choices:
+                raise UserError(f"{self.name} must be one of {', '.join(choices)}, not {value!r}")
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{self.name} must be a number, not {value!r}")
+        if value not in self.range:
+            raise UserError(f"{self.name} is {value!r}: it must be {self.range}")
+        if self.type is int and value != int(value):
+            raise UserError(f"{self.name} must be a whole number, not {value!r}")
+        return int(value) if self.type is int else value
+
+    def domain(self) -> str:
+        """What values it takes, in words."""
+        if typing.get_origin(self.type) is Literal:
+            return " or ".join(typing.get_args(self.type))
+        return str(self.range)
+
+
+def hyperparameters(factory: Callable[..., Any]) -> dict[str, Hyperparameter]:
+    """Those of a method by name: every parameter of its factory but ``space``.
+
+    Raises:
+        TypeError: a parameter that is not annotated as a number or a ``Literal`` of strings, or has no
+            default or no line in the docstring (a fault of the factory, not of its user).
+    """
+    hints = typing.get_type_hints(factory, include_extras=True)
+    lines, found = _documented(factory), {}
+    for name, parameter in inspect.signature(factory).parameters.items():
+        if name == "space":
+            continue
+        kind, limits = _unwrapped(hints.get(name))
+        if kind not in (int, float) and typing.get_origin(kind) is not Literal:
+            raise TypeError(f"{factory.__name__}: annotate {name} as float, int or a Literal of strings")
+        if parameter.default is inspect.Parameter.empty or name not in lines:
+            raise TypeError(f"{factory.__name__}: {name} needs a default and a line under Args")
+        found[name] = Hyperparameter(name, kind, limits, parameter.default, lines[name])
+    return found
 
 
 def check(method: str, factory: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Check the hyperparameters given for a method; returns them, whole numbers as int.
 
     Raises:
-        UserError: one that the method does not have, or a value that is no number or out of range.
+        UserError: one that the method does not have, or a value of another type or out of range.
     """
-    known, checked = names(factory), {}
+    known, checked = hyperparameters(factory), {}
     for name, value in given.items():
         if name not in known:
-            if not known:
-                raise UserError(f"{method} has no hyperparameters: leave out {name!r}")
-            raise UserError(f"merge method {method!r}: {nearest('hyperparameter', name, known)}")
-        checked[name] = check_range(name, value)
+            hint = suggestion(name, [*known, *GENERAL], "it takes")
+            raise UserError(f"merge method {method!r} has no hyperparameter {name!r}: {hint}")
+        checked[name] = known[name].check(value)
     return checked
 
 
-def check_range(name: str, value: Any) -> float | int:
-    """Check one hyperparameter's value.
+def check_seed(value: Any) -> int:
+    """Check the seed, which ``make`` takes for every method.
 
     Raises:
-        UserError: no number, not whole where it must be, or out of range.
+        UserError: no whole number, or out of range.
     """
-    low, high, with_low, with_high = _RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{name} must be a number, not {value!r}")
-    if name in _WHOLE and value != int(value):
-        raise UserError(f"{name} must be a whole number, not {value!r}")
-    inside = (low <= value if with_low else low < value) and (value <= high if with_high else value < high)
-    if not inside:
-        lower, upper = "from" if with_low else "above", "to" if with_high else "and below"
-        range_of = "finite" if high == math.inf else f"{lower} {low:g} {upper} {high:g}"
-        raise UserError(f"{name} is {value!r}: it must be {range_of}")
-    return int(value) if name in _WHOLE else value
+    kind, limits = _unwrapped(Seed)
+    return Hyperparameter("seed", kind, limits, 0, "").check(value)
+
+
+def _unwrapped(hint: Any) -> tuple[Any, Range]:
+    """Type and range of an annotation; ``None`` beside them (the method finds its own) left out."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (option for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) is not Annotated:
+        return hint, Range()
+    kind, *extras = typing.get_args(hint)
+    return kind, next((extra for extra in extras if isinstance(extra, Range)), Range())
+
+
+def _documented(factory: Callable[..., Any]) -> dict[str, str]:
+    """Parameter -> its text in the ``Args`` section of the docstring, on one line."""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", inspect.getdoc(factory) or "", re.MULTILINE)
+    entries = re.split(r"^ {4}(\w+): ", section[1], flags=re.MULTILINE)[1:] if section else []
+    return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}

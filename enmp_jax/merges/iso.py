@@ -26,7 +26,7 @@ class _Ingredients(NamedTuple):
 
 
 def iso(space: str = "full") -> LayerMethod:
-    """Iso-C: the sum, isotropic. The same delta in every space."""
+    """Iso-C: the sum, isotropic. The same delta in every space; low-rank, so export to PEFT is exact."""
     return isotropized(sum_(space))
 
 

@@ -13,18 +13,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from enmp_jax.merges.base import LayerMethod
+from enmp_jax.merges.hyperparameters import Share
 from enmp_jax.merges.linalg import svd
-from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, in_space
+from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, matrix_method_in_space
 from enmp_jax.merges.spectral import polar
 
 
-def iso_cts(space: str = "full", common_fraction: float = 0.8) -> LayerMethod:
+def iso_cts(space: str = "full", common_fraction: Share = 0.8) -> LayerMethod:
     """Iso-CTS: ``sigma * polar([U_common U_1 .. U_T]) polar([V_common V_1 .. V_T])^T``.
 
     The common subspace holds the ``k = round(common_fraction * R)`` largest triplets of the sum;
     each of the n kept tasks adds ``(R - k) // n`` triplets of its delta, projected off the common left
     vectors. ``sigma`` is the mean of all their singular values. Under a relaxed mask the subspaces
     are those of the tasks with weight above zero, and weights act on the tasks' own parts.
+    Low-rank: export as a PEFT adapter is exact.
 
     Args:
         space: full or core, which give the same delta.
@@ -53,7 +55,7 @@ def iso_cts(space: str = "full", common_fraction: float = 0.8) -> LayerMethod:
         return sigma * (polar(left) * gain) @ polar(right).T
 
     # the core space's size is the rank R that is shared out
-    return in_space("core", MatrixMethod(lambda x: x, combine), sequential=True)
+    return matrix_method_in_space("core", MatrixMethod(lambda x: x, combine), sequential=True)
 
 
 def _leading(

@@ -10,7 +10,7 @@ before. Not in the reference.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from enmp_jax.deltas import LowRank
 from enmp_jax.merges.base import LayerInputs, LayerMethod
+from enmp_jax.merges.hyperparameters import Range
 
 _ITERATIONS = 30
 
@@ -29,15 +30,15 @@ class _Units(NamedTuple):
     rank: Int[Array, " task"]
 
 
-def lego(space: str = "full", clusters: int | None = None) -> LayerMethod:
+def lego(space: str = "full", clusters: Annotated[int, Range(1, 1_000_000)] | None = None) -> LayerMethod:
     """LoRA-LEGO with the paper's dual reweighting.
 
     A centroid is stretched to the mean norm of its members, and the whole delta is multiplied by
-    ``sqrt(mean rank / clusters)``.
+    ``sqrt(mean rank / clusters)``. Low-rank: export as a PEFT adapter is exact.
 
     Args:
         space: full only; clustering needs the adapters' own factors.
-        clusters: rank of the merged adapter; default: the largest rank of the adapters.
+        clusters: rank of the merged adapter; otherwise the largest rank of the adapters.
     """
 
     def prepare(inputs: LayerInputs) -> _Units:

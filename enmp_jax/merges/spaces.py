@@ -53,8 +53,8 @@ class Coordinates(NamedTuple):
         return jnp.matmul(self.left, self.right)
 
 
-class Factors(NamedTuple):
-    """What no mask changes."""
+class QrFactors(NamedTuple):
+    """QR of the stacked and of the single LoRA factors: what no mask changes."""
 
     q_b: Float[Array, "out p"]
     q_a: Float[Array, "in q"]
@@ -75,29 +75,29 @@ class MatrixMethod(NamedTuple):
     combine_isotropic: Callable[[Any, Float[Array, " task"], Size], Float[Array, "p q"]] | None = None
 
 
-def factorise(inputs: LayerInputs) -> Factors:
-    """QR of the stacked and of the single factors."""
+def qr_factors(inputs: LayerInputs) -> QrFactors:
+    """The QR factors of one projection in one layer."""
     tasks, out, rank = inputs.b.shape
     q_b, r_b = qr(jnp.moveaxis(inputs.b, 0, 1).reshape(out, tasks * rank))
     q_a, r_a = qr(inputs.a.reshape(tasks * rank, -1).T)
     own_a, own_r = jax.vmap(lambda a: qr(a.T))(inputs.a)
     r_b, r_a = (jnp.moveaxis(r.reshape(-1, tasks, rank), 1, 0) for r in (r_b, r_a))
     left = jnp.matmul(r_b, jnp.swapaxes(own_r, 1, 2))
-    return Factors(q_b, q_a, r_b, r_a, own_a, left, jnp.matmul(jnp.swapaxes(own_a, 1, 2), q_a), inputs.rank)
+    return QrFactors(q_b, q_a, r_b, r_a, own_a, left, jnp.matmul(jnp.swapaxes(own_a, 1, 2), q_a), inputs.rank)
 
 
-def in_space(space: str, method: MatrixMethod, sequential: bool = False) -> LayerMethod:
+def matrix_method_in_space(space: str, method: MatrixMethod, sequential: bool = False) -> LayerMethod:
     """A rotation-invariant method in any space.
 
     Full and core space then differ in their size only, and ``method.prepare`` runs once; in the
     KnOTS space it runs per mask.
     """
 
-    def prepare(inputs: LayerInputs) -> tuple[Factors, Any]:
-        factors = factorise(inputs)
+    def prepare(inputs: LayerInputs) -> tuple[QrFactors, Any]:
+        factors = qr_factors(inputs)
         return factors, method.prepare(Coordinates(factors.left, factors.right))
 
-    def merge(ingredients: tuple[Factors, Any], weights: Float[Array, " task"]) -> LowRank:
+    def merge(ingredients: tuple[QrFactors, Any], weights: Float[Array, " task"]) -> LowRank:
         factors, prepared = ingredients
         if space == "knots":
             basis, coordinates, size = knots(factors, weights)
@@ -110,7 +110,7 @@ def in_space(space: str, method: MatrixMethod, sequential: bool = False) -> Laye
     if space == "knots" or combine_isotropic is None:
         return LayerMethod(prepare, merge, sequential)
 
-    def isotropic(ingredients: tuple[Factors, Any], weights: Float[Array, " task"]) -> LowRank:
+    def isotropic(ingredients: tuple[QrFactors, Any], weights: Float[Array, " task"]) -> LowRank:
         factors, prepared = ingredients
         core = combine_isotropic(prepared, weights, _size(space, factors, weights))
         return LowRank(factors.q_b, core, factors.q_a.T)
@@ -119,7 +119,7 @@ def in_space(space: str, method: MatrixMethod, sequential: bool = False) -> Laye
 
 
 def knots(
-    factors: Factors, weights: Float[Array, " task"], precise: bool = True
+    factors: QrFactors, weights: Float[Array, " task"], precise: bool = True
 ) -> tuple[Float[Array, "p k"], Coordinates, Size]:
     """``U S`` in the coordinates of ``Q_B``, the ``V_i`` in those of ``Q_A``, and their size.
 
@@ -142,7 +142,7 @@ def knots(
 
 
 def core_bases(
-    factors: Factors, weights: Float[Array, " task"]
+    factors: QrFactors, weights: Float[Array, " task"]
 ) -> tuple[Float[Array, "p k"], Float[Array, "q j"], Size]:
     """Left singular vectors of ``R_B`` and ``R_A``, pruned tasks left out; zero beyond the size."""
     kept = jax.lax.stop_gradient((weights > 0).astype(weights.dtype))
@@ -157,7 +157,7 @@ def core_bases(
     return basis(factors.r_b, rows), basis(factors.r_a, columns), size
 
 
-def _size(space: str, factors: Factors, weights: Float[Array, " task"]) -> Size:
+def _size(space: str, factors: QrFactors, weights: Float[Array, " task"]) -> Size:
     rows, columns = factors.q_b.shape[0], factors.q_a.shape[0]
     if space == "full":
         return Size(((rows, columns),), 0)

@@ -17,13 +17,13 @@ from enmp_jax.merges.batching import one_by_one, one_by_one_differentiable
 from enmp_jax.merges.linalg import polar_by_products, polar_if_easy, svd
 
 ISOTROPIC_CUT = 5e-5  # the reference's
-Kind = Literal["polar", "easy polar", "truncated"]
+SpectralFunction = Literal["polar", "easy polar", "truncated"]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _function(
     matrix: Float[Array, "p q"],
-    kind: Kind,
+    function: SpectralFunction,
     cut: Float[Array, ""],
     count: Int[Array, ""],
     wanted: Bool[Array, ""] | bool,
@@ -33,7 +33,7 @@ def _function(
     An "easy" polar factor is one that matrix products are likely to find. A result that is not ``wanted``
     (its derivative may be) is zeros on CPUs.
     """
-    return _FUNCTIONS[kind](matrix, cut, count, jnp.asarray(wanted))
+    return _FUNCTIONS[function](matrix, cut, count, jnp.asarray(wanted))
 
 
 def _by_svd(
@@ -73,9 +73,9 @@ def _kept(s: Float[Array, " k"], flat: bool, cut: Float[Array, ""], count: Int[A
 
 
 @_function.defjvp
-def _function_jvp(kind: Kind, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _function_jvp(function: SpectralFunction, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     matrix, cut, count, _ = primals
-    flat, tangent = kind != "truncated", tangents[0]
+    flat, tangent = function != "truncated", tangents[0]
     u, s, vt = svd(matrix)
     f = _values(s, flat, cut, count)
     kept = _kept(s, flat, cut, count)
@@ -110,11 +110,11 @@ def polar(matrix: Float[Array, "p q"], cut: Float[Array, ""] | float | None = No
     The default cut is what rounding makes of a zero: ``eps * max(p, q) * |matrix|_F``; it is the faster
     way where the other singular values are not far apart.
     """
-    kind = "polar" if cut is not None else "easy polar"
+    function = "polar" if cut is not None else "easy polar"
     if cut is None:
         eps = jnp.finfo(matrix.dtype).eps
         cut = jax.lax.stop_gradient(eps * max(matrix.shape) * jnp.linalg.norm(matrix))
-    return _function(matrix, kind, jnp.asarray(cut, matrix.dtype), jnp.asarray(min(matrix.shape)), True)
+    return _function(matrix, function, jnp.asarray(cut, matrix.dtype), jnp.asarray(min(matrix.shape)), True)
 
 
 def isotropic(matrix: Float[Array, "p q"], cut: float = ISOTROPIC_CUT) -> Float[Array, "p q"]:

@@ -32,12 +32,15 @@ def _merge(ingredients: _Ingredients, weights: Float[Array, " task"]) -> LowRank
 
 
 def sum_(space: str = "full") -> LayerMethod:
-    """``sum_i keep_i D_i``: left ``[B_1 .. B_T]``, core ``K``, right ``[A_1; ..; A_T]``."""
+    """``sum_i keep_i D_i``: left ``[B_1 .. B_T]``, core ``K``, right ``[A_1; ..; A_T]``.
+
+    Low-rank: export as a PEFT adapter is exact.
+    """
     return LayerMethod(_prepare, _merge)
 
 
 def mean(space: str = "full") -> LayerMethod:
-    """``sum_i keep_i D_i / sum_i keep_i``; zero where nothing is kept."""
+    """``sum_i keep_i D_i / sum_i keep_i``; zero where nothing is kept. Low-rank as the sum is."""
 
     def merge(ingredients: _Ingredients, weights: Float[Array, " task"]) -> LowRank:
         count = weights.sum()

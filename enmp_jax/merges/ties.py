@@ -14,17 +14,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from enmp_jax.merges.base import LayerMethod
-from enmp_jax.merges.entrywise import Combine, Entrywise, Tasks, in_space
+from enmp_jax.merges.entrywise import Combine, Entrywise, Tasks, entrywise_in_space
+from enmp_jax.merges.hyperparameters import PositiveShare
 
 
-def ties(space: str = "full", density: float = 0.2) -> LayerMethod:
+def ties(space: str = "full", density: PositiveShare = 0.2) -> LayerMethod:
     """TIES.
+
+    Dense in full space, where export as a PEFT adapter truncates; low-rank, and exported exactly, in the
+    KnOTS and core spaces.
 
     Args:
         space: see ``SPACES``.
         density: share of the largest entries kept of each task (the paper's k, there 20 %).
     """
-    return in_space(space, Entrywise(elect, largest(density)))
+    return entrywise_in_space(space, Entrywise(elect, largest(density)))
 
 
 def largest(density: float) -> Callable[[int], tuple[int, int]]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from enmp_jax.merges.base import LayerMethod
 from enmp_jax.merges.linalg import svd
-from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, in_space
+from enmp_jax.merges.spaces import Coordinates, MatrixMethod, Size, matrix_method_in_space
 from enmp_jax.merges.spectral import isotropic_product, polar
 
 
@@ -38,7 +38,10 @@ def triplets(x: Coordinates) -> Triplets:
 
 
 def tsv(space: str = "full") -> LayerMethod:
-    """TSV-Merge: ``polar(U K) diag(S K) polar(V K)^T``. Core space gives the same delta as full space."""
+    """TSV-Merge: ``polar(U K) diag(S K) polar(V K)^T``. Core space gives the same delta as full space.
+
+    Low-rank in every space: export as a PEFT adapter is exact.
+    """
 
     def weighted(
         x: Triplets, weights: Float[Array, " task"]
@@ -56,4 +59,4 @@ def tsv(space: str = "full") -> LayerMethod:
     def combine_isotropic(x: Triplets, weights: Float[Array, " task"], size: Size) -> Float[Array, "p q"]:
         return isotropic_product(*weighted(x, weights))
 
-    return in_space(space, MatrixMethod(triplets, combine, combine_isotropic))
+    return matrix_method_in_space(space, MatrixMethod(triplets, combine, combine_isotropic))

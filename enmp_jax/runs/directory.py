@@ -19,7 +19,7 @@ import yaml
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.errors import UserError
 from enmp_jax.io.files import write_bytes
-from enmp_jax.config.schema import to_dict
+from enmp_jax.config.schema import parse, to_dict
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "evosax", "transformers", "orbax-checkpoint", "numpy")
 
@@ -58,8 +58,10 @@ class RunDirectory:
         """
         config = to_dict(run)
         if self.resumed:
-            before = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-            changed = [key for key in config if config[key] != before.get(key)]
+            path = self.path / "config.yaml"
+            # through the schema: keys that have come or gone since then do not count as changes
+            before = to_dict(parse(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path)))
+            changed = [key for key in config if config[key] != before[key]]
             if changed:
                 raise UserError(f"{self.path} was started with other settings for {', '.join(changed)}")
             return

@@ -73,7 +73,7 @@ def _describe(loaded: LoadedRun, spec: MaskSpec) -> list[str]:
         sizes = ", ".join(f"{len(e[i].labels)} {split}" for split, e in loaded.examples.items())
         lines.append(f"{task}: {config.adapter}, {classes} classes, {sizes}")
     merge = run.merge
-    options = "".join(f", {name} {value}" for name, value in merge.hyperparameters().items())
+    options = "".join(f", {name} {value}" for name, value in merge.arguments().items())
     isotropic = ", isotropized" if merge.isotropize else ""
     lines.append(
         f"merge: {merge.method} in {merge.space} space, scale {merge.scale}{options}{isotropic}; "

@@ -188,7 +188,7 @@ def export(
     recipe = Recipe(
         merge={
             "method": merge.method, "space": merge.space, "scale": best.scale, "isotropize": merge.isotropize,
-            **merge.hyperparameters(),
+            **merge.arguments(),
         },
         pruned=scores["pruned"],
         seed=best.seed,
