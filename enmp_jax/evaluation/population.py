@@ -100,14 +100,14 @@ def make_evaluate(
     return evaluate
 
 
-def place(fixed: Fixed, mesh: Mesh) -> Fixed:
+def place(fixed: Fixed, mesh: Mesh, backbone: Backbone) -> Fixed:
     """Put what all members share on the mesh.
 
     Batches are split over ``data``, base weights over ``model`` by their logical axes, adapters and
     heads are everywhere. Parameters that are there already (``models.load(place=...)``) do not move.
     """
     return Fixed(
-        jax.tree.map(put, fixed.params, shard_params(fixed.params, mesh)),
+        jax.tree.map(put, fixed.params, shard_params(backbone, mesh)),
         replicate(fixed.ingredients, mesh),
         replicate(fixed.heads, mesh),
         put(fixed.batches, NamedSharding(mesh, PartitionSpec(None, "data"))),

@@ -76,7 +76,7 @@ class Problem:
         """What all members share, on the device: weights, prepared adapters, batches of a split."""
         size = self.run.evaluation.batch_size
         buckets = batch(self.examples[which], size)
-        return place(Fixed(self.params, self.ingredients, self.heads, buckets), self.mesh)
+        return place(Fixed(self.params, self.ingredients, self.heads, buckets), self.mesh, self.backbone)
 
     def sizes(self, which: Which) -> Float[np.ndarray, " task"]:
         """Number of examples of every task in a split."""
