@@ -48,7 +48,7 @@ def scores_on(problem, shape, size, **options):
     mesh = make_mesh(*shape)
     evaluate = jax.jit(make_evaluate(backbone, merge, len(TASKS), mesh, **options))
     keep, scale = masks(64)
-    return evaluate(place(inputs, mesh), keep[:size], scale[:size])
+    return evaluate(place(inputs, mesh, backbone), keep[:size], scale[:size])
 
 
 def assert_scores(counts, expected, size):
@@ -85,7 +85,7 @@ def compiled_text(problem, shape):
     backbone, merge, _, inputs = problem
     mesh = make_mesh(*shape)
     evaluate = jax.jit(make_evaluate(backbone, merge, len(TASKS), mesh))
-    return str(evaluate.lower(place(inputs, mesh), *masks(16)).compile().as_text())
+    return str(evaluate.lower(place(inputs, mesh, backbone), *masks(16)).compile().as_text())
 
 
 def test_the_only_communication_is_the_last_step(problem):
@@ -101,7 +101,7 @@ def test_the_only_communication_is_the_last_step(problem):
 
 
 def test_base_weights_are_divided_over_the_model_axis(problem):
-    inputs = place(problem[-1], make_mesh(1, 2, 4))
+    inputs = place(problem[-1], make_mesh(1, 2, 4), problem[0])
     q = next(v for k, v in inputs.params["layers"].items() if k == "q")["weight"]
     down = inputs.params["layers"]["down"]["weight"]
     assert q.sharding.shard_shape(q.shape) == (2, 4, 16)
@@ -147,7 +147,7 @@ def abstract_problem(mesh, dtype, tasks=6, rank=16, rows=8, tokens=128, **change
     names = tuple("abcdefgh"[:tasks])
     params = jax.eval_shape(backbone.init, jax.random.key(0))
     params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shard_params(params, mesh)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shard_params(backbone, mesh)
     )
     ingredients = jax.eval_shape(merge.prepare, LoraStack(pairs, names))
     ids, flat = struct(2, rows, tokens, dtype=jnp.int32), struct(2, rows, dtype=jnp.int32)
@@ -225,7 +225,7 @@ def test_a_generation_moves_nothing_between_host_and_device(problem):
     state = step.init(key, jax.device_put(jnp.full(spec.genome_size, 0.0), replicated))
     carried = jax.device_put((state, device_memo.start(64, spec.shape)), replicated)
     operands, starts = (
-        (place(inputs, mesh),),
+        (place(inputs, mesh, backbone),),
         jax.device_put([jnp.int32(2 * i) for i in range(3)], replicated),
     )
     carried, *_ = step.advance(key, starts[0], count, carried, operands)  # compiles

@@ -133,7 +133,7 @@ BASES = {
         lambda p, t: (p / "config.json").write_text('{"quantization_config": {"bits": 4}}'), "is quantised",
     ),
     "damaged": (lambda p, t: (p / "model.safetensors").write_bytes(b"junk"), "not a valid safetensors"),
-    "no weights": (lambda p, t: (p / "model.safetensors").unlink(), "convert its .bin"),
+    "no weights": (lambda p, t: (p / "model.safetensors").unlink(), "convert them"),
     "no config": (lambda p, t: (p / "config.json").unlink(), "no config.json"),
     "overflow": (refused(lambda t: t | {Q: np.full((4, 6), 65504, np.float16)}), "overflows F16"),
 }  # fmt: skip

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 
 from enmp_jax.deltas import Dense, LowRank
+from enmp_jax.models import parameters
 from enmp_jax.models.attention import attend
-from enmp_jax.models.layers import BlockSpec, Linear, init_layers, run_layers
+from enmp_jax.models.layers import BlockSpec, Stream, declare_layers, linear, run_layers
 
 SPEC = BlockSpec(width=48, heads=4, hidden=160, kv_heads=2, head_dim=12, dtype=jnp.bfloat16)
 LAYERS = 3
+DECLARED = declare_layers(
+    SPEC, LAYERS, dict.fromkeys(("q", "k", "v", "o", "up", "down", "norm1", "norm2"), "any")
+)
 
 
 @pytest.mark.parametrize("delta", ["none", "factors", "full"])
@@ -23,11 +27,11 @@ def test_a_bfloat16_layer_rounds_once(delta):
     )
     low = LowRank(left, core, right)
     given = {"none": None, "factors": low, "full": Dense(low.materialise())}[delta]
-    layer = Linear(64, dtype=jnp.bfloat16)
-    params = layer.init(jax.random.key(0), x)
-    ours = layer.apply(params, x, given)
+    declared = parameters.linear("any", (64, 512), 0.02, jnp.bfloat16)
+    params = parameters.initialise(declared, jax.random.key(0))
+    ours = linear(x, params, given)
     assert ours.dtype == jnp.bfloat16
-    weight = np.asarray(params["params"]["weight"], np.float64)
+    weight = np.asarray(params["weight"], np.float64)
     product = np.asarray(x, np.float64) @ weight.T
     if delta == "none":
         np.testing.assert_allclose(np.asarray(ours, np.float64), product, rtol=2**-8, atol=1e-6)
@@ -55,7 +59,7 @@ def test_attention_is_that_of_float32(kv_heads, masked):
 
 
 def layers_and_input():
-    params = init_layers(jax.random.key(0), SPEC, LAYERS)
+    params = parameters.initialise({"layers": DECLARED}, jax.random.key(0))["layers"]
     return params, jax.random.normal(jax.random.key(1), (2, 6, SPEC.width), jnp.bfloat16)
 
 
@@ -64,12 +68,12 @@ def test_gradients_reach_every_layer():
     params, x = layers_and_input()
 
     def loss(params, x):
-        return jnp.square(run_layers(SPEC, params, x, {})[0].astype(jnp.float32)).sum()
+        return jnp.square(run_layers(SPEC, params, Stream(x), {}).astype(jnp.float32)).sum()
 
     ours = jax.grad(loss)(params, x)
     wide = BlockSpec(**{**SPEC.__dict__, "dtype": jnp.float32})
     params, x = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
-    theirs = jax.grad(lambda p, x: jnp.square(run_layers(wide, p, x, {})[0]).sum())(params, x)
+    theirs = jax.grad(lambda p, x: jnp.square(run_layers(wide, p, Stream(x), {})).sum())(params, x)
     for name in ("q", "v", "o", "up", "down"):
         for layer in range(LAYERS):
             a, b = (np.asarray(g[name]["weight"][layer], np.float32) for g in (ours, theirs))
@@ -80,8 +84,9 @@ def test_gradients_reach_every_layer():
 def test_no_weight_becomes_float32():
     """XLA would convert the stack of all layers, or each layer's weight, and multiply in float32."""
     params, x = layers_and_input()
-    compiled = jax.jit(lambda p, x: run_layers(SPEC, p, x, {})[0]).lower(params, x).compile().as_text()
-    for out, width in set(SPEC.shapes().values()):
+    compiled = jax.jit(lambda p, x: run_layers(SPEC, p, Stream(x), {})).lower(params, x).compile().as_text()
+    shapes = {p["weight"].shape[1:] for p in DECLARED.values() if len(p["weight"].shape) == 3}
+    for out, width in shapes:
         assert f"bf16[{out},{width}]" in compiled
         for shape in (f"{out},{width}", f"{LAYERS},{out},{width}", f"{width},{out}"):
             assert f"f32[{shape}]" not in compiled, shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from enmp_jax import models
 from enmp_jax.errors import UserError
-from enmp_jax.models import checkpoint
+from enmp_jax.io.shard_index import INDEX, SINGLE
 
 GOLDEN = Path(__file__).parent / "data" / "models"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -36,9 +37,9 @@ def copy(tmp_path):
 
 
 def edit(folder, change):
-    tensors = load_file(folder / checkpoint.SINGLE)
+    tensors = load_file(folder / SINGLE)
     change(tensors)
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / checkpoint.SINGLE)
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / SINGLE)
 
 
 def error_of(call):
@@ -60,8 +61,8 @@ def test_save_and_load_give_the_same_params(case, tmp_path):
     again, params_again = models.load(tmp_path / "saved")
     assert same(params, params_again)
     assert again.modules == backbone.modules
-    original = load_file(GOLDEN / case / checkpoint.SINGLE)
-    for name, value in load_file(tmp_path / "saved" / checkpoint.SINGLE).items():
+    original = load_file(GOLDEN / case / SINGLE)
+    for name, value in load_file(tmp_path / "saved" / SINGLE).items():
         known = original[name] if name in original else original[name.split(".", 1)[1]]
         np.testing.assert_array_equal(value, known)
 
@@ -96,8 +97,8 @@ def test_image_normalisation_survives_saving(tmp_path):
 
 def test_sharded_bfloat16_and_float16_files(copy):
     folder = copy("llama")
-    tensors = load_file(folder / checkpoint.SINGLE)
-    (folder / checkpoint.SINGLE).unlink()
+    tensors = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
     names, index = sorted(tensors), {}
     types = (ml_dtypes.bfloat16, np.float16, np.float32)
     for i, dtype in enumerate(types):
@@ -105,7 +106,7 @@ def test_sharded_bfloat16_and_float16_files(copy):
         part = {name: tensors[name].astype(dtype) for name in names[i :: len(types)]}
         save_file(part, folder / shard)
         index |= dict.fromkeys(part, shard)
-    (folder / checkpoint.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     _, params = models.load(folder)
     _, exact = models.load(GOLDEN / "llama")
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
@@ -165,7 +166,7 @@ def test_file_spellings_of_vit_and_bert(copy):
 
 def test_truncated_and_foreign_files(copy):
     folder = copy()
-    path = folder / checkpoint.SINGLE
+    path = folder / SINGLE
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     assert "model.safetensors" in error_of(lambda: models.load(folder))
@@ -173,8 +174,22 @@ def test_truncated_and_foreign_files(copy):
     assert "model.safetensors" in error_of(lambda: models.load(folder))
     path.unlink()
     assert "safetensors" in error_of(lambda: models.load(folder))
-    (folder / checkpoint.INDEX).write_text("{}")
+    (folder / INDEX).write_text("{}")
     assert "weight_map" in error_of(lambda: models.load(folder))
+
+
+@pytest.mark.parametrize(
+    "shard", ["../elsewhere.safetensors", "/elsewhere.safetensors", "below/x.safetensors"]
+)
+def test_an_index_that_names_files_elsewhere_is_refused(shard, copy):
+    folder = copy()
+    shard = str(folder.parent / shard[1:]) if shard.startswith("/") else shard
+    (folder / "below").mkdir()
+    target = folder / shard  # the weights are there, and sound: only the name is wrong
+    (folder / SINGLE).rename(target)
+    names = dict.fromkeys(load_file(target), shard)
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+    assert "no file next to it" in error_of(lambda: models.load(folder))
 
 
 @pytest.mark.parametrize(
@@ -212,8 +227,10 @@ def test_wrong_directories_and_dtypes(tmp_path, copy):
 def test_hub_ids_go_to_the_hub(monkeypatch):
     asked = {}
 
-    def snapshot_download(name, revision=None, **_):
+    def snapshot_download(name, revision=None, allow_patterns=()):
         asked.update(name=name, revision=revision)
+        for file in ("config.json", "model-1.safetensors", "merges.txt", "tokenizer.model", "spiece.model"):
+            assert any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns), file
         return str(GOLDEN / "vit")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -229,8 +246,8 @@ def test_hub_ids_go_to_the_hub(monkeypatch):
 
 def test_logical_axes_name_the_sharded_axes():
     for case in ("vit", "clip", "bert", "llama_lm"):
-        _, params = models.load(GOLDEN / case)
-        axes = models.logical_axes(params)
+        backbone, params = models.load(GOLDEN / case)
+        axes = models.logical_axes(backbone)
         jax.tree.map(lambda leaf, names: 1 / (leaf.ndim == len(names)), params, axes)
         assert axes["layers"]["q"]["weight"] == ("layer", "heads", "embed")
         assert axes["layers"]["o"]["weight"] == ("layer", "embed", "heads")

@@ -19,15 +19,15 @@ from enmp_jax.adapters.peft_export import write_heads, write_texts
 from enmp_jax.adapters.peft_import import LoadedAdapters
 from enmp_jax.adapters.recipe import Recipe, public_name
 from enmp_jax.deltas import Deltas
-from enmp_jax.errors import UserError, one_line
-from enmp_jax.io.files import is_file, read_json
+from enmp_jax.errors import UserError
+from enmp_jax.io.files import read_json
 from enmp_jax.io.hub import locate
 from enmp_jax.io.reading import FLOATS
+from enmp_jax.io.shard_index import INDEX, find_shards
 from enmp_jax.io.shards import Entry, Factors, Full, read_header, rewrite
 from enmp_jax.io.writing import new_directory, write_file, write_text
 from enmp_jax.lora import split_layer
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Everything next to the weights that loading needs; licences travel along.
 _COPIED = (
@@ -101,31 +101,6 @@ def export_checkpoint(
         write_texts(directory, "checkpoint", loaded, recipe, notes=notes, **options)
     size = sum(sizes.values()) / 1e9
     return f"{len(changes)} weights changed in {len(shards)} file{'s'[: len(shards) > 1]}, {size:.2f} GB"
-
-
-def find_shards(directory: Path) -> tuple[list[str], dict[str, Any] | None]:
-    """File names of a model's safetensors, and its index if it has one.
-
-    Raises:
-        UserError: no safetensors, or an index with anything but names of files next to it.
-    """
-    if not is_file(directory / INDEX):
-        if is_file(directory / SINGLE):
-            return [SINGLE], None
-        hint = ": convert its .bin files to safetensors" if list(directory.glob("*.bin")) else ""
-        raise UserError(f"{directory} has no {SINGLE} and no {INDEX}{hint}")
-    index = read_json(directory / INDEX)
-    names = index.get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{directory / INDEX} has no weight_map")
-    if not isinstance(index.get("metadata") or {}, dict):
-        raise UserError(f"{directory / INDEX}: metadata must be an object")
-    for name in set(map(str, names.values())):
-        if Path(name).name != name or not name.endswith(".safetensors") or "\\" in name or "\0" in name:
-            raise UserError(f"{directory / INDEX} names {one_line(name)!r}, which is no file next to it")
-        if not is_file(directory / name):
-            raise UserError(f"{directory} lacks the shard {one_line(name)} that its index names")
-    return sorted(set(map(str, names.values()))), index
 
 
 def _canonical(config: Mapping[str, Any]) -> Callable[[str], str | None] | None:

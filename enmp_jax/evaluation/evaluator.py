@@ -58,7 +58,7 @@ class Evaluator:
         expert = self.expert_answers(split) if self.kind.needs_expert else None
         batches = batch(loaded.examples[split], loaded.run.evaluation.batch_size, expert=expert)
         prepared = self.ingredients if ingredients is None else ingredients
-        return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh)
+        return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh, loaded.backbone)
 
     def plan(self, inputs: EvalInputs, merge: Merge | None = None) -> ExecutionPlan:
         """How masks are evaluated on these inputs (see ``delta_format`` and ``budget``); the same for the

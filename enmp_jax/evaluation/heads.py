@@ -107,7 +107,7 @@ def _zero_shot(
 def _digest(directory: Path) -> str:
     """Hash of the tokenizer's files."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(directory.glob("*.json")) + sorted(directory.glob("*.txt")):
+    for path in (path for kind in ("*.json", "*.txt", "*.model") for path in sorted(directory.glob(kind))):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
     return digest.hexdigest()

@@ -126,14 +126,14 @@ def count_all(
     return total
 
 
-def place(inputs: EvalInputs, mesh: Mesh) -> EvalInputs:
+def place(inputs: EvalInputs, mesh: Mesh, backbone: Backbone) -> EvalInputs:
     """Put what all members share on the mesh.
 
     Batches are split over ``data``, base weights over ``model`` by their logical axes, adapters and
     heads are everywhere. Parameters that are there already (``models.load(place=...)``) do not move.
     """
     return EvalInputs(
-        jax.tree.map(put, inputs.params, shard_params(inputs.params, mesh)),
+        jax.tree.map(put, inputs.params, shard_params(backbone, mesh)),
         replicate(inputs.ingredients, mesh),
         replicate(inputs.heads, mesh),
         put(inputs.batches, NamedSharding(mesh, PartitionSpec(None, "data"))),

@@ -12,7 +12,8 @@ import numpy as np
 from enmp_jax.errors import UserError
 from enmp_jax.models import bert, checkpoint, clip, convert, llama, vit
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.convert import Head, Placement, logical_axes
+from enmp_jax.models.convert import Head, Placement
+from enmp_jax.models.sharding import logical_axes
 
 __all__ = [
     "FAMILIES", "Backbone", "Inputs", "Params", "build", "load", "load_head", "logical_axes", "save",
@@ -84,7 +85,7 @@ def load_head(path: str | Path) -> Head | None:
         UserError: as ``load``.
     """
     directory = checkpoint.find(path)
-    return convert.read_head(build(checkpoint.read_config(directory)).keys, directory)
+    return convert.read_head(build(checkpoint.read_config(directory)).spelling, directory)
 
 
 def save(
@@ -108,8 +109,8 @@ def save(
     tensors, config = convert.to_tensors(backbone, params), dict(backbone.config.raw)
     for name, (weight, bias) in (extra_heads or {}).items():
         weight = np.asarray(weight)
-        if name not in backbone.keys.heads:
-            known = ", ".join(backbone.keys.heads)
+        if name not in backbone.spelling.heads:
+            known = ", ".join(backbone.spelling.heads)
             raise UserError(f"a {backbone.family} model has no head called {name!r}; known are {known}")
         if weight.ndim != 2 or weight.shape[1] != backbone.width:
             raise UserError(f"head {name!r} is {weight.shape}, the features are {backbone.width} wide")

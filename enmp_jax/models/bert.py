@@ -4,61 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from enmp_jax.errors import UserError
+from enmp_jax.models import parameters
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import BlockSpec, init_layers, init_norm, normalise
-from enmp_jax.models.names import KeyTable
-from enmp_jax.models.transformer import Embedded, init_normal, mean_pool, transformer
+from enmp_jax.models.layers import BlockSpec, Stream, declare_layers, normalise
+from enmp_jax.models.names import Spelling
+from enmp_jax.models.transformer import mean_pool, transformer
 
-KEYS = KeyTable(
+SPELLING = Spelling(
     prefix="bert.",
-    file_prefix="bert.",
-    prefixes=("base_model.model.", "bert."),
-    layer="encoder.layer.{}.",
-    modules={
-        "q": "attention.self.query",
-        "k": "attention.self.key",
-        "v": "attention.self.value",
-        "o": "attention.output.dense",
-        "up": "intermediate.dense",
-        "down": "output.dense",
-    },
-    norms={"norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm"},
-    other={
-        "embeddings/tokens": "embeddings.word_embeddings.weight",
-        "embeddings/positions": "embeddings.position_embeddings.weight",
-        "embeddings/types": "embeddings.token_type_embeddings.weight",
-        "embeddings/norm/weight": "embeddings.LayerNorm.weight",
-        "embeddings/norm/bias": "embeddings.LayerNorm.bias",
-        "pooler/weight": "pooler.dense.weight",
-        "pooler/bias": "pooler.dense.bias",
-    },
     old_aliases=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
     ignored=r"pooler\.|cls\.|embeddings\.position_ids$",
     heads=("classifier",),
 )
 # RoBERTa's classifier is two layers: the first, with its tanh, is what BERT calls the pooler.
-ROBERTA_KEYS = replace(
-    KEYS,
+ROBERTA_SPELLING = replace(
+    SPELLING,
     prefix="roberta.",
-    file_prefix="roberta.",
-    prefixes=("base_model.model.", "roberta."),
-    other={
-        **KEYS.other,
-        "pooler/weight": "classifier.dense.weight",
-        "pooler/bias": "classifier.dense.bias",
-    },
     unprefixed=("classifier.dense.weight", "classifier.dense.bias"),
     ignored=r"pooler\.|lm_head\.|classifier\.dense\.|embeddings\.position_ids$",
     heads=("classifier.out_proj",),
 )
+LAYER = {
+    "q": "encoder.layer.{}.attention.self.query",
+    "k": "encoder.layer.{}.attention.self.key",
+    "v": "encoder.layer.{}.attention.self.value",
+    "o": "encoder.layer.{}.attention.output.dense",
+    "up": "encoder.layer.{}.intermediate.dense",
+    "down": "encoder.layer.{}.output.dense",
+    "norm1": "encoder.layer.{}.attention.output.LayerNorm",
+    "norm2": "encoder.layer.{}.output.LayerNorm",
+}
 
 POOLINGS = ("pooled", "mean", "cls")
 
@@ -115,22 +96,24 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
         raw=config,
     )
 
-    def init(key: Array) -> Params:
-        keys = jax.random.split(key, 5)
-        normal = partial(init_normal, std=block.init_std, dtype=block.dtype)
-        embeddings = {
-            "tokens": normal(keys[0], (c.vocabulary, block.width)),
-            "positions": normal(keys[1], (c.positions, block.width)),
-            "types": normal(keys[2], (c.types, block.width)),
-            "norm": init_norm(block.width),
-        }
-        params = {"embeddings": embeddings, "layers": init_layers(keys[3], block, c.n_layers)}
-        if c.pooling == "pooled":
-            weight = normal(keys[4], (block.width, block.width))
-            params["pooler"] = {"weight": weight, "bias": jnp.zeros(block.width, block.dtype)}
-        return params
+    def table(name: str, rows: int, axes: parameters.Axes | None = None) -> parameters.Param:
+        name = f"embeddings.{name}_embeddings.weight"
+        return parameters.normal(name, (rows, block.width), block.init_std, block.dtype, axes)
 
-    def embed(params: Params, inputs: Inputs) -> Embedded:
+    declared = {
+        "embeddings": {
+            "tokens": table("word", c.vocabulary, ("vocab", "embed")),
+            "positions": table("position", c.positions),
+            "types": table("token_type", c.types),
+            "norm": parameters.norm("embeddings.LayerNorm", block.width),
+        },
+        "layers": declare_layers(block, c.n_layers, LAYER),
+    }
+    if c.pooling == "pooled":
+        name, shape = "classifier.dense" if roberta else "pooler.dense", (block.width, block.width)
+        declared["pooler"] = parameters.linear(name, shape, block.init_std, block.dtype)
+
+    def embed(params: Params, inputs: Inputs) -> Stream:
         ids, e = inputs["input_ids"], params["embeddings"]
         types = inputs.get("token_type_ids")
         if c.pad is None:
@@ -140,7 +123,8 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
             x = e["tokens"][ids] + e["positions"][jnp.cumsum(real, axis=1) * real + c.pad]
         x = x + (e["types"][0] if types is None else e["types"][types])
         x = normalise(x, e["norm"], block.eps)
-        return Embedded(x, (inputs["attention_mask"] > 0)[:, None])
+        token = None if c.pooling == "mean" else 0
+        return Stream(x, (inputs["attention_mask"] > 0)[:, None], token=token)
 
     def pool(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch width"]:
         if c.pooling == "mean":
@@ -155,11 +139,10 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
     return transformer(
         str(config["model_type"]),
         c,
-        ROBERTA_KEYS if roberta else KEYS,
+        ROBERTA_SPELLING if roberta else SPELLING,
         width=block.width,
-        init=init,
+        parameters=declared,
         embed=embed,
-        token=lambda inputs: None if c.pooling == "mean" else 0,
         pool=pool,
         input_spec=text if c.types < 2 else text | {"token_type_ids": ((None,), jnp.int32)},
     )

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from enmp_jax.errors import UserError
-from enmp_jax.io import files
+from enmp_jax.errors import UserError, one_line, reason
+from enmp_jax.io import files, reading
+from enmp_jax.io.shard_index import SINGLE, find_shards
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")
+"""Configuration, weights and tokenizers (``*.model``: SentencePiece) of a model on the hub."""
 
 
 def find(model: str | Path) -> Path:
@@ -34,15 +34,10 @@ def find(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt"]
-            )
-        )
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_DOWNLOADED)))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"base model {model}: not a local directory, and the hub could not give it ({reason})"
+            f"base model {model}: not a local directory, and the hub could not give it ({one_line(error)})"
         ) from None
 
 
@@ -109,32 +104,10 @@ def open_tensors(directory: Path) -> Iterator[Tensors]:
     """
     with contextlib.ExitStack() as stack:
         slices: dict[str, Any] = {}
-        for path in _files(directory):
-            try:
-                file = stack.enter_context(safe_open(path, framework="np"))
-                slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(f"cannot read {path}: {reason}; download or copy it again") from None
+        for shard in find_shards(directory)[0]:
+            file = stack.enter_context(reading.open_tensors(directory / shard))
+            slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         yield Tensors(slices)
-
-
-def _files(directory: Path) -> list[Path]:
-    if (directory / SINGLE).exists():
-        return [directory / SINGLE]
-    if not (directory / INDEX).exists():
-        raise UserError(
-            f"{directory} has no {SINGLE} and no {INDEX}; pickled .bin weights are not read: convert "
-            "them, or name the hub's revision that has safetensors (often name@refs/pr/N)"
-        )
-    names = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{directory / INDEX} has no weight_map")
-    files = [directory / name for name in sorted(set(names.values()))]
-    missing = [path.name for path in files if not path.exists()]
-    if missing:
-        raise UserError(f"{directory} lacks the shards {', '.join(missing)} that its index names")
-    return files
 
 
 def write(
@@ -169,15 +142,15 @@ def write(
             (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         partial.replace(directory / SINGLE)
     except OSError as error:
-        raise UserError(f"cannot write the model to {directory}: {error.strerror or error}") from None
+        raise UserError(f"cannot write the model to {directory}: {reason(error)}") from None
 
 
 def base_identity(base: str) -> list[Any]:
     """Configuration and weight files of a base model, without reading the weights."""
     directory = find(base)
-    files = []
+    weights = []
     for path in sorted(directory.glob("*.safetensors")):
         real = path.resolve()  # in the hub's cache, the name of the real file is the hash of its content
         stat = real.stat()
-        files.append([path.name, real.name, stat.st_size, stat.st_mtime_ns])
-    return [read_config(directory), files]
+        weights.append([path.name, real.name, stat.st_size, stat.st_mtime_ns])
+    return [read_config(directory), weights]

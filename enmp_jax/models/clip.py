@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,61 +14,36 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from enmp_jax.errors import UserError
+from enmp_jax.models import parameters
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import BlockSpec, init_layers, init_norm, normalise
-from enmp_jax.models.names import KeyTable
-from enmp_jax.models.transformer import Embedded, init_normal, transformer
+from enmp_jax.models.layers import BlockSpec, Stream, declare_layers, normalise
+from enmp_jax.models.names import Spelling
+from enmp_jax.models.transformer import transformer
 from enmp_jax.models.vit import PatchSpec, embed_patches, patch_spec
 
-_MODULES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.out_proj",
-    "up": "mlp.fc1",
-    "down": "mlp.fc2",
-}
-_NORMS = {"norm1": "layer_norm1", "norm2": "layer_norm2"}
-
 # The KnOTS adapters sit on the inner vision model: base_model.model.encoder..., others have vision_model.
-VISION_KEYS = KeyTable(
+VISION_SPELLING = Spelling(
     prefix="vision_model.",
-    file_prefix="vision_model.",
-    prefixes=("base_model.model.", "vision_model."),
-    layer="encoder.layers.{}.",
-    modules=_MODULES,
-    norms=_NORMS,
-    other={
-        "embeddings/cls": "embeddings.class_embedding",
-        "embeddings/positions": "embeddings.position_embedding.weight",
-        "embeddings/patch/weight": "embeddings.patch_embedding.weight",
-        "pre_norm/weight": "pre_layrnorm.weight",
-        "pre_norm/bias": "pre_layrnorm.bias",
-        "norm/weight": "post_layernorm.weight",
-        "norm/bias": "post_layernorm.bias",
-        "projection/weight": "visual_projection.weight",
-    },
     unprefixed=("visual_projection.weight",),
     ignored=r"text_model\.|text_projection\.|logit_scale$|embeddings\.position_ids$",
 )
-TEXT_KEYS = KeyTable(
+TEXT_SPELLING = Spelling(
     prefix="text_model.",
-    file_prefix="text_model.",
-    prefixes=("base_model.model.", "text_model."),
-    layer="encoder.layers.{}.",
-    modules=_MODULES,
-    norms=_NORMS,
-    other={
-        "embeddings/tokens": "embeddings.token_embedding.weight",
-        "embeddings/positions": "embeddings.position_embedding.weight",
-        "norm/weight": "final_layer_norm.weight",
-        "norm/bias": "final_layer_norm.bias",
-        "projection/weight": "text_projection.weight",
-        "logit_scale": "logit_scale",
-    },
     unprefixed=("text_projection.weight", "logit_scale"),
     ignored=r"vision_model\.|visual_projection\.|embeddings\.position_ids$",
 )
+LAYER = {
+    "q": "encoder.layers.{}.self_attn.q_proj",
+    "k": "encoder.layers.{}.self_attn.k_proj",
+    "v": "encoder.layers.{}.self_attn.v_proj",
+    "o": "encoder.layers.{}.self_attn.out_proj",
+    "up": "encoder.layers.{}.mlp.fc1",
+    "down": "encoder.layers.{}.mlp.fc2",
+    "norm1": "encoder.layers.{}.layer_norm1",
+    "norm2": "encoder.layers.{}.layer_norm2",
+}
+
+_POSITIONS = "embeddings.position_embedding.weight"  # in both towers
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIPImageProcessor, where no preprocessor_config.json says
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -119,7 +95,9 @@ def _block(config: Mapping[str, Any], width: int, heads: int, hidden: int, dtype
     )
 
 
-def _unit(x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
+def _pool(params: Params, hidden: Array, inputs: Inputs, eps: float) -> Float[Array, "batch width"]:
+    x = normalise(hidden[:, 0].astype(jnp.float32), params["norm"], eps)
+    x = x @ params["projection"]["weight"].astype(jnp.float32).T
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
@@ -135,42 +113,36 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
     projection, n_layers = config.get("projection_dim", 512), config.get("num_hidden_layers", 12)
     c = ClipVisionConfig(block, patch_spec(config, patch_size=32), n_layers, projection, config)
 
-    def init(key: Array) -> Params:
-        keys = jax.random.split(key, 5)
-        normal = partial(init_normal, std=block.init_std, dtype=block.dtype)
-        shape = (block.width, c.patch.channels, c.patch.patch_height, c.patch.patch_width)
-        return {
-            "embeddings": {
-                "cls": normal(keys[0], (block.width,)),
-                "positions": normal(keys[1], (c.patch.n_patches + 1, block.width)),
-                "patch": {"weight": normal(keys[2], shape)},
+    normal = partial(parameters.normal, std=block.init_std, dtype=block.dtype)
+    declared = {
+        "embeddings": {
+            "cls": normal("embeddings.class_embedding", (block.width,)),
+            "positions": normal(_POSITIONS, (c.patch.n_patches + 1, block.width)),
+            "patch": {
+                "weight": normal("embeddings.patch_embedding.weight", c.patch.weight_shape(block.width))
             },
-            "pre_norm": init_norm(block.width),
-            "layers": init_layers(keys[3], block, c.n_layers),
-            "norm": init_norm(block.width),
-            "projection": {"weight": normal(keys[4], (c.projection, block.width))},
-        }
+        },
+        "pre_norm": parameters.norm("pre_layrnorm", block.width),
+        "layers": declare_layers(block, c.n_layers, LAYER),
+        "norm": parameters.norm("post_layernorm", block.width),
+        "projection": {"weight": normal("visual_projection.weight", (c.projection, block.width))},
+    }
 
-    def embed(params: Params, inputs: Inputs) -> Embedded:
+    def embed(params: Params, inputs: Inputs) -> Stream:
         e = params["embeddings"]
         x = embed_patches(c.patch, e["patch"]["weight"], inputs["image"])
         cls = jnp.broadcast_to(e["cls"], (x.shape[0], 1, block.width))
         x = jnp.concatenate([cls, x], axis=1) + e["positions"]
-        return Embedded(normalise(x, params["pre_norm"], block.eps))
-
-    def pool(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch width"]:
-        x = normalise(hidden[:, 0].astype(jnp.float32), params["norm"], block.eps)
-        return _unit(x @ params["projection"]["weight"].astype(jnp.float32).T)
+        return Stream(normalise(x, params["pre_norm"], block.eps), token=0)
 
     return transformer(
         "clip",
         c,
-        VISION_KEYS,
+        VISION_SPELLING,
         width=c.projection,
-        init=init,
+        parameters=declared,
         embed=embed,
-        token=lambda inputs: 0,
-        pool=pool,
+        pool=partial(_pool, eps=block.eps),
         input_spec={"image": (c.patch.shape, jnp.uint8)},
     )
 
@@ -194,45 +166,39 @@ def build_text(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
         raw=config,
     )
 
-    def init(key: Array) -> Params:
-        keys = jax.random.split(key, 4)
-        normal = partial(init_normal, std=block.init_std, dtype=block.dtype)
-        params = {
-            "embeddings": {
-                "tokens": normal(keys[0], (c.vocabulary, block.width)),
-                "positions": normal(keys[1], (c.positions, block.width)),
-            },
-            "layers": init_layers(keys[2], block, c.n_layers),
-            "norm": init_norm(block.width),
-            "projection": {"weight": normal(keys[3], (c.projection, block.width))},
-        }
-        return params | ({"logit_scale": jnp.asarray(np.log(1 / 0.07), jnp.float32)} if c.has_scale else {})
+    normal = partial(parameters.normal, std=block.init_std, dtype=block.dtype)
+    tokens = (c.vocabulary, block.width)
+    declared = {
+        "embeddings": {
+            "tokens": normal("embeddings.token_embedding.weight", tokens, axes=("vocab", "embed")),
+            "positions": normal(_POSITIONS, (c.positions, block.width)),
+        },
+        "layers": declare_layers(block, c.n_layers, LAYER),
+        "norm": parameters.norm("final_layer_norm", block.width),
+        "projection": {"weight": normal("text_projection.weight", (c.projection, block.width))},
+    }
+    if c.has_scale:
+        declared["logit_scale"] = parameters.Param(
+            "logit_scale", (), (), jnp.float32, fill=math.log(1 / 0.07)
+        )
 
-    def embed(params: Params, inputs: Inputs) -> Embedded:
+    def embed(params: Params, inputs: Inputs) -> Stream:
         ids, e = inputs["input_ids"], params["embeddings"]
         length = ids.shape[1]
         # causal, and read at the first end-of-text token: what pads the right is never looked at
         mask = jnp.tril(jnp.ones((1, length, length), bool))
-        return Embedded(e["tokens"][ids] + e["positions"][:length], mask)
-
-    def token(inputs: Inputs) -> Array:
-        ids = inputs["input_ids"]
         # configs older than transformers 4.31 have a wrong eos 2; the end of text is the largest id
-        return jnp.argmax(ids if c.eos == 2 else ids == c.eos, axis=1)
-
-    def pool(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch width"]:
-        x = normalise(hidden[:, 0].astype(jnp.float32), params["norm"], block.eps)
-        return _unit(x @ params["projection"]["weight"].astype(jnp.float32).T)
+        token = jnp.argmax(ids if c.eos == 2 else ids == c.eos, axis=1)
+        return Stream(e["tokens"][ids] + e["positions"][:length], mask, token=token)
 
     return transformer(
         "clip_text_model",
         c,
-        TEXT_KEYS,
+        TEXT_SPELLING,
         width=c.projection,
-        init=init,
+        parameters=declared,
         embed=embed,
-        token=token,
-        pool=pool,
+        pool=partial(_pool, eps=block.eps),
         input_spec={"input_ids": ((None,), jnp.int32)},
     )
 

@@ -1,48 +1,39 @@
-"""Shared transformer blocks (flax linen): one layer serves every family, deltas applied unmerged."""
+"""The transformer layer that all families share, and the loop over layers; deltas are applied unmerged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from enmp_jax.deltas import Delta, Deltas, Dense, LowRank
+from enmp_jax.deltas import Delta, Dense, LowRank
 from enmp_jax.devices.matmul import bfloat16_on_cpu, times_transposed
 from enmp_jax.errors import UserError
+from enmp_jax.models import parameters
 from enmp_jax.models.attention import attend
+from enmp_jax.models.parameters import Declared
 
 
 def _gelu(x: Array) -> Array:
     """``x`` times the normal distribution function, float32 inside."""
-    y = x.astype(jnp.float32)  # nn.gelu takes erfc, which is slower on CPUs, most of all in bfloat16
+    y = x.astype(jnp.float32)  # jax.nn.gelu takes erfc, which is slower on CPUs, most of all in bfloat16
     return (0.5 * y * (1 + lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 ACTIVATIONS = {
     "gelu": _gelu,
-    "gelu_new": lambda x: nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "relu": nn.relu,
-    "silu": nn.silu,
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
     "tanh": jnp.tanh,
-}
-
-# Names of the axes of a layer's weights [out, in], for sharding over a mesh (see ``logical_axes``).
-AXES: dict[str, tuple[str, ...]] = {
-    "q": ("heads", "embed"),
-    "k": ("kv_heads", "embed"),
-    "v": ("kv_heads", "embed"),
-    "o": ("embed", "heads"),
-    "gate": ("mlp", "embed"),
-    "up": ("mlp", "embed"),
-    "down": ("embed", "mlp"),
 }
 
 
@@ -81,44 +72,58 @@ class BlockSpec:
         if self.heads % (self.kv_heads or self.heads):
             raise UserError(f"config.json: {self.heads} heads do not divide into {self.kv_heads} key heads")
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every weight of the layer that takes a delta."""
-        head_dim = self.head_dim or self.width // self.heads
-        inner, kv = self.heads * head_dim, (self.kv_heads or self.heads) * head_dim
-        shapes = {"q": (inner, self.width), "k": (kv, self.width), "v": (kv, self.width)}
-        shapes |= {
-            "o": (self.width, inner),
-            "up": (self.hidden, self.width),
-            "down": (self.width, self.hidden),
+
+def declare_layers(spec: BlockSpec, n_layers: int, names: Mapping[str, str]) -> Declared:
+    """Parameters of ``n_layers`` layers, stacked on axis 0.
+
+    Args:
+        spec: a layer.
+        n_layers: how many.
+        names: short name (q, k, v, o, gate, up, down; norm1, norm2, q_norm, k_norm) -> plain name with
+            ``{}`` for the layer's index.
+    """
+    s = spec
+    head_dim = s.head_dim or s.width // s.heads
+    sizes = {"embed": s.width, "heads": s.heads * head_dim, "mlp": s.hidden}
+    sizes["kv_heads"] = (s.kv_heads or s.heads) * head_dim
+    weights = {  # [out, in]
+        "q": (("heads", "embed"), s.qkv_bias),
+        "k": (("kv_heads", "embed"), s.qkv_bias),
+        "v": (("kv_heads", "embed"), s.qkv_bias),
+        "o": (("embed", "heads"), s.o_bias),
+        **({"gate": (("mlp", "embed"), s.mlp_bias)} if s.gated else {}),
+        "up": (("mlp", "embed"), s.mlp_bias),
+        "down": (("embed", "mlp"), s.mlp_bias),
+    }
+    norms = {"norm1": s.width, "norm2": s.width}
+    norms |= {"q_norm": head_dim, "k_norm": head_dim} if s.qk_norm else {}
+    layer = {
+        name: parameters.linear(names[name], tuple(sizes[a] for a in axes), s.init_std, s.dtype, axes, bias)
+        for name, (axes, bias) in weights.items()
+    } | {name: parameters.norm(names[name], size, s.rms) for name, size in norms.items()}
+    return {
+        name: {
+            part: replace(p, shape=(n_layers, *p.shape), axes=("layer", *p.axes)) for part, p in entry.items()
         }
-        return shapes | ({"gate": (self.hidden, self.width)} if self.gated else {})
+        for name, entry in layer.items()
+    }
 
 
-class Linear(nn.Module):
-    """``x (W + delta)^T + b``, the weight kept [out, in] as Hugging Face and PEFT do.
+def linear(
+    x: Float[Array, "*batch in"], params: Mapping[str, Array], delta: Delta | None = None
+) -> Float[Array, "*batch out"]:
+    """``x (W + delta)^T + b``; no ``b`` where ``params`` has no bias.
 
     Low-rank deltas stay factored, so that population members share the weight; a dense delta belongs
     to one member anyway, and adding it first saves the second large product.
     """
-
-    out: int
-    bias: bool = True
-    init_std: float = 0.02
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*batch in"], delta: Delta | None = None
-    ) -> Float[Array, "*batch out"]:
-        """Apply to the last axis."""
-        shape = (self.out, x.shape[-1])
-        weight = self.param("weight", nn.initializers.truncated_normal(self.init_std), shape, self.dtype)
-        if isinstance(delta, Dense):
-            weight = (weight + delta.weight).astype(weight.dtype)
-        y = times_transposed(x, weight)
-        if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.out,), self.dtype)
-        return y + delta.apply(x) if isinstance(delta, LowRank) else y
+    weight = params["weight"]
+    if isinstance(delta, Dense):
+        weight = (weight + delta.weight).astype(weight.dtype)
+    y = times_transposed(x, weight)
+    if "bias" in params:
+        y = y + params["bias"]
+    return y + delta.apply(x) if isinstance(delta, LowRank) else y
 
 
 def normalise(
@@ -130,26 +135,6 @@ def normalise(
         y = y - jnp.mean(y, -1, keepdims=True)
     y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps) * params["weight"]
     return (y + params["bias"] if "bias" in params else y).astype(x.dtype)
-
-
-def init_norm(width: int, rms: bool = False) -> dict[str, Array]:
-    """Parameters of ``normalise``, float32 whatever the model's type."""
-    weight = {"weight": jnp.ones(width, jnp.float32)}
-    return weight if rms else weight | {"bias": jnp.zeros(width, jnp.float32)}
-
-
-class Norm(nn.Module):
-    """``normalise`` with its parameters."""
-
-    eps: float
-    rms: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """Normalise; the result has the type of ``x``."""
-        init = init_norm(x.shape[-1], self.rms)
-        params = {name: self.param(name, lambda _, value=value: value) for name, value in init.items()}
-        return normalise(x, params, self.eps)
 
 
 Rotary = tuple[Float[Array, "batch token half"], Float[Array, "batch token half"]]
@@ -170,113 +155,133 @@ def take_token(x: Float[Array, "batch token *rest"], token: Int[Array, " batch"]
     return jnp.take_along_axis(x, index, axis=1)
 
 
-class Block(nn.Module):
-    """One transformer layer."""
+class Stream(NamedTuple):
+    """Hidden states on their way through the layers, and what every layer needs besides.
 
-    spec: BlockSpec
+    Attributes:
+        hidden: the hidden states.
+        mask: True where a query may look at a token; None: everywhere.
+        rotary: cosines and sines of the tokens' positions.
+        token: the one token of each example that the features are made of: the last layer computes no
+            other. None: all tokens.
+    """
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch token width"],
-        deltas: Mapping[str, Delta],
-        mask: Bool[Array, "#batch #query token"] | None = None,
-        rotary: Rotary | None = None,
-        token: Int[Array, " batch"] | int | None = None,
-    ) -> Float[Array, "batch query width"]:
-        """Apply the layer.
-
-        Args:
-            x: hidden states.
-            deltas: by short name (q, k, v, o, gate, up, down), of this layer.
-            mask: True where a query may look at a token.
-            rotary: cosines and sines of the tokens' positions.
-            token: compute the output of this one token per example only (the last layer of a
-                classifier needs no other).
-        """
-        s = self.spec
-        shapes = s.shapes()
-
-        def linear(name: str, bias: bool, inputs: Array) -> Array:
-            layer = Linear(shapes[name][0], bias, s.init_std, s.dtype, name=name)
-            return layer(inputs, deltas.get(name))
-
-        def norm(name: str, inputs: Array) -> Array:
-            return Norm(s.eps, s.rms, name=name)(inputs)
-
-        def split(inputs: Array, heads: int) -> Array:
-            return inputs.reshape(*inputs.shape[:-1], heads, -1)
-
-        h = x if s.post_norm else norm("norm1", x)
-        k = split(linear("k", s.qkv_bias, h), s.kv_heads or s.heads)
-        v = split(linear("v", s.qkv_bias, h), s.kv_heads or s.heads)
-        rotary_q = rotary
-        if token is not None:
-            x, h = take_token(x, token), take_token(h, token)
-            if rotary is not None:
-                rotary_q = (take_token(rotary[0], token), take_token(rotary[1], token))
-            if mask is not None and mask.shape[1] > 1:
-                mask = take_token(jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:])), token)
-        q = split(linear("q", s.qkv_bias, h), s.heads)
-        if s.qk_norm:
-            q, k = norm("q_norm", q), norm("k_norm", k)
-        if rotary is not None and rotary_q is not None:
-            q, k = rotate(q, rotary_q), rotate(k, rotary)
-        attended = attend(q, k, v, mask)
-        x = x + linear("o", s.o_bias, attended.reshape(*attended.shape[:-2], -1))
-        if s.post_norm:
-            x = norm("norm1", x)
-
-        h = x if s.post_norm else norm("norm2", x)
-        activation = ACTIVATIONS[s.activation]
-        if s.gated:
-            h = activation(linear("gate", s.mlp_bias, h)) * linear("up", s.mlp_bias, h)
-        else:
-            h = activation(linear("up", s.mlp_bias, h))
-        x = x + linear("down", s.mlp_bias, h)
-        return norm("norm2", x) if s.post_norm else x
+    hidden: Float[Array, "batch token width"]
+    mask: Bool[Array, "#batch #query token"] | None = None
+    rotary: Rotary | None = None
+    token: Int[Array, " batch"] | int | None = None
 
 
-def init_layers(key: Array, spec: BlockSpec, n_layers: int) -> Any:
-    """Random parameters of ``n_layers`` blocks, stacked on axis 0."""
-    x = jnp.zeros((1, 1, spec.width), spec.dtype)
-    one = (jnp.ones((1, 1, (spec.head_dim or spec.width // spec.heads) // 2)),) * 2
-    init = Block(spec).init
-    return jax.vmap(lambda k: init(k, x, {}, None, one)["params"])(jax.random.split(key, n_layers))
+def apply_layer(
+    spec: BlockSpec, params: Mapping[str, Any], stream: Stream, deltas: Mapping[str, Delta]
+) -> Float[Array, "batch query width"]:
+    """One layer; only for the stream's ``token`` if it names one.
+
+    Args:
+        spec: the layer.
+        params: its parameters, by short name.
+        stream: what enters it.
+        deltas: by short name (q, k, v, o, gate, up, down), of this layer.
+    """
+    s = spec
+    x, mask, rotary, token = stream
+
+    def project(name: str, inputs: Array) -> Array:
+        return linear(inputs, params[name], deltas.get(name))
+
+    def norm(name: str, inputs: Array) -> Array:
+        return normalise(inputs, params[name], s.eps)
+
+    def split(inputs: Array, heads: int) -> Array:
+        return inputs.reshape(*inputs.shape[:-1], heads, -1)
+
+    h = x if s.post_norm else norm("norm1", x)
+    k = split(project("k", h), s.kv_heads or s.heads)
+    v = split(project("v", h), s.kv_heads or s.heads)
+    rotary_q = rotary
+    if token is not None:
+        x, h = take_token(x, token), take_token(h, token)
+        if rotary is not None:
+            rotary_q = (take_token(rotary[0], token), take_token(rotary[1], token))
+        if mask is not None and mask.shape[1] > 1:
+            mask = take_token(jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:])), token)
+    q = split(project("q", h), s.heads)
+    if s.qk_norm:
+        q, k = norm("q_norm", q), norm("k_norm", k)
+    if rotary is not None and rotary_q is not None:
+        q, k = rotate(q, rotary_q), rotate(k, rotary)
+    attended = attend(q, k, v, mask)
+    x = x + project("o", attended.reshape(*attended.shape[:-2], -1))
+    if s.post_norm:
+        x = norm("norm1", x)
+
+    h = x if s.post_norm else norm("norm2", x)
+    activation = ACTIVATIONS[s.activation]
+    h = activation(project("gate", h)) * project("up", h) if s.gated else activation(project("up", h))
+    x = x + project("down", h)
+    return norm("norm2", x) if s.post_norm else x
 
 
 def run_layers(
-    spec: BlockSpec,
-    params: Any,
-    x: Float[Array, "batch token width"],
-    deltas: Mapping[str, Delta],
-    *,
-    mask: Bool[Array, "#batch #query token"] | None = None,
-    rotary: Rotary | None = None,
-    token: Int[Array, " batch"] | int | None = None,
-) -> tuple[Array, Array]:
-    """All layers, one compiled body.
+    spec: BlockSpec, params: Any, stream: Stream, deltas: Mapping[str, Delta], first: int | Array = 0
+) -> Float[Array, "batch query width"]:
+    """The hidden states after the layers from ``first`` to the last, one compiled body.
 
-    The stacked weights are read by index inside the loop, never sliced outside it: the last layer
-    can then run by itself, for ``token`` only, without a copy of the others.
+    Args:
+        spec: a layer.
+        params: of all layers, stacked on axis 0.
+        stream: what enters layer ``first``.
+        deltas: by short name, with a leading layer axis.
+        first: 0 to the number of layers. An array makes the number of steps unknown to the compiler: one
+            program for every ``first``, but none that has a reverse-mode derivative.
 
     Returns:
-        The last hidden states ([batch, 1, width] if ``token`` is given), and the hidden states after
-        each layer of the loop, [layer, batch, token, width] (dropped by the compiler where unused).
+        [batch, 1, width] if the stream names a token, else those of all tokens.
     """
     n_layers = jax.tree.leaves(params)[0].shape[0]
-    block = Block(spec)
+    apply = partial(_apply_indexed, spec, params, deltas)
+    all_tokens = stream._replace(token=None)
+    stop = n_layers if stream.token is None else n_layers - 1
 
-    def layer(hidden: Array, i: Any, token: Any = None) -> Array:
-        weights, delta = jax.tree.map(lambda a: _index(a, i), (params, dict(deltas)))
-        return cast(Array, block.apply({"params": weights}, hidden, delta, mask, rotary, token))
+    def step(i: Any, hidden: Array) -> Array:
+        return apply(all_tokens._replace(hidden=hidden), i)
+
+    if isinstance(first, int):
+        layers = jnp.arange(first, stop)
+        hidden, _ = lax.scan(lambda hidden, i: (step(i, hidden), None), stream.hidden, layers)
+    else:
+        hidden = lax.fori_loop(first, stop, step, stream.hidden)
+    if stream.token is None:
+        return hidden
+    last = apply(stream._replace(hidden=hidden), n_layers - 1)
+    if isinstance(first, int) and first < n_layers:
+        return last
+    return jnp.where(first < n_layers, last, take_token(hidden, stream.token))
+
+
+def layer_outputs(
+    spec: BlockSpec, params: Any, stream: Stream, deltas: Mapping[str, Delta]
+) -> Float[Array, "layer batch token width"]:
+    """The hidden states of all tokens after each layer; arguments as in ``run_layers``."""
+    all_tokens = stream._replace(token=None)
 
     def step(hidden: Array, i: Array) -> tuple[Array, Array]:
-        hidden = layer(hidden, i)
+        hidden = _apply_indexed(spec, params, deltas, all_tokens._replace(hidden=hidden), i)
         return hidden, hidden
 
-    x, states = lax.scan(step, x, jnp.arange(n_layers if token is None else n_layers - 1))
-    return (x if token is None else layer(x, n_layers - 1, token)), states
+    return lax.scan(step, stream.hidden, jnp.arange(jax.tree.leaves(params)[0].shape[0]))[1]
+
+
+def _apply_indexed(
+    spec: BlockSpec, params: Any, deltas: Mapping[str, Delta], stream: Stream, i: Any
+) -> Array:
+    """Layer ``i`` of the stacked ones.
+
+    Its weights are read by index here, inside the loop, never sliced outside it: the last layer can
+    then run by itself, for one token only, without a copy of the others.
+    """
+    weights, delta = jax.tree.map(lambda a: _index(a, i), (params, dict(deltas)))
+    return apply_layer(spec, weights, stream, delta)
 
 
 @jax.custom_jvp
@@ -294,15 +299,3 @@ def _index(stacked: Array, i: Any) -> Array:
 def _index_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (stacked, i), (tangent, _) = primals, tangents
     return _index(stacked, i), lax.dynamic_index_in_dim(tangent, i, keepdims=False)
-
-
-def short_deltas(deltas: Deltas | None, modules: Mapping[str, str]) -> dict[str, Delta]:
-    """Deltas by the block's short names; ``modules`` maps templates to those.
-
-    Raises:
-        UserError: a template that the backbone does not have.
-    """
-    unknown = sorted(set(deltas or {}) - set(modules))
-    if unknown:
-        raise UserError(f"deltas for modules that the base model does not have: {', '.join(unknown)}")
-    return {modules[name]: delta for name, delta in (deltas or {}).items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,50 +13,32 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
+from enmp_jax.models import parameters
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import (
-    BlockSpec,
-    Rotary,
-    init_layers,
-    init_norm,
-    normalise,
-    run_layers,
-    short_deltas,
-)
-from enmp_jax.models.names import KeyTable
-from enmp_jax.models.transformer import Embedded, init_normal, last_token, transformer
+from enmp_jax.models.layers import BlockSpec, Rotary, Stream, declare_layers, normalise
+from enmp_jax.models.names import Spelling
+from enmp_jax.models.transformer import last_token, transformer
 
-KEYS = KeyTable(
+SPELLING = Spelling(
     prefix="model.",
-    file_prefix="model.",
-    prefixes=("base_model.model.", "model."),
-    layer="layers.{}.",
-    modules={
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    },
-    norms={
-        "norm1": "input_layernorm",
-        "norm2": "post_attention_layernorm",
-        "q_norm": "self_attn.q_norm",
-        "k_norm": "self_attn.k_norm",
-    },
-    other={
-        "embeddings/tokens": "embed_tokens.weight",
-        "norm/weight": "norm.weight",
-        "lm_head/weight": "lm_head.weight",
-    },
     unprefixed=("lm_head.weight",),
     ignored=r"lm_head\.|.*rotary_emb\.inv_freq$",
     heads=("score",),
 )
+LAYER = {
+    "q": "layers.{}.self_attn.q_proj",
+    "k": "layers.{}.self_attn.k_proj",
+    "v": "layers.{}.self_attn.v_proj",
+    "o": "layers.{}.self_attn.o_proj",
+    "gate": "layers.{}.mlp.gate_proj",
+    "up": "layers.{}.mlp.up_proj",
+    "down": "layers.{}.mlp.down_proj",
+    "norm1": "layers.{}.input_layernorm",
+    "norm2": "layers.{}.post_attention_layernorm",
+    "q_norm": "layers.{}.self_attn.q_norm",
+    "k_norm": "layers.{}.self_attn.k_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -154,58 +135,50 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
     n_layers, vocabulary = config.get("num_hidden_layers", 32), config.get("vocab_size", 32000)
     c = LlamaConfig(block, n_layers, vocabulary, frequencies, _window(config), _head(config), config)
 
-    def init(key: Array) -> Params:
-        keys = jax.random.split(key, 3)
-        normal = partial(init_normal, std=block.init_std, dtype=block.dtype)
-        params = {
-            "embeddings": {"tokens": normal(keys[0], (c.vocabulary, block.width))},
-            "layers": init_layers(keys[1], block, c.n_layers),
-            "norm": init_norm(block.width, rms=True),
-        }
-        if c.head == "lm_head":
-            params["lm_head"] = {"weight": normal(keys[2], (c.vocabulary, block.width))}
-        return params
+    def table(name: str) -> parameters.Param:
+        shape = (c.vocabulary, block.width)
+        return parameters.normal(name, shape, block.init_std, block.dtype, ("vocab", "embed"))
 
-    def embed(params: Params, inputs: Inputs) -> Embedded:
+    declared = {
+        "embeddings": {"tokens": table("embed_tokens.weight")},
+        "layers": declare_layers(block, c.n_layers, LAYER),
+        "norm": parameters.norm("norm", block.width, rms=True),
+    }
+    if c.head == "lm_head":
+        declared["lm_head"] = {"weight": table("lm_head.weight")}
+
+    def embed(params: Params, inputs: Inputs) -> Stream:
         ids = inputs["input_ids"]
         position = jnp.arange(ids.shape[1])
         back = position[:, None] - position[None, :]
         visible = (back >= 0) if c.window is None else (back >= 0) & (back < c.window)
         mask = visible[None] & (inputs["attention_mask"] > 0)[:, None]
-        return Embedded(params["embeddings"]["tokens"][ids], mask, _rotary(c.frequencies, ids))
+        hidden, token = params["embeddings"]["tokens"][ids], last_token(inputs["attention_mask"])
+        return Stream(hidden, mask, _rotary(c.frequencies, ids), token)
 
     def pool(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch width"]:
         return normalise(hidden[:, 0].astype(jnp.float32), params["norm"], block.eps)
 
-    short = KEYS.modules_by_template()
-
-    def log_likelihood(
-        params: Params, inputs: Inputs, deltas: Deltas | None = None
-    ) -> Float[Array, "batch token"]:
+    def score(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch token"]:
         if c.head is None:
             raise UserError(
                 "the base model is a sequence classifier: it has no language-model head to score with"
             )
-        e = embed(params, inputs)
-        hidden, _ = run_layers(
-            block, params["layers"], e.x, short_deltas(deltas, short), mask=e.mask, rotary=e.rotary
-        )
         hidden = normalise(hidden, params["norm"], block.eps)
         weight = params["embeddings"]["tokens"] if c.head == "tied" else params["lm_head"]["weight"]
         return next_token_log_likelihood(hidden, weight, inputs["input_ids"], inputs["attention_mask"])
 
-    backbone = transformer(
+    return transformer(
         str(config["model_type"]),
         c,
-        KEYS,
+        SPELLING,
         width=block.width,
-        init=init,
+        parameters=declared,
         embed=embed,
-        token=lambda inputs: last_token(inputs["attention_mask"]),
         pool=pool,
         input_spec={name: ((None,), jnp.int32) for name in ("input_ids", "attention_mask")},
+        score=score,
     )
-    return backbone._replace(log_likelihood=log_likelihood)
 
 
 def _rotary(frequencies: tuple[float, ...], ids: Int[Array, "batch token"]) -> Rotary:

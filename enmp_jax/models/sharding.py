@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from enmp_jax.models.base import Params
-from enmp_jax.models.convert import logical_axes
+from enmp_jax.models.base import Backbone
+from enmp_jax.models.parameters import flatten, unflatten
 
 RULES: Mapping[str, str] = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"}
 """Logical axis of a parameter -> mesh axis; axes not named here stay whole on every device.
@@ -17,6 +16,11 @@ RULES: Mapping[str, str] = {"heads": "model", "kv_heads": "model", "mlp": "model
 Column-parallel into attention and MLP, row-parallel out of them (Megatron-LM, arXiv 1909.08053):
 two sums over ``model`` a layer.
 """
+
+
+def logical_axes(backbone: Backbone) -> Any:
+    """Names of the axes of every parameter (see ``Param``), a pytree like them with tuples as leaves."""
+    return unflatten({path: p.axes for path, p in flatten(backbone.parameters).items()})
 
 
 def param_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...], tuple[str | None, ...]], NamedSharding]:
@@ -36,9 +40,8 @@ def param_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...], tuple[str | No
     return place
 
 
-def shard_params(params: Params, mesh: Mesh) -> Any:
-    """The shardings of a parameter pytree (of arrays or of ``ShapeDtypeStruct``)."""
+def shard_params(backbone: Backbone, mesh: Mesh) -> Any:
+    """The shardings of a backbone's parameters, a pytree like them."""
     place = param_sharding(mesh)
-    leaves, structure = jax.tree.flatten(params)
-    axes = jax.tree.leaves(logical_axes(params), is_leaf=lambda x: isinstance(x, tuple))
-    return structure.unflatten([place("", leaf.shape, axis) for leaf, axis in zip(leaves, axes, strict=True)])
+    params = flatten(backbone.parameters)
+    return unflatten({path: place(path, p.shape, p.axes) for path, p in params.items()})

@@ -1,94 +1,119 @@
-"""A backbone from a family's parts: what it embeds, which token it reads, how it pools."""
+"""A backbone from a family's parts: its parameters, how it embeds and how it pools."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from enmp_jax.deltas import Deltas
+from enmp_jax.deltas import Delta, Deltas
+from enmp_jax.errors import UserError
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import Rotary, run_layers, short_deltas
-from enmp_jax.models.names import KeyTable
-
-
-class Embedded(NamedTuple):
-    """What goes into the first layer; ``mask`` is True where a query may look at a token."""
-
-    x: Float[Array, "batch token width"]
-    mask: Bool[Array, "#batch #query token"] | None = None
-    rotary: Rotary | None = None
+from enmp_jax.models.layers import Stream, layer_outputs, run_layers
+from enmp_jax.models.names import Spelling
+from enmp_jax.models.parameters import Declared, initialise
 
 
 def transformer(
     family: str,
     config: Any,
-    keys: KeyTable,
+    spelling: Spelling,
     *,
     width: int,
-    init: Callable[[Array], Params],
-    embed: Callable[[Params, Inputs], Embedded],
-    token: Callable[[Inputs], Int[Array, " batch"] | int | None],
-    pool: Callable[[Params, Float[Array, "batch token width"], Inputs], Float[Array, "batch width"]],
+    parameters: Declared,
+    embed: Callable[[Params, Inputs], Stream],
+    pool: Callable[[Params, Array, Inputs], Float[Array, "batch width"]],
     input_spec: Mapping[str, tuple[tuple[int | None, ...], Any]],
+    score: Callable[[Params, Array, Inputs], Float[Array, "batch token"]] | None = None,
 ) -> Backbone:
     """Put a backbone together.
 
     Args:
         family: key of ``FAMILIES``.
         config: the family's configuration, with ``block``, ``n_layers`` and ``raw``.
-        keys: the family's key table.
+        spelling: of the family's parameters in files.
         width: of the features.
-        init: random parameters: those of the embeddings and the pooling, and ``layers``.
+        parameters: those of the embeddings and the pooling, and ``layers`` (``declare_layers``).
         embed: from inputs to the first layer.
-        token: which token the features are made of (computed in the last layer for that token only),
-            or None for all.
-        pool: from the last hidden states (one token if ``token`` says so) to float32 features.
+        pool: from the last hidden states (of one token if the stream names one) to float32 features.
         input_spec: see ``Backbone``.
+        score: causal models: from the last hidden states of all tokens to log-likelihoods.
     """
-    short, shapes = keys.modules_by_template(), config.block.shapes()
+    weights = {name: entry["weight"] for name, entry in parameters["layers"].items()}
+    short = {  # a weight of a layer is [layer, out, in], that of a norm [layer, width]
+        spelling.prefix + weight.name.removesuffix(".weight"): name
+        for name, weight in weights.items()
+        if len(weight.shape) == 3
+    }
 
-    def features(params: Params, inputs: Inputs, deltas: Deltas | None = None) -> Float[Array, "batch width"]:
-        e = embed(params, inputs)
-        hidden, _ = run_layers(
-            config.block,
-            params["layers"],
-            e.x,
-            short_deltas(deltas, short),
-            mask=e.mask,
-            rotary=e.rotary,
-            token=token(inputs),
-        )
-        return pool(params, hidden, inputs)
+    def run(params: Params, stream: Stream, deltas: Deltas | None = None, first: int | Array = 0) -> Array:
+        return run_layers(config.block, params["layers"], stream, _by_short_name(deltas, short), first)
+
+    def features(params: Params, inputs: Inputs, deltas: Deltas | None = None) -> Array:
+        return pool(params, run(params, embed(params, inputs), deltas), inputs)
+
+    def features_from(
+        params: Params, inputs: Inputs, hidden: Array, first: int | Array, deltas: Deltas | None = None
+    ) -> Array:
+        stream = embed(params, inputs)._replace(hidden=hidden)
+        return pool(params, run(params, stream, deltas, first), inputs)
 
     def hidden_states(params: Params, inputs: Inputs, deltas: Deltas | None = None) -> Array:
-        e = embed(params, inputs)
-        _, states = run_layers(
-            config.block, params["layers"], e.x, short_deltas(deltas, short), mask=e.mask, rotary=e.rotary
-        )
-        return jnp.concatenate([e.x[None], states])
+        stream = embed(params, inputs)
+        states = layer_outputs(config.block, params["layers"], stream, _by_short_name(deltas, short))
+        return jnp.concatenate([stream.hidden[None], states])
 
-    return Backbone(
+    backbone = Backbone(
         family=family,
         n_layers=config.n_layers,
         width=width,
-        modules={template: shapes[name] for template, name in short.items()},
-        init=init,
+        modules={template: weights[name].shape[1:] for template, name in short.items()},
+        parameters=parameters,
+        init=partial(initialise, parameters),
+        embed=embed,
+        run=run,
+        pool=pool,
         features=features,
-        canonical=keys.canonical,
+        features_from=features_from,
+        hidden_states=hidden_states,
+        canonical=lambda template: _known(spelling.prefix + spelling.plain(template), short),
         input_spec=input_spec,
         config=config,
-        keys=keys,
-        hidden_states=hidden_states,
+        spelling=spelling,
     )
+    if score is None:
+        return backbone
+
+    def log_likelihood(params: Params, inputs: Inputs, deltas: Deltas | None = None) -> Array:
+        stream = embed(params, inputs)._replace(token=None)
+        return score(params, run(params, stream, deltas), inputs)
+
+    def log_likelihood_from(
+        params: Params, inputs: Inputs, hidden: Array, first: int | Array, deltas: Deltas | None = None
+    ) -> Array:
+        stream = embed(params, inputs)._replace(hidden=hidden, token=None)
+        return score(params, run(params, stream, deltas, first), inputs)
+
+    return backbone._replace(log_likelihood=log_likelihood, log_likelihood_from=log_likelihood_from)
 
 
-def init_normal(key: Array, shape: tuple[int, ...], std: float, dtype: Any) -> Array:
-    """Truncated normal weights, as Hugging Face starts embeddings with."""
-    return std * jax.random.truncated_normal(key, -2, 2, shape, dtype)
+def _known(template: str, modules: Mapping[str, str]) -> str | None:
+    return template if template in modules else None
+
+
+def _by_short_name(deltas: Deltas | None, modules: Mapping[str, str]) -> dict[str, Delta]:
+    """Deltas by the layer's short names; ``modules`` maps templates to those.
+
+    Raises:
+        UserError: a template that the backbone does not have.
+    """
+    unknown = sorted(set(deltas or {}) - set(modules))
+    if unknown:
+        raise UserError(f"deltas for modules that the base model does not have: {', '.join(unknown)}")
+    return {modules[name]: delta for name, delta in (deltas or {}).items()}
 
 
 def last_token(mask: Int[Array, "batch token"]) -> Int[Array, " batch"]:

@@ -4,42 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from enmp_jax.devices.matmul import times_transposed
 from enmp_jax.errors import UserError
+from enmp_jax.models import parameters
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import BlockSpec, init_layers, init_norm, normalise
-from enmp_jax.models.names import KeyTable
-from enmp_jax.models.transformer import Embedded, init_normal, transformer
+from enmp_jax.models.layers import BlockSpec, Stream, declare_layers, normalise
+from enmp_jax.models.names import Spelling
+from enmp_jax.models.transformer import transformer
 
-KEYS = KeyTable(
+SPELLING = Spelling(
     prefix="vit.",
-    file_prefix="vit.",
-    prefixes=("base_model.model.", "vit."),
-    layer="layers.{}.",
-    modules={
-        "q": "attention.q_proj",
-        "k": "attention.k_proj",
-        "v": "attention.v_proj",
-        "o": "attention.o_proj",
-        "up": "mlp.fc1",
-        "down": "mlp.fc2",
-    },
-    norms={"norm1": "layernorm_before", "norm2": "layernorm_after"},
-    other={
-        "embeddings/cls": "embeddings.cls_token",
-        "embeddings/positions": "embeddings.position_embeddings",
-        "embeddings/patch/weight": "embeddings.patch_embeddings.projection.weight",
-        "embeddings/patch/bias": "embeddings.patch_embeddings.projection.bias",
-        "norm/weight": "layernorm.weight",
-        "norm/bias": "layernorm.bias",
-    },
     aliases=(
         ("encoder.layer", "layers"),
         ("attention.attention.query", "attention.q_proj"),
@@ -52,6 +31,16 @@ KEYS = KeyTable(
     ignored=r"pooler\.|embeddings\.mask_token$",
     heads=("classifier",),
 )
+LAYER = {
+    "q": "layers.{}.attention.q_proj",
+    "k": "layers.{}.attention.k_proj",
+    "v": "layers.{}.attention.v_proj",
+    "o": "layers.{}.attention.o_proj",
+    "up": "layers.{}.mlp.fc1",
+    "down": "layers.{}.mlp.fc2",
+    "norm1": "layers.{}.layernorm_before",
+    "norm2": "layers.{}.layernorm_after",
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +64,10 @@ class PatchSpec:
     def n_patches(self) -> int:
         """Number of patches of an image."""
         return (self.height // self.patch_height) * (self.width // self.patch_width)
+
+    def weight_shape(self, width: int) -> tuple[int, int, int, int]:
+        """Shape of the weight that makes tokens of this width of patches, as torch's convolution has it."""
+        return width, self.channels, self.patch_height, self.patch_width
 
 
 @dataclass(frozen=True)
@@ -146,23 +139,23 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
     )
     c = ViTConfig(block, patch_spec(config), config.get("num_hidden_layers", 12), config)
 
-    def init(key: Array) -> Params:
-        keys = jax.random.split(key, 4)
-        normal = partial(init_normal, std=block.init_std, dtype=block.dtype)
-        shape = (block.width, c.patch.channels, c.patch.patch_height, c.patch.patch_width)
-        embeddings = {
-            "cls": normal(keys[0], (1, 1, block.width)),
-            "positions": normal(keys[1], (1, c.patch.n_patches + 1, block.width)),
-            "patch": {"weight": normal(keys[2], shape), "bias": jnp.zeros(block.width, block.dtype)},
-        }
-        layers = init_layers(keys[3], block, c.n_layers)
-        return {"embeddings": embeddings, "layers": layers, "norm": init_norm(block.width)}
+    std, dtype, width = block.init_std, block.dtype, block.width
+    patch, positions = c.patch.weight_shape(width), (1, c.patch.n_patches + 1, width)
+    declared = {
+        "embeddings": {
+            "cls": parameters.normal("embeddings.cls_token", (1, 1, width), std, dtype),
+            "positions": parameters.normal("embeddings.position_embeddings", positions, std, dtype),
+            "patch": parameters.linear("embeddings.patch_embeddings.projection", patch, std, dtype),
+        },
+        "layers": declare_layers(block, c.n_layers, LAYER),
+        "norm": parameters.norm("layernorm", width),
+    }
 
-    def embed(params: Params, inputs: Inputs) -> Embedded:
+    def embed(params: Params, inputs: Inputs) -> Stream:
         e = params["embeddings"]
         x = embed_patches(c.patch, e["patch"]["weight"], inputs["image"]) + e["patch"]["bias"]
         cls = jnp.broadcast_to(e["cls"], (x.shape[0], 1, block.width))
-        return Embedded(jnp.concatenate([cls, x], axis=1) + e["positions"])
+        return Stream(jnp.concatenate([cls, x], axis=1) + e["positions"], token=0)
 
     def pool(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch width"]:
         return normalise(hidden[:, 0].astype(jnp.float32), params["norm"], block.eps)
@@ -170,11 +163,10 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
     return transformer(
         "vit",
         c,
-        KEYS,
+        SPELLING,
         width=block.width,
-        init=init,
+        parameters=declared,
         embed=embed,
-        token=lambda inputs: 0,
         pool=pool,
         input_spec={"image": (c.patch.shape, jnp.uint8)},
     )

@@ -106,7 +106,7 @@ def test_transformers_reads_what_save_writes(name, tmp_path):
     case = make.CASES[name]()
     backbone, params = on_disk(case, tmp_path / "theirs")
     head = models.load_head(tmp_path / "theirs")
-    heads = None if head is None else {backbone.keys.heads[0]: head}
+    heads = None if head is None else {backbone.spelling.heads[0]: head}
     models.save(tmp_path / "ours", backbone, params, heads)
     kind = hf.CLIPVisionModelWithProjection if name == "clip" else type(case.model)
     loaded: Any = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
