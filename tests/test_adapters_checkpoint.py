@@ -6,28 +6,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapter_files import RECIPE, TASKS, load_all, make, make_base, merged, wanted
+from adapter_files import RECIPE, load_all, make, make_base, merged, wanted
 
 from enmp_jax.adapters import load_adapters, read_adapter
 from enmp_jax.adapters.hf_export import export_checkpoint
 from enmp_jax.adapters.peft_export import export_peft
 from enmp_jax.errors import UserError
 from enmp_jax.io.shards import Factors, Full, read_header, rewrite
-
-
-@pytest.fixture
-def loaded(tmp_path):
-    head = {"score": {"weight": np.arange(12, dtype=np.float32).reshape(2, 6)}}
-    make(tmp_path / "secret-user" / "cars", 0, heads=head, task_type="SEQ_CLS")
-    make(tmp_path / "secret-user" / "dtd", 1, rank=3)
-    return load_adapters({task: tmp_path / "secret-user" / task for task in TASKS})
-
-
-@pytest.fixture
-def keep():
-    mask = np.ones((3, 2), bool)
-    mask[0, 0] = mask[1, 1] = False
-    return mask
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -293,7 +293,7 @@ def test_damaged_cache_is_rebuilt(root, damage):
     if damage == "flip":
         content[-1] ^= 1
     elif damage == "no metadata":
-        content[8:] = content[8:].replace(b'"examples"', b'"exampleX"')
+        content[8:] = content[8:].replace(b'"entry"', b'"entrX"')
     else:
         del content[{"cut": -10, "empty": 0}[damage] :]
     path.write_bytes(bytes(content))

@@ -69,7 +69,7 @@ def export_checkpoint(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    found = locate(base, _PATTERNS)
+    found = locate(base, _PATTERNS, "base model", ownerless=True)
     config = read_json(found.directory / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{found.source} is quantised: merge into the model it was made from")

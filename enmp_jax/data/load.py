@@ -11,12 +11,12 @@ import numpy as np
 
 from enmp_jax.config.run_file import DataConfig, resolve_path
 from enmp_jax.config.schema import to_dict
-from enmp_jax.data import images, pretexts, slices, transforms
+from enmp_jax.data import cache, images, pretexts, slices, transforms
 from enmp_jax.data import labels as label_map
 from enmp_jax.data.base import Examples, Kind, Preprocess, Progress, Raw, Source, Span
 from enmp_jax.data.files import FolderSource, JsonlSource, NpzSource
 from enmp_jax.errors import UserError
-from enmp_jax.io import cache
+from enmp_jax.io.cache import key as cache_key
 
 Which = Literal["train", "search", "selection", "test"]
 CHUNK = 256
@@ -91,7 +91,7 @@ def load_examples(
     source = open_source(config, root)
     identity = source.identity()
     relevant = {k: v for k, v in to_dict(config).items() if k not in ("train", "search", "selection", "test")}
-    entry = cache.key(identity, relevant, expression, limit, preprocess.identity if preprocess else None)
+    entry = cache_key(identity, relevant, expression, limit, preprocess.identity if preprocess else None)
     cached = cache.read(entry)
     if cached is not None:
         return cached

@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from enmp_jax.errors import UserError
 from enmp_jax.io import files
+from enmp_jax.io.hub import locate
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_PATTERNS = ("*.json", "*.safetensors", "*.txt")
 
 
 def find(model: str | Path) -> Path:
@@ -25,25 +27,7 @@ def find(model: str | Path) -> Path:
     Raises:
         UserError: neither a directory nor a model that the hub has or that is in its local cache.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    name, _, revision = str(model).partition("@")
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"base model {model}: there is no such directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt"]
-            )
-        )
-    except Exception as error:  # the hub client raises its own, httpx's and OS errors
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"base model {model}: not a local directory, and the hub could not give it ({reason})"
-        ) from None
+    return locate(model, _PATTERNS, "base model", ownerless=True).directory
 
 
 def read_json(path: Path) -> dict[str, Any]:
