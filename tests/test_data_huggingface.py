@@ -9,7 +9,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from enmp_jax.config.run_file import DataConfig
-from enmp_jax.data import load_examples
+from enmp_jax.data import images, load_examples
 from enmp_jax.data.huggingface import HuggingFaceSource
 from enmp_jax.errors import UserError
 
@@ -90,6 +90,19 @@ def test_images(root):
     raw = made.read("train", [0, 1])
     assert raw.kind == "image" and raw.values[0] == buffer.getvalue() and str(raw.values[1]) == "/a.png"
     assert made.class_names() == ()
+
+
+def test_several_labels_of_one_example(root):
+    features = {"text": Value("string"), "label": ClassLabel(["yes", "no"])}
+    made, _ = source(root, features, {"text": ["a"], "label": [[0, 1]]})
+    with pytest.raises(UserError, match=r"the label \[0, 1\] is neither a whole number nor a class name"):
+        made.read("train", [0])
+
+
+def test_a_missing_image_does_not_decode(root):
+    made, _ = source(root, {"img": Image(), "label": Value("int64")}, {"img": [None], "label": [0]})
+    with pytest.raises(images.BadImage):
+        images.decode(made.read("train", [0]).values[0])
 
 
 @pytest.mark.parametrize(

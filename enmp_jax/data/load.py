@@ -15,7 +15,7 @@ from enmp_jax.data import cache, images, pretexts, slices, transforms
 from enmp_jax.data import labels as label_map
 from enmp_jax.data.base import Examples, Kind, Preprocess, Progress, Raw, Source, Span
 from enmp_jax.data.files import FolderSource, JsonlSource, NpzSource
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io.cache import key as cache_key
 
 Which = Literal["train", "search", "selection", "test"]
@@ -55,7 +55,10 @@ def open_source(config: DataConfig, root: Path) -> Source:
         raise UserError(
             f"data source {config.source!r}: write KIND:NAME with KIND one of {', '.join(SOURCES)}"
         )
-    return SOURCES[kind](name, config, root)
+    try:
+        return SOURCES[kind](name, config, root)
+    except OSError as error:
+        raise UserError(f"{one_line(config.source)}: cannot be read ({reason(error)})") from None
 
 
 def load_examples(
