@@ -69,7 +69,11 @@ def test_texts_and_named_labels(root):
     assert made.identity() == "hf owner/name part abc" and not called  # a cache hit loads nothing
     assert made.splits() == {"train": 3, "test": 3} and made.class_names() == ("yes", "no")
     raw = made.read("test", [2, 0])
-    assert (raw.kind, list(raw.values), raw.labels.tolist()) == ("text", [("c", "z"), ("a", "x")], [-1, 1])
+    assert (raw.modality, list(raw.values), raw.labels.tolist()) == (
+        "text",
+        [("c", "z"), ("a", "x")],
+        [-1, 1],
+    )
     assert list(raw.names) == ["test[2]", "test[0]"]
     assert called == [("owner/name", "part", "abc")]
 
@@ -88,7 +92,7 @@ def test_images(root):
     values = [{"bytes": buffer.getvalue(), "path": None}, {"bytes": None, "path": "/a.png"}]
     made, _ = source(root, features, {"img": values, "label": [3, 4]})
     raw = made.read("train", [0, 1])
-    assert raw.kind == "image" and raw.values[0] == buffer.getvalue() and str(raw.values[1]) == "/a.png"
+    assert raw.modality == "image" and raw.values[0] == buffer.getvalue() and str(raw.values[1]) == "/a.png"
     assert made.class_names() == ()
 
 

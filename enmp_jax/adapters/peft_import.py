@@ -12,7 +12,7 @@ import numpy as np
 
 from enmp_jax.adapters.lora_config import LoraSettings
 from enmp_jax.adapters.matching import align, check_bases, check_shape, examples, spellings, to_backbone
-from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS, Heads, Modules, save_adapter
+from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS, AdapterHeads, Modules, save_adapter
 from enmp_jax.errors import UserError, one_line
 from enmp_jax.io.files import is_file, read_json
 from enmp_jax.io.hub import locate
@@ -58,7 +58,7 @@ class Adapter:
     config: Mapping[str, Any]
     settings: LoraSettings
     modules: Modules
-    heads: Heads
+    heads: AdapterHeads
     base_model: str | None
     commit: str | None
 
@@ -78,7 +78,7 @@ class LoadedAdapters:
 
     stack: LoraStack
     adapters: Mapping[str, Adapter]
-    heads: Mapping[str, Heads]
+    heads: Mapping[str, AdapterHeads]
     templates: Mapping[str, Mapping[str, tuple[str, int]]]
     names: dict[str, str]
     base_model: str | None
@@ -181,9 +181,9 @@ def _what_else(directory: Path) -> str:
     return "it is not a PEFT adapter"
 
 
-def _read_weights(path: Path, settings: LoraSettings) -> tuple[Modules, Heads]:
+def _read_weights(path: Path, settings: LoraSettings) -> tuple[Modules, AdapterHeads]:
     raw: dict[str, dict[str, np.ndarray]] = {}
-    heads: Heads = {}
+    heads: AdapterHeads = {}
     names: set[str] = set()
     with open_tensors(path) as handle:
         for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
@@ -238,7 +238,7 @@ def _fold(module: str, sides: dict[str, np.ndarray], settings: LoraSettings, pat
     return a, folded
 
 
-def _add_head(heads: Heads, key: str, tensor: np.ndarray, settings: LoraSettings, path: Path) -> None:
+def _add_head(heads: AdapterHeads, key: str, tensor: np.ndarray, settings: LoraSettings, path: Path) -> None:
     module, _, parameter = _SAVED.sub("", _strip(key)).rpartition(".")
     allowed = settings.modules_to_save
     if settings.task_type in ("SEQ_CLS", "TOKEN_CLS"):

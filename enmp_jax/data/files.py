@@ -111,8 +111,8 @@ class NpzSource:
         if label not in arrays:
             raise UserError(f"{self._config.source}: no array {label!r}; the file has {', '.join(arrays)}")
         if arrays[label].ndim != 1:
-            found = f"{arrays[label].dtype} {list(arrays[label].shape)}"
-            raise UserError(f"{self._config.source}: {label!r} is {found}; expected one label an example, [n]")
+            found = f"{label!r} is {arrays[label].dtype} {list(arrays[label].shape)}"
+            raise UserError(f"{self._config.source}: {found}; expected one label an example, [n]")
         n = len(arrays[label])
         for name in sorted({*self._value_keys(arrays), "split"} & set(arrays)):
             rows = len(arrays[name]) if arrays[name].ndim else 0

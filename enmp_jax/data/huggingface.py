@@ -149,7 +149,6 @@ def _encoded(value: Any) -> Any:
     if value is None:
         return b""
     if isinstance(value, Mapping):
-        return (
-            Path(value["path"]) if value.get("bytes") is None and value.get("path") else value["bytes"] or b""
-        )
+        content, path = value.get("bytes"), value.get("path")
+        return Path(path) if content is None and path else content or b""
     return value if isinstance(value, bytes) else np.asarray(value)

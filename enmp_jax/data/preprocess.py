@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from enmp_jax.config.run_file import DataConfig
-from enmp_jax.data.base import Kind, Preprocess
+from enmp_jax.data.base import Modality, Preprocess
 from enmp_jax.errors import UserError, one_line
 from enmp_jax.models import checkpoint
 
@@ -32,7 +32,7 @@ class PlainImages:
     Images of another size are resized (bilinear, as HF's ViT does) without keeping their proportions.
     """
 
-    kind: Kind = "image"
+    modality: Modality = "image"
     padding: Mapping[str, int] = {}
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
@@ -62,7 +62,7 @@ class ProcessorImages:
         size: height and width that the model takes.
     """
 
-    kind: Kind = "image"
+    modality: Modality = "image"
     padding: Mapping[str, int] = {}
 
     def __init__(self, directory: Path, size: tuple[int, int]) -> None:
@@ -111,7 +111,7 @@ class Tokens:
             longer text of a pair first.
     """
 
-    kind: Kind = "text"
+    modality: Modality = "text"
 
     def __init__(self, directory: Path, max_length: int) -> None:
         self._directory, self.max_length = directory, max_length
@@ -131,10 +131,9 @@ class Tokens:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(self._directory), padding_side="right", truncation_side="right"
             )
-        except Exception as error:  # tokenizers raises the base class itself
-            raise UserError(
-                f"{self._directory}: its tokenizer cannot be loaded ({one_line(error)})"
-            ) from None
+        except Exception as error:  # the tokenizers package raises Exception itself
+            reason = one_line(error)
+            raise UserError(f"{self._directory}: its tokenizer cannot be loaded ({reason})") from None
         if tokenizer.pad_token_id is None:
             # Llama has none; padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -184,9 +183,8 @@ def preprocess_for(model: str | Path, family: str, config: DataConfig) -> Prepro
     settings = checkpoint.read_json(directory / "config.json")
     vision = settings.get("vision_config") or settings
     if not isinstance(vision, dict):
-        raise UserError(
-            f"{directory}/config.json: vision_config is {one_line(repr(vision), 80)}, not an object"
-        )
+        shown = one_line(repr(vision), 80)
+        raise UserError(f"{directory}/config.json: vision_config is {shown}, not an object")
     if "image_size" in vision or "vision_config" in settings:
         height, width = _image_size(vision, directory)
         processor = directory / "preprocessor_config.json"
@@ -220,11 +218,11 @@ def _positive(settings: Mapping[str, Any], key: str, default: int, directory: Pa
 def _image_size(settings: Mapping[str, Any], directory: Path) -> tuple[int, int]:
     """Height and width in pixels, which ``image_size`` gives as one number or two."""
     size = settings.get("image_size", 224)
-    if isinstance(size, list | tuple) and len(size) == 2:
-        height, width = (_positive({"image_size": side}, "image_size", side, directory) for side in size)
-        return height, width
-    side = _positive(settings, "image_size", 224, directory)
-    return side, side
+    if isinstance(size, list) and len(size) == 2:
+        height, width = (_positive({"image_size": side}, "image_size", 224, directory) for side in size)
+    else:
+        height = width = _positive(settings, "image_size", 224, directory)
+    return height, width
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
