@@ -7,7 +7,6 @@ granularity ``projection``, (layer, projection, task). ``keep`` is True where a 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, suggestion
 from enmp_jax.lora import LoraStack
 
 Granularity = Literal["layer", "projection"]
@@ -177,12 +176,13 @@ class MaskSpec:
         for name in middle:
             found = [j for j, p in enumerate(self.projections) if p == name or p.endswith(f".{name}")]
             if len(found) != 1:
-                known = ", ".join(self.projections)
-                raise UserError(f"{_show(module)}: {name!r} fits {len(found)} of the projections {known}")
+                fitting = [self.projections[j] for j in found] or self.projections
+                raise UserError(
+                    f"{_show(module)}: {name!r} fits {len(found)} of the projections: {', '.join(fitting)}"
+                )
             index.append(found[0])
         if task not in self.tasks:
-            near = difflib.get_close_matches(str(task), self.tasks, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(self.tasks)}"
+            hint = suggestion(task, self.tasks, "the tasks are")
             raise UserError(f"{_show(module)}: unknown task {task!r}; {hint}")
         return (*index, self.tasks.index(task))
 
@@ -197,26 +197,6 @@ class MaskSpec:
             "layers": self.n_layers,
             **finer,
         }
-
-    def summary(self, keep: Bool[np.ndarray, "*module"]) -> str:
-        """One line: how many modules a mask prunes, and in which layers of which task."""
-        modules = self.pruned_modules(keep)
-        head = f"{len(modules)} of {self.n_modules} modules pruned"
-        if not modules:
-            return head
-        places: dict[str, dict[int, int]] = {}
-        for layer, *_, task in modules:
-            counts = places.setdefault(str(task), {})
-            counts[layer] = counts.get(layer, 0) + 1
-        per_layer = {task: self.present()[..., i].reshape(self.n_layers, -1).sum(1)
-                     for i, task in enumerate(self.tasks)}  # fmt: skip
-        parts = [
-            f"{task} "
-            + ",".join(f"{n}" if c == per_layer[task][n] else f"{n}({c})" for n, c in places[task].items())
-            for task in self.tasks
-            if task in places
-        ]
-        return f"{head} ({100 * len(modules) / self.n_modules:.1f} %); layers of {'; '.join(parts)}"
 
 
 def decode_scale(gene: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

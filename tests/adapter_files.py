@@ -5,10 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import safetensors.numpy
 
 from enmp_jax import merges
-from enmp_jax.adapters import save_adapter
+from enmp_jax.adapters import load_adapters, save_adapter
 from enmp_jax.adapters.recipe import Recipe
 
 TASKS = ("cars", "dtd")
@@ -33,6 +34,23 @@ def make(path, seed, rank=2, dtype: Any = np.float32, alpha=None, layers=(0, 1, 
     }  # fmt: skip
     save_adapter(path, modules, rank, alpha or 2 * rank, "org/base", **options)
     return path
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """Two adapters, one of them with a head, in a directory whose name must not be published."""
+    head = {"score": {"weight": np.arange(12, dtype=np.float32).reshape(2, 6)}}
+    make(tmp_path / "secret-user" / "cars", 0, heads=head, task_type="SEQ_CLS")
+    make(tmp_path / "secret-user" / "dtd", 1, rank=3)
+    return load_adapters({task: tmp_path / "secret-user" / task for task in TASKS})
+
+
+@pytest.fixture
+def keep():
+    """``PRUNED`` as a keep mask [layer, task]."""
+    mask = np.ones((3, 2), bool)
+    mask[0, 0] = mask[1, 1] = False
+    return mask
 
 
 def merged(loaded, keep, method="sum", scale=0.5):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from adapter_files import keep, loaded  # noqa: F401 (fixtures of the tests of adapters)
 
 from enmp_jax.config import run_file
 

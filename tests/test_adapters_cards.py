@@ -17,21 +17,6 @@ from enmp_jax.cli.inspect import inspect
 from enmp_jax.errors import UserError
 
 
-@pytest.fixture
-def loaded(tmp_path):
-    head = {"score": {"weight": np.arange(12, dtype=np.float32).reshape(2, 6)}}
-    make(tmp_path / "secret-user" / "cars", 0, heads=head, task_type="SEQ_CLS")
-    make(tmp_path / "secret-user" / "dtd", 1, rank=3)
-    return load_adapters({task: tmp_path / "secret-user" / task for task in TASKS})
-
-
-@pytest.fixture
-def keep():
-    mask = np.ones((3, 2), bool)
-    mask[0, 0] = mask[1, 1] = False
-    return mask
-
-
 def export_all(loaded, keep, tmp_path):
     make_base(tmp_path / "base")
     deltas = merged(loaded, keep)

@@ -6,28 +6,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapter_files import RECIPE, TASKS, load_all, make, make_base, merged, wanted
+from adapter_files import RECIPE, load_all, make, make_base, merged, wanted
 
 from enmp_jax.adapters import load_adapters, read_adapter
 from enmp_jax.adapters.hf_export import export_checkpoint
 from enmp_jax.adapters.peft_export import export_peft
 from enmp_jax.errors import UserError
-from enmp_jax.io.shards import Factors, Full, read_header, rewrite
-
-
-@pytest.fixture
-def loaded(tmp_path):
-    head = {"score": {"weight": np.arange(12, dtype=np.float32).reshape(2, 6)}}
-    make(tmp_path / "secret-user" / "cars", 0, heads=head, task_type="SEQ_CLS")
-    make(tmp_path / "secret-user" / "dtd", 1, rank=3)
-    return load_adapters({task: tmp_path / "secret-user" / task for task in TASKS})
-
-
-@pytest.fixture
-def keep():
-    mask = np.ones((3, 2), bool)
-    mask[0, 0] = mask[1, 1] = False
-    return mask
+from enmp_jax.io.shards import FullUpdate, LowRankUpdate, read_header, rewrite
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -164,7 +149,7 @@ def test_rewrite_notices_bytes_that_do_not_read_back(tmp_path, monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, bytes(len(data)), at))
     monkeypatch.setattr(os, "copy_file_range", lambda *a: (_ for _ in ()).throw(OSError()))
-    for deltas, omit in (({}, ()), ({"a": Full(np.ones((300, 50), np.float32))}, ("b",))):
+    for deltas, omit in (({}, ()), ({"a": FullUpdate(np.ones((300, 50), np.float32))}, ("b",))):
         with pytest.raises(UserError, match="does not read back"):
             rewrite(tmp_path / "x.safetensors", tmp_path / "y.safetensors", deltas, omit=omit)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
@@ -187,7 +172,7 @@ def test_rewrite_works_in_pieces_of_any_size(tmp_path, monkeypatch):
         monkeypatch.setattr("enmp_jax.io.shards._CHUNK", chunk)
         monkeypatch.setattr("enmp_jax.io.shards._BLOCK", chunk)
         sizes = rewrite(
-            tmp_path / "x.safetensors", tmp_path / "y.safetensors", {"a": Factors(left, right)}, "F32"
+            tmp_path / "x.safetensors", tmp_path / "y.safetensors", {"a": LowRankUpdate(left, right)}, "F32"
         )
         found = safetensors.numpy.load_file(tmp_path / "y.safetensors")
         assert sizes == {key: value.nbytes for key, value in found.items()}

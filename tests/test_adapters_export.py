@@ -8,27 +8,12 @@ import safetensors.numpy
 from adapter_files import RECIPE, TASKS, make, make_base, merged
 
 from enmp_jax.adapters import load_adapters, read_adapter
-from enmp_jax.adapters.factorise import factorise
 from enmp_jax.adapters.hf_export import export_checkpoint
+from enmp_jax.adapters.lora_factors import lora_factors
 from enmp_jax.adapters.peft_export import export_adapters, export_peft
 from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.deltas import Dense, LowRank
 from enmp_jax.errors import UserError
-
-
-@pytest.fixture
-def loaded(tmp_path):
-    head = {"score": {"weight": np.arange(12, dtype=np.float32).reshape(2, 6)}}
-    make(tmp_path / "secret-user" / "cars", 0, heads=head, task_type="SEQ_CLS")
-    make(tmp_path / "secret-user" / "dtd", 1, rank=3)
-    return load_adapters({task: tmp_path / "secret-user" / task for task in TASKS})
-
-
-@pytest.fixture
-def keep():
-    mask = np.ones((3, 2), bool)
-    mask[0, 0] = mask[1, 1] = False
-    return mask
 
 
 def test_pruned_adapters_hold_the_kept_modules_and_nothing_else(loaded, keep, tmp_path):
@@ -115,7 +100,7 @@ def test_truncation_is_the_best_of_its_rank(dense):
     delta = delta_of_rank(8)
     full = np.asarray(delta.materialise(), np.float64)
     deltas = {"h.{}": Dense(jnp.asarray(full, jnp.float32)) if dense else delta}
-    found = factorise(deltas, {"h.{}": "h.{}"}, 3, 5)
+    found = lora_factors(deltas, {"h.{}": "h.{}"}, 3, 5)
     best = [np.linalg.svd(x, compute_uv=False) for x in full]
     lost = np.sqrt(sum((s[3:] ** 2).sum() for s in best) / sum((s**2).sum() for s in best))
     assert found.rank == 3 and found.error == pytest.approx(lost, rel=1e-5)
@@ -124,22 +109,22 @@ def test_truncation_is_the_best_of_its_rank(dense):
         sum(np.sum((x - b.astype(float) @ a) ** 2) for x, (a, b) in zip(full, made)) / np.sum(full**2)
     )
     assert error == pytest.approx(lost, rel=1e-5)
-    exact = factorise(deltas, {"h.{}": "h.{}"}, None, 8)
+    exact = lora_factors(deltas, {"h.{}": "h.{}"}, None, 8)
     assert exact.rank == 8 and exact.error < 1e-6
 
 
 def test_rank_above_the_matrix_is_cut_to_it_without_loss():
     delta = delta_of_rank(50)
-    found = factorise({"h.{}": delta}, {"h.{}": "h.{}"}, None, 1)
+    found = lora_factors({"h.{}": delta}, {"h.{}": "h.{}"}, None, 1)
     assert found.rank == 30 and found.error < 1e-12
     a, b = found.modules["h.1"]
     np.testing.assert_allclose(b @ a, np.asarray(delta.materialise())[1], atol=2e-4)
 
 
 def test_lanczos_agrees_with_the_full_svd(monkeypatch):
-    monkeypatch.setattr("enmp_jax.adapters.factorise._DIRECT", 10)
+    monkeypatch.setattr("enmp_jax.adapters.lora_factors._DIRECT", 10)
     weight = np.random.default_rng(0).normal(size=(1, 90, 70)).astype(np.float32)
-    found = factorise({"h.{}": Dense(jnp.asarray(weight))}, {"h.{}": "h.{}"}, 5, 5)
+    found = lora_factors({"h.{}": Dense(jnp.asarray(weight))}, {"h.{}": "h.{}"}, 5, 5)
     s = np.linalg.svd(weight[0].astype(float), compute_uv=False)
     assert found.error == pytest.approx(np.sqrt((s[5:] ** 2).sum() / (s**2).sum()), rel=1e-5)
 
@@ -159,7 +144,7 @@ def test_a_core_that_is_not_square_goes_to_the_side_that_keeps_the_rank_small(k,
     random = np.random.default_rng(0)
     parts = [random.normal(size=shape) for shape in ((2, 9, k), (2, k, j), (2, j, 8))]
     delta = LowRank(*(jnp.asarray(part, jnp.float32) for part in parts))
-    found = factorise({"h.{}": delta}, {"h.{}": "h.{}"}, None, 1)
+    found = lora_factors({"h.{}": delta}, {"h.{}": "h.{}"}, None, 1)
     assert found.rank == min(k, j) and found.error == 0
     for layer in range(2):
         a, b = found.modules[f"h.{layer}"]

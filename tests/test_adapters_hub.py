@@ -5,8 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from enmp_jax.adapters import hub, peft_import, read_adapter, save_adapter
+from enmp_jax.adapters import peft_import, read_adapter, save_adapter
 from enmp_jax.errors import UserError
+from enmp_jax.io import hub
 
 
 def factors():
@@ -69,6 +70,29 @@ class TestHub:
             read_adapter("some/adapter@v9")
         assert str(caught.value).isprintable()
 
+    def test_a_mistyped_directory_is_told_from_a_hub_id(self, calls, tmp_path, monkeypatch):
+        """``experts/cras`` may be a hub id; with ``experts/`` here, it is a directory that is not."""
+        from huggingface_hub import errors
+
+        def fail(*args, **kwargs):
+            raise errors.LocalEntryNotFoundError("offline")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+        save_adapter(tmp_path / "experts" / "cars", factors(), 2, 2, None)
+        with pytest.raises(UserError, match="no such directory.*experts is a directory here.*'cars'"):
+            read_adapter("experts/cras")
+        with pytest.raises(UserError, match="there is no such directory;.*did you mean 'cars'"):
+            read_adapter("./experts/cras")
+        with pytest.raises(UserError, match="no such directory here") as caught:
+            read_adapter("someone/adapter")
+        assert "is a directory here" not in str(caught.value)
+
+    def test_a_directory_with_only_checkpoints_names_the_newest(self, tmp_path):
+        for step in (20, 100):
+            save_adapter(tmp_path / f"checkpoint-{step}", factors(), 2, 2, None)
+        with pytest.raises(UserError, match="checkpoint-100$"):
+            read_adapter(tmp_path)
+
     def test_offline_is_honoured_by_the_library(self, tmp_path):
         """In a fresh process, with an empty cache: one line, and no attempt to connect."""
         import subprocess
@@ -94,6 +118,13 @@ class TestHub:
 
 
 def test_hub_ids_are_told_from_paths():
-    assert hub._HUB_ID.fullmatch("name/adapter@main")
-    for path in ("./a/b", "/a/b", "a/b/c", "~/a", "a", "a@b/c/d"):
-        assert not hub._HUB_ID.fullmatch(path)
+    assert hub.hub_id("name/adapter@main") == ("name/adapter", "main")
+    for path in ("./a/b", "/a/b", "a/b/c", "~/a", "a", "a@b/c/d", "a/../b", "", None):
+        assert hub.hub_id(path) is None
+
+
+def test_only_models_have_hub_ids_without_an_owner(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.hub_id("gpt2@main", ownerless=True) == ("gpt2", "main")
+    (tmp_path / "gpt2").mkdir()
+    assert hub.hub_id("gpt2", ownerless=True) is None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from enmp_jax.config.run_file import DataConfig
 from enmp_jax.data import Examples, batch, check_splits, leaks, load_examples
-from enmp_jax.data.load import Which
+from enmp_jax.data.base import Split
 from enmp_jax.errors import UserError
 
 
@@ -119,7 +119,7 @@ def digits(tmp_path, monkeypatch):
 
     def load(transforms=(), **splits: Any):
         config = DataConfig("npz:a.npz", transforms=transforms, **splits)
-        return {which: load_examples(config, which, tmp_path) for which in get_args(Which) if which in splits}
+        return {which: load_examples(config, which, tmp_path) for which in get_args(Split) if which in splits}
 
     return load
 

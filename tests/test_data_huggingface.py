@@ -9,7 +9,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from enmp_jax.config.run_file import DataConfig
-from enmp_jax.data import load_examples
+from enmp_jax.data import images, load_examples
 from enmp_jax.data.huggingface import HuggingFaceSource
 from enmp_jax.errors import UserError
 
@@ -69,7 +69,11 @@ def test_texts_and_named_labels(root):
     assert made.identity() == "hf owner/name part abc" and not called  # a cache hit loads nothing
     assert made.splits() == {"train": 3, "test": 3} and made.class_names() == ("yes", "no")
     raw = made.read("test", [2, 0])
-    assert (raw.kind, list(raw.values), raw.labels.tolist()) == ("text", [("c", "z"), ("a", "x")], [-1, 1])
+    assert (raw.modality, list(raw.values), raw.labels.tolist()) == (
+        "text",
+        [("c", "z"), ("a", "x")],
+        [-1, 1],
+    )
     assert list(raw.names) == ["test[2]", "test[0]"]
     assert called == [("owner/name", "part", "abc")]
 
@@ -88,8 +92,21 @@ def test_images(root):
     values = [{"bytes": buffer.getvalue(), "path": None}, {"bytes": None, "path": "/a.png"}]
     made, _ = source(root, features, {"img": values, "label": [3, 4]})
     raw = made.read("train", [0, 1])
-    assert raw.kind == "image" and raw.values[0] == buffer.getvalue() and str(raw.values[1]) == "/a.png"
+    assert raw.modality == "image" and raw.values[0] == buffer.getvalue() and str(raw.values[1]) == "/a.png"
     assert made.class_names() == ()
+
+
+def test_several_labels_of_one_example(root):
+    features = {"text": Value("string"), "label": ClassLabel(["yes", "no"])}
+    made, _ = source(root, features, {"text": ["a"], "label": [[0, 1]]})
+    with pytest.raises(UserError, match=r"the label \[0, 1\] is neither a whole number nor a class name"):
+        made.read("train", [0])
+
+
+def test_a_missing_image_does_not_decode(root):
+    made, _ = source(root, {"img": Image(), "label": Value("int64")}, {"img": [None], "label": [0]})
+    with pytest.raises(images.BadImage):
+        images.decode(made.read("train", [0]).values[0])
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,52 @@ def test_bad_arrays(root, arrays, message):
         load_examples(config, "test", root)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"label": ' * 100_000, "a.jsonl:1: not valid JSON"),
+        ('{"text": "a", "label": ' + "9" * 5000 + "}", "a.jsonl:1: not valid JSON"),
+        ('{"text": "a", "label": 99999999999999999999}', "label 99999999999999999999 is too large"),
+    ],
+    ids=["nested", "endless number", "large label"],
+)
+def test_jsonl_that_python_cannot_take(root, lines, message):
+    (root / "a.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=message):
+        load_examples(DataConfig("jsonl:a.jsonl", test="all"), "test", root)
+
+
+def test_a_single_array_is_no_npz(root):
+    with open(root / "a.npz", "wb") as file:
+        np.save(file, images())
+    with pytest.raises(UserError, match="not a readable npz file"):
+        load_examples(DataConfig("npz:a.npz", test="all"), "test", root)
+
+
+def test_a_label_array_has_one_label_an_example(root):
+    config = save_npz(root, label=np.asarray(3))
+    with pytest.raises(UserError, match=r"'label' is int64 \[\]; expected"):
+        load_examples(config, "test", root)
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder", "jsonl"])
+def test_names_longer_than_the_system_takes(root, kind):
+    with pytest.raises(UserError, match="[Nn]ame too long"):
+        load_examples(DataConfig(f"{kind}:{'x' * 5000}", test="all"), "test", root)
+
+
+def test_whatever_an_image_decoder_raises_names_the_image(root, monkeypatch):
+    (root / "d" / "x").mkdir(parents=True)
+    Image.fromarray(images()[0]).save(root / "d" / "x" / "a.png")
+
+    def fail(*_):
+        raise IndexError("table\nindex")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UserError, match=r"x/a.png does not decode \(table index\)"):
+        load_examples(DataConfig("folder:d", test="all"), "test", root)
+
+
 def test_missing_class_names():
     assert require_class_names(("a", "b"), "task") == ("a", "b")
     with pytest.raises(UserError, match="task: no class names, and a zero-shot head"):
@@ -293,7 +339,7 @@ def test_damaged_cache_is_rebuilt(root, damage):
     if damage == "flip":
         content[-1] ^= 1
     elif damage == "no metadata":
-        content[8:] = content[8:].replace(b'"examples"', b'"exampleX"')
+        content[8:] = content[8:].replace(b'"entry"', b'"entrX"')
     else:
         del content[{"cut": -10, "empty": 0}[damage] :]
     path.write_bytes(bytes(content))

@@ -192,3 +192,32 @@ def test_bad_text_models(root):
         preprocess_for(root / "m", "bert", DATA)([("a",)])
     with pytest.raises(UserError, match="texts have 3 parts"):
         preprocess_for(text_model(root), "bert", DATA)([("a", "a", "a")])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "vit", "image_size": "224"}, "image_size is '224'"),
+        ({"model_type": "vit", "image_size": [8, 8, 3]}, r"image_size is \[8, 8, 3\]"),
+        ({"model_type": "vit", "image_size": None}, "image_size is None"),
+        ({"model_type": "vit", "image_size": 8, "num_channels": "3"}, "num_channels is '3'"),
+        ({"model_type": "clip", "vision_config": 3}, "vision_config is 3"),
+    ],
+)
+def test_image_settings_of_the_wrong_type(root, config, message):
+    with pytest.raises(UserError, match=message):
+        preprocess_for(model(root, config), "vit", DATA)
+
+
+@pytest.mark.parametrize("change", [{"max_position_embeddings": None}, {"max_position_embeddings": "9"}])
+def test_text_settings_of_the_wrong_type(root, change):
+    path = text_model(root)
+    (path / "config.json").write_text(json.dumps({"model_type": "bert"} | change))
+    with pytest.raises(UserError, match="max_position_embeddings is "):
+        preprocess_for(path, "bert", DATA)
+
+
+def test_a_processor_that_fails_on_the_images(root):
+    path = model(root, {"model_type": "clip", "vision_config": {"image_size": 8}}, OPENAI | {"size": [1]})
+    with pytest.raises(UserError, match="preprocessor_config.json cannot be used"):
+        preprocess_for(path, "clip", DATA)(pictures())

@@ -14,7 +14,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from enmp_jax.config.run_file import DataConfig
 from enmp_jax.data import check_splits, load_examples
-from enmp_jax.data.load import Which
+from enmp_jax.data.base import Split
 from enmp_jax.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "tfds"
@@ -168,7 +168,7 @@ def test_default_directory(root, monkeypatch):
 
 
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")
-SPLITS: dict[Which, str] = {"search": "validation[:50%]", "selection": "validation[50%:]", "test": "test"}
+SPLITS: dict[Split, str] = {"search": "validation[:50%]", "selection": "validation[50%:]", "test": "test"}
 
 
 def load_shared(name, **more: Any):

@@ -95,6 +95,22 @@ def pickle_only(d):
     (d / "adapter_model.bin").write_bytes(b"\x80\x04N.")
 
 
+def both(*changes):
+    return lambda d: [change(d) for change in changes]
+
+
+def only_checkpoints(d):
+    for step in (20, 100):
+        good(d / f"checkpoint-{step}")
+    for name in (CONFIG, WEIGHTS):
+        (d / name).unlink()
+
+
+def whole_model(d):
+    (d / CONFIG).rename(d / "config.json")
+    (d / WEIGHTS).rename(d / "model.safetensors")
+
+
 F = np.float32
 A_NAME, B_NAME = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
 # name -> (what is done to a good adapter, what the message says)
@@ -201,8 +217,19 @@ CORPUS = {
     "unknown tensor": (weights(extra=np.ones(3, F)), "unknown tensor"),
     "no name": (weights(**{"": np.ones(3, F)}), "unknown tensor"),
     "embedding LoRA": (
-        module("model.embed_tokens", kinds=("lora_embedding_A", "lora_embedding_B")), "LoRA on embeddings",
+        module("model.embed_tokens", kinds=("lora_embedding_A", "lora_embedding_B")),
+        "without them in target_modules",
     ),
+    "lm_head LoRA": (module("base_model.model.lm_head"), "lm_head has a LoRA, but is in none of the"),
+    "a norm saved": (
+        both(
+            config(modules_to_save=["norm"]),
+            weights(**{"base_model.model.model.norm.weight": np.ones(6, F)}),
+        ),
+        "only heads can be saved with an adapter that is to be merged; train again without it",
+    ),
+    "only training checkpoints": (only_checkpoints, "the newest is "),
+    "a whole model": (whole_model, "it is a whole model, not a LoRA adapter"),
     "DoRA tensor": (weights(**{f"{MODULE}.lora_magnitude_vector": np.ones(4, F)}), "DoRA"),
     "bias of B": (weights(**{f"{MODULE}.lora_B.bias": np.ones(4, F)}), "bias in LoRA B"),
     "base weight": (
@@ -218,7 +245,7 @@ CORPUS = {
     ),
     "two spellings of one module": (module(MODULE.removeprefix("base_model.model.")), "there twice"),
     "base_layer and not": (module(f"{MODULE}.base_layer"), "there twice"),
-    "no layer number": (module("base_model.model.q_proj"), "no layer index"),
+    "no layer number": (module("base_model.model.q_proj"), "none of the numbered layers"),
     "experts": (module("base_model.model.layers.0.experts.3.q_proj"), "2 indices"),
     "layers of different shapes": (module(MODULE.replace(".0.", ".1."), a=(2, 8)), "different"),
     "weights are a directory": (replace(WEIGHTS, Path.mkdir), "not a regular file"),

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from enmp_jax import models
-from enmp_jax.adapters.factorise import one_layer
+from enmp_jax.adapters.lora_factors import one_layer
 from enmp_jax.adapters.matching import examples
 from enmp_jax.adapters.peft_export import write_heads, write_texts
 from enmp_jax.adapters.peft_import import LoadedAdapters
@@ -24,7 +24,7 @@ from enmp_jax.io.files import read_json
 from enmp_jax.io.hub import locate
 from enmp_jax.io.reading import FLOATS
 from enmp_jax.io.shard_index import INDEX, find_shards
-from enmp_jax.io.shards import Entry, Factors, Full, read_header, rewrite
+from enmp_jax.io.shards import Entry, FullUpdate, LowRankUpdate, read_header, rewrite
 from enmp_jax.io.writing import new_directory, write_file, write_text
 from enmp_jax.lora import split_layer
 
@@ -69,7 +69,7 @@ def export_checkpoint(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    found = locate(base, _PATTERNS)
+    found = locate(base, _PATTERNS, "base model", ownerless=True)
     config = read_json(found.directory / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{found.source} is quantised: merge into the model it was made from")
@@ -160,17 +160,17 @@ def _changes(
     loaded: LoadedAdapters,
     where: Mapping[tuple[str, int], str],
     entries: Mapping[str, Entry],
-) -> dict[str, Factors | Full]:
+) -> dict[str, LowRankUpdate | FullUpdate]:
     """Tensor name -> what is added to it; zero deltas are left out."""
     transposed = {adapter.settings.fan_in_fan_out for adapter in loaded.adapters.values()}
     if len(transposed) > 1:
         raise UserError("some adapters have fan_in_fan_out and some have not: their bases differ")
-    changes: dict[str, Factors | Full] = {}
+    changes: dict[str, LowRankUpdate | FullUpdate] = {}
     for template, delta in deltas.items():
         present = loaded.stack.pairs[template].present.any(axis=1)
         for layer in np.flatnonzero(present).tolist():
             parts = one_layer(delta, layer)
-            change = Full(*parts) if len(parts) == 1 else Factors(*parts)
+            change = FullUpdate(*parts) if len(parts) == 1 else LowRankUpdate(*parts)
             change = change.T if True in transposed else change
             name = where.get((template, layer))
             if name is None:

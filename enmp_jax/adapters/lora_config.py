@@ -22,7 +22,7 @@ _REFUSED = {
     "lora_bias": "it trains a bias in LoRA B, which merging would lose",
     "layer_replication": "it duplicates layers of the base model",
     "target_parameters": "LoRA on parameters that are not linear modules is not supported",
-    "trainable_token_indices": "it changes the embeddings, which merging would lose",
+    "trainable_token_indices": "it changes the embeddings, which merging would lose: train again without it",
     "alora_invocation_tokens": "activated LoRA applies to some tokens only, so it cannot be merged",
     "arrow_config": "Arrow routes between adapters, so it cannot be merged",
     "kasa_config": "KaSA is not a plain LoRA",

@@ -29,6 +29,7 @@ def check_bases(bases: Mapping[str, str | None], base_name: str | None, allow: b
 
 
 def same_base(x: str, y: str) -> bool:
+    """Whether two names of a base model are the same name or the same directory on this machine."""
     if x.rstrip("/") == y.rstrip("/"):
         return True
     # two local copies: the same directory under two spellings
@@ -38,6 +39,20 @@ def same_base(x: str, y: str) -> bool:
 def to_backbone(
     task: str, paths: Sequence[str], canonical: Callable[[str], str | None], modules: Mapping[str, Any] | None
 ) -> dict[str, tuple[str, int]]:
+    """Module paths of an adapter file in the backbone's own spelling.
+
+    Args:
+        task: whose adapter it is, for messages.
+        paths: module paths as in the file.
+        canonical: ``Backbone.canonical``.
+        modules: ``Backbone.modules``; None: whatever ``canonical`` knows is in the base.
+
+    Returns:
+        Module path -> (the backbone's template, layer).
+
+    Raises:
+        UserError: modules that the base model does not have.
+    """
     found, missed = {}, []
     for path in paths:
         template, layer = split_layer(path)
@@ -55,6 +70,11 @@ def to_backbone(
 
 
 def check_shape(task: str, path: str, shape: tuple[int, int], expected: tuple[int, int]) -> None:
+    """Refuse a module whose shape (out, in) is not the base model's.
+
+    Raises:
+        UserError: the shapes differ.
+    """
     if shape != expected:
         raise UserError(
             f"{one_line(path)} is {shape[0]}x{shape[1]} in adapter {task!r} but {expected[0]}x{expected[1]} "
@@ -63,7 +83,20 @@ def check_shape(task: str, path: str, shape: tuple[int, int], expected: tuple[in
 
 
 def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[str, int]]]:
-    """Without a backbone: a template that ends another's (after a dot) means the same module."""
+    """Match the module paths of several adapters when no backbone is known.
+
+    Files may spell one module with and without a prefix (``vision_model.``): a template that is the end of
+    another one, after a dot, is taken as the same module.
+
+    Args:
+        modules: task -> module paths as in its file.
+
+    Returns:
+        Task -> module path -> (the longest spelling of its template, layer).
+
+    Raises:
+        UserError: a template that could be the end of several, or adapters without a layer in common.
+    """
     paths = {task: {path: split_layer(path) for path in names} for task, names in modules.items()}
     used = sorted({template for found in paths.values() for template, _ in found.values()})
     full = {}
@@ -96,5 +129,6 @@ def spellings(templates: Mapping[str, Mapping[str, tuple[str, int]]]) -> dict[st
 
 
 def examples(names: Mapping[str, Any] | Sequence[str]) -> str:
+    """The first two names in alphabetical order, for messages; ``none`` without any."""
     unique = sorted(set(names))
     return " and ".join(one_line(name, 80) for name in unique[:2]) or "none"

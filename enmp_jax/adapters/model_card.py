@@ -8,7 +8,8 @@ from typing import Any, Literal
 import yaml
 
 from enmp_jax.adapters.peft_import import LoadedAdapters
-from enmp_jax.adapters.recipe import Recipe, adapter_name, command, hub_id, public_name, versions
+from enmp_jax.adapters.recipe import Recipe, adapter_name, command, public_name, versions
+from enmp_jax.io.hub import hub_id
 
 Kind = Literal["adapters", "peft", "checkpoint"]
 _MAX_ROWS = 400  # dropped modules listed one by one
@@ -65,9 +66,12 @@ def model_card(
 
 def _metadata(kind: Kind, base: str | None) -> str:
     data: dict[str, Any] = {"library_name": "transformers" if kind == "checkpoint" else "peft"}
-    if hub_id(base):
+    if found := hub_id(base):
         # the hub's own vocabulary
-        data |= {"base_model": base, "base_model_relation": "merge" if kind == "checkpoint" else "adapter"}
+        data |= {
+            "base_model": found.repository,
+            "base_model_relation": "merge" if kind == "checkpoint" else "adapter",
+        }
     data["tags"] = ["lora", "merge", "model-merging", "enmp", *(["peft"] if kind != "checkpoint" else [])]
     return yaml.safe_dump(data, sort_keys=False)
 

@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from enmp_jax.adapters.factorise import factorise
+from enmp_jax.adapters.lora_factors import lora_factors
 from enmp_jax.adapters.model_card import Kind, model_card
-from enmp_jax.adapters.peft_files import Heads, Modules, adapter_config, save_adapter, write_adapter_files
+from enmp_jax.adapters.peft_files import (
+    AdapterHeads,
+    Modules,
+    adapter_config,
+    save_adapter,
+    write_adapter_files,
+)
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters
 from enmp_jax.adapters.recipe import Recipe, config_yaml
 from enmp_jax.deltas import Deltas
@@ -91,7 +97,7 @@ def export_peft(
     """
     check_spelling(loaded)
     total = sum(max(a.shape[0] for a, _ in x.modules.values()) for x in loaded.adapters.values())
-    found = factorise(deltas, loaded.names, rank, total)
+    found = lora_factors(deltas, loaded.names, rank, total)
     error = f"relative error {found.error:.2e}" if found.error else "exact"
     fits = next((r for r in VLLM_RANKS if r >= found.rank), None)
     serve = f"vLLM: --max-lora-rank {fits}" if fits else "more than vLLM serves (512): use --rank"
@@ -112,7 +118,11 @@ def export_peft(
 
 
 def write_heads(directory: Path, loaded: LoadedAdapters) -> None:
-    """Write ``heads/TASK.safetensors`` with ``weight`` and ``bias`` (full names if there are several)."""
+    """Write ``heads/TASK.safetensors`` with ``weight`` and ``bias`` (full names if there are several).
+
+    Raises:
+        UserError: a task's name is no file name, or a file cannot be written.
+    """
     for task, heads in loaded.heads.items():
         if heads:
             folder = directory / "heads"
@@ -163,7 +173,7 @@ def _same_type(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _config(
-    modules: Modules, rank: int, adapters: list[Adapter], base: str | None, heads: Heads | None
+    modules: Modules, rank: int, adapters: list[Adapter], base: str | None, heads: AdapterHeads | None
 ) -> dict[str, Any]:
     config = adapter_config(modules, rank, rank, base, heads=heads)
     transposed = {adapter.settings.fan_in_fan_out for adapter in adapters}

@@ -15,7 +15,7 @@ from enmp_jax.io.writing import new_directory, write_tensors, write_text
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Modules = dict[str, tuple[np.ndarray, np.ndarray]]
 """Module path -> (A [r, in], B [out, r])."""
-Heads = dict[str, dict[str, np.ndarray]]
+AdapterHeads = dict[str, dict[str, np.ndarray]]
 """Module path -> parameter name (``weight``, ``bias``) -> array."""
 
 
@@ -26,7 +26,7 @@ def save_adapter(
     alpha: float,
     base_model_name: str | None,
     *,
-    heads: Heads | None = None,
+    heads: AdapterHeads | None = None,
     target_modules: Sequence[str] | None = None,
     task_type: str | None = None,
 ) -> None:
@@ -65,11 +65,15 @@ def adapter_config(
     alpha: float,
     base_model_name: str | None,
     *,
-    heads: Heads | None = None,
+    heads: AdapterHeads | None = None,
     target_modules: Sequence[str] | None = None,
     task_type: str | None = None,
 ) -> dict[str, Any]:
-    """``adapter_config.json`` of a plain LoRA; arguments as in ``save_adapter``."""
+    """``adapter_config.json`` of a plain LoRA; arguments as in ``save_adapter``.
+
+    Raises:
+        UserError: no modules.
+    """
     if not modules:
         raise UserError("no LoRA modules are left to write: every module was pruned")
     return {
@@ -93,9 +97,19 @@ def adapter_config(
 
 
 def write_adapter_files(
-    directory: Path, modules: Modules, config: Mapping[str, Any], heads: Heads | None = None
+    directory: Path, modules: Modules, config: Mapping[str, Any], heads: AdapterHeads | None = None
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory that is there."""
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory that is there.
+
+    Args:
+        directory: an existing directory.
+        modules: as in ``save_adapter``; smaller ranks are padded with zeros to the configuration's ``r``.
+        config: see ``adapter_config``.
+        heads: as in ``save_adapter``.
+
+    Raises:
+        UserError: factors that do not fit the rank, or files that cannot be written.
+    """
     tensors = {}
     for path, (a, b) in modules.items():
         pad = config["r"] - a.shape[0]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from enmp_jax.adapters.lora_config import LoraSettings
-from enmp_jax.adapters.matching import align, check_bases, check_shape, spellings, to_backbone
-from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS, Heads, Modules, save_adapter
+from enmp_jax.adapters.matching import align, check_bases, check_shape, examples, spellings, to_backbone
+from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS, AdapterHeads, Modules, save_adapter
 from enmp_jax.errors import UserError, one_line
 from enmp_jax.io.files import is_file, read_json
 from enmp_jax.io.hub import locate
@@ -27,10 +27,13 @@ _SAVED = re.compile(r"\.(?:modules_to_save|original_module)(?:\.[^.]+)?(?=\.(?:[
 _SHARED = re.compile(r"embed|(^|\.)(wte|wpe|shared)(\.|$)|norm", re.IGNORECASE)
 _REFUSED_KEYS = {
     "lora_magnitude_vector": "DoRA rescales the whole weight, which is not a low-rank delta",
-    "lora_embedding_": "LoRA on embeddings cannot be merged",
-    "lora_B.bias": "a bias in LoRA B would be lost by merging",
-    ".base_layer.": "it is a weight of the base model; save the adapter alone",
-    "embed_tokens": "embeddings saved with the adapter would be lost by merging",
+    "lora_embedding_": ("LoRA on embeddings cannot be merged: train again without them in target_modules"),
+    "lora_B.bias": "a bias in LoRA B would be lost by merging: train again with lora_bias false",
+    ".base_layer.": "it is a weight of the base model: save the adapter alone",
+    "embed_tokens": (
+        "embeddings saved with the adapter would be lost by merging: save again with "
+        "save_embedding_layers=False if they were not trained, else train again without them"
+    ),
 }
 
 
@@ -55,7 +58,7 @@ class Adapter:
     config: Mapping[str, Any]
     settings: LoraSettings
     modules: Modules
-    heads: Heads
+    heads: AdapterHeads
     base_model: str | None
     commit: str | None
 
@@ -75,7 +78,7 @@ class LoadedAdapters:
 
     stack: LoraStack
     adapters: Mapping[str, Adapter]
-    heads: Mapping[str, Heads]
+    heads: Mapping[str, AdapterHeads]
     templates: Mapping[str, Mapping[str, tuple[str, int]]]
     names: dict[str, str]
     base_model: str | None
@@ -90,7 +93,7 @@ def read_adapter(source: str | Path) -> Adapter:
     found = locate(source, [CONFIG, WEIGHTS])
     directory = found.directory
     if not is_file(directory / CONFIG):
-        raise UserError(f"there is no {CONFIG} in {one_line(found.source)}: it is not a PEFT adapter")
+        raise UserError(f"there is no {CONFIG} in {one_line(found.source)}: {_what_else(directory)}")
     config = read_json(directory / CONFIG)
     settings = LoraSettings.parse(config, f"{directory / CONFIG}")
     if not is_file(directory / WEIGHTS):
@@ -164,9 +167,23 @@ def load_adapters(
     )
 
 
-def _read_weights(path: Path, settings: LoraSettings) -> tuple[Modules, Heads]:
+def _what_else(directory: Path) -> str:
+    """What a directory without an adapter is, as far as one can see, and what to give instead."""
+    below = [path.parent for path in directory.glob(f"*/{CONFIG}")]
+    checkpoints = [path for path in below if re.fullmatch(r"checkpoint-\d+", path.name)]
+    if checkpoints:  # as transformers' Trainer leaves them
+        newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        return f"give one of its training checkpoints, the newest is {one_line(newest)}"
+    if below:
+        return f"it holds adapters in {examples([path.name for path in below])}: give one of these"
+    if (directory / "config.json").exists():
+        return "it is a whole model, not a LoRA adapter: give it as the base model, or give the adapter"
+    return "it is not a PEFT adapter"
+
+
+def _read_weights(path: Path, settings: LoraSettings) -> tuple[Modules, AdapterHeads]:
     raw: dict[str, dict[str, np.ndarray]] = {}
-    heads: Heads = {}
+    heads: AdapterHeads = {}
     names: set[str] = set()
     with open_tensors(path) as handle:
         for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
@@ -180,6 +197,11 @@ def _read_weights(path: Path, settings: LoraSettings) -> tuple[Modules, Heads]:
                 continue
             names.add(match["name"] or "")
             module = _strip(match["path"]).replace(".base_layer", "")
+            if not re.search(r"\.\d+(\.|$)", module):
+                raise UserError(
+                    f"{path}: {one_line(module)} has a LoRA, but is in none of the numbered layers, and only "
+                    "those can be merged: train again without it in target_modules"
+                )
             if raw.setdefault(module, {}).setdefault(match["side"], tensor) is not tensor:
                 raise UserError(f"{path}: lora_{match['side']} of {one_line(module)} is there twice")
     if len(names) > 1:
@@ -216,7 +238,7 @@ def _fold(module: str, sides: dict[str, np.ndarray], settings: LoraSettings, pat
     return a, folded
 
 
-def _add_head(heads: Heads, key: str, tensor: np.ndarray, settings: LoraSettings, path: Path) -> None:
+def _add_head(heads: AdapterHeads, key: str, tensor: np.ndarray, settings: LoraSettings, path: Path) -> None:
     module, _, parameter = _SAVED.sub("", _strip(key)).rpartition(".")
     allowed = settings.modules_to_save
     if settings.task_type in ("SEQ_CLS", "TOKEN_CLS"):
@@ -229,7 +251,7 @@ def _add_head(heads: Heads, key: str, tensor: np.ndarray, settings: LoraSettings
     if _SHARED.search(module) or re.search(r"\.\d+(\.|$)", module):
         raise UserError(
             f"{path}: modules_to_save has {one_line(module)}, a part of the base model that tasks share: "
-            "only heads can be saved with an adapter that is to be merged"
+            "only heads can be saved with an adapter that is to be merged; train again without it"
         )
     if heads.setdefault(module, {}).setdefault(parameter, tensor) is not tensor:
         raise UserError(f"{path}: {one_line(module)}.{parameter} is there twice")

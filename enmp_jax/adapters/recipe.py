@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,8 @@ import yaml
 
 from enmp_jax.adapters.peft_files import WEIGHTS
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters
+from enmp_jax.io.hub import hub_id
 from enmp_jax.version import __version__
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,6 @@ def public_name(name: str | None) -> str | None:
     if not name:
         return None
     return name if hub_id(name) else Path(name).name
-
-
-def hub_id(name: str | None) -> bool:
-    """Whether a name can be a hub id (and is no directory here)."""
-    return bool(name and _HUB_ID.fullmatch(name)) and not Path(str(name)).exists()
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from enmp_jax.adapters.lora_factors import squared_norm
 from enmp_jax.adapters.matching import align, check_bases
 from enmp_jax.adapters.peft_import import Adapter, read_adapter
 from enmp_jax.errors import UserError
@@ -96,7 +97,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         for key, value in (("ranks", a.shape[0]), ("scalings", adapter.settings.scaling(path))):
             if value not in found[key]:
                 found[key].append(value)
-        squares[layer] = squares.get(layer, 0.0) + squared_norm(a, b)
+        squares[layer] = squares.get(layer, 0.0) + squared_norm(b, a)
     for found in projections.values():
         found["layers"].sort()
     sizes = [a.size + b.size for a, b in adapter.modules.values()]
@@ -117,12 +118,6 @@ def describe(adapter: Adapter) -> dict[str, Any]:
             for name, value in head.items()
         },
     }
-
-
-def squared_norm(a: np.ndarray, b: np.ndarray) -> float:
-    """``||B A||_F^2`` as ``<B^T B, A A^T>``, without forming the delta."""
-    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-    return max(float(np.sum((wide_b.T @ wide_b) * (wide_a @ wide_a.T))), 0.0)
 
 
 def render(report: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Data: sources, preprocessing, disjoint splits and fixed-shape batches."""
 
-from enmp_jax.data.base import Examples, Preprocess, Raw, Source, Span
+from enmp_jax.data.base import Examples, Preprocess, Raw, Source, Span, Split
 from enmp_jax.data.batches import Batches, batch
 from enmp_jax.data.clip_prompts import Prompts, prompts
 from enmp_jax.data.labels import require_class_names
@@ -9,6 +9,6 @@ from enmp_jax.data.preprocess import preprocess_for
 from enmp_jax.data.splits import check_splits, leaks
 
 __all__ = [
-    "Batches", "Examples", "Preprocess", "Prompts", "Raw", "Source", "Span", "batch", "check_splits", "leaks",
-    "load_examples", "open_source", "preprocess_for", "prompts", "require_class_names",
+    "Batches", "Examples", "Preprocess", "Prompts", "Raw", "Source", "Span", "Split", "batch", "check_splits",
+    "leaks", "load_examples", "open_source", "preprocess_for", "prompts", "require_class_names",
 ]  # fmt: skip

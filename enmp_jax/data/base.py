@@ -8,7 +8,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-Kind = Literal["image", "text"]
+Modality = Literal["image", "text"]
+Split = Literal["train", "search", "selection", "test"]
+"""What a run uses examples for: the fields of ``DataConfig`` that hold a split expression."""
 Progress = Callable[[int, int], None]
 """Called with (examples done, examples in all)."""
 
@@ -25,13 +27,13 @@ class Raw(NamedTuple):
     """Examples as a source has them.
 
     Attributes:
-        kind: what ``values`` are.
+        modality: what ``values`` are.
         values: images as uint8 ``[h, w, c]``, encoded bytes or a file path; texts as tuples of str.
         labels: int64 ``[n]``; -1 means that the source gives no label.
         names: what to call each example in messages.
     """
 
-    kind: Kind
+    modality: Modality
     values: Sequence[Any]
     labels: np.ndarray
     names: Sequence[str]
@@ -60,7 +62,7 @@ class Source(Protocol):
 class Preprocess(Protocol):
     """Turns raw examples into the arrays a backbone takes."""
 
-    kind: Kind
+    modality: Modality
     identity: str
     """Everything the result depends on, for the cache."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ import numpy as np
 
 from enmp_jax.config.run_file import DataConfig
 from enmp_jax.data.base import Raw, file_identity
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+_MAX_LABEL = 2**31 - 1  # labels become int32
 TEXT_PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"))
 """Looked for when a run file names no text keys."""
 
@@ -71,10 +70,14 @@ def number_labels(values: Sequence[Any], config: DataConfig) -> tuple[np.ndarray
     """
     given = [v for v in values if v is not None]
     if all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in given):
+        large = next((v for v in given if not -_MAX_LABEL <= v <= _MAX_LABEL), None)
+        if large is not None:
+            raise UserError(f"{config.source}: the label {large} is too large to number a class")
         return np.asarray([-1 if v is None else v for v in values], np.int64), ()
     for v in given:
         if not isinstance(v, str):
-            raise UserError(f"{config.source}: the label {v!r} is neither a whole number nor a class name")
+            shown = one_line(repr(v), 80)
+            raise UserError(f"{config.source}: the label {shown} is neither a whole number nor a class name")
     found = sorted(set(given))
     names = config.class_names if set(found) <= set(config.class_names) else tuple(found)
     number = {None: -1} | {name: i for i, name in enumerate(names)}
@@ -100,17 +103,21 @@ class NpzSource:
         try:
             with np.load(self._path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # numpy, zipfile and zlib each raise their own for damaged files
             raise UserError(
-                f"{self._config.source}: not a readable npz file of plain arrays ({error})"
+                f"{self._config.source}: not a readable npz file of plain arrays ({one_line(error)})"
             ) from None
         label = self._config.label
         if label not in arrays:
             raise UserError(f"{self._config.source}: no array {label!r}; the file has {', '.join(arrays)}")
+        if arrays[label].ndim != 1:
+            found = f"{label!r} is {arrays[label].dtype} {list(arrays[label].shape)}"
+            raise UserError(f"{self._config.source}: {found}; expected one label an example, [n]")
         n = len(arrays[label])
-        for name in {*self._value_keys(arrays), "split"} & set(arrays):
-            if len(arrays[name]) != n:
-                raise UserError(f"{self._config.source}: {len(arrays[name])} rows of {name!r} but {n} labels")
+        for name in sorted({*self._value_keys(arrays), "split"} & set(arrays)):
+            rows = len(arrays[name]) if arrays[name].ndim else 0
+            if rows != n:
+                raise UserError(f"{self._config.source}: {rows} rows of {name!r} but {n} labels")
         return arrays
 
     def _value_keys(self, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
@@ -244,15 +251,15 @@ class JsonlSource:
             try:
                 lines = path.read_text(encoding="utf-8").split("\n")
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+                raise UserError(f"{path}: cannot be read as UTF-8 text ({one_line(error)})") from None
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 where = f"{path.name}:{number}"
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where}: not valid JSON ({error.msg})") from None
+                except (ValueError, RecursionError) as error:  # also numbers of too many digits
+                    raise UserError(f"{where}: not valid JSON ({one_line(error)})") from None
                 if not isinstance(record, dict):
                     raise UserError(f"{where}: expected an object, got {type(record).__name__}")
                 if self._config.label not in record:

@@ -12,7 +12,7 @@ import numpy as np
 from enmp_jax.config.run_file import DataConfig, resolve_path
 from enmp_jax.data.base import Raw, file_identity
 from enmp_jax.data.files import number_labels, text_keys
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line
 
 _STRING = ("string", "large_string")
 
@@ -108,7 +108,9 @@ class HuggingFaceSource:
         columns = self._splits[split].select(list(map(int, rows)))[:]
         values = columns[self._config.label]
         number = {name: i for i, name in enumerate(self._names)}
-        labels, _ = number_labels([number.get(value, value) for value in values], self._config)
+        labels, _ = number_labels(
+            [number.get(value, value) if isinstance(value, str) else value for value in values], self._config
+        )
         names = [f"{split}[{row}]" for row in rows]
         if is_image:
             return Raw("image", [_encoded(value) for value in columns[keys[0]]], labels, names)
@@ -131,7 +133,7 @@ def _load(name: str, configuration: str | None, revision: str | None) -> Mapping
         else:
             loaded = datasets.load_dataset(name, configuration, revision=revision)
     except Exception as error:  # the package raises its own, the hub's, httpx's and OS errors
-        raise UserError(f"hf:{name} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"hf:{name} cannot be loaded: {one_line(error)}") from None
     splits = {"all": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
     # images stay encoded, so that those that do not decode can be named
     encoded = datasets.Image(decode=False)
@@ -143,7 +145,10 @@ def _load(name: str, configuration: str | None, revision: str | None) -> Mapping
 
 
 def _encoded(value: Any) -> Any:
-    """Bytes, a path or an array, whatever an image column holds."""
+    """Bytes, a path or an array, whatever an image column holds; no bytes where there is no image."""
+    if value is None:
+        return b""
     if isinstance(value, Mapping):
-        return value["bytes"] if value.get("bytes") is not None else Path(value["path"])
+        content, path = value.get("bytes"), value.get("path")
+        return Path(path) if content is None and path else content or b""
     return value if isinstance(value, bytes) else np.asarray(value)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from enmp_jax.errors import one_line
+
 
 class BadImage(Exception):
     """An image that does not decode; the message says why, in a few words."""
@@ -30,9 +32,9 @@ def decode(value: np.ndarray | bytes | Path) -> np.ndarray:
                 raise BadImage(f"pixel format {image.mode} is not 8-bit")
             grey = image.mode in ("1", "L", "LA")
             array = np.asarray(image.convert("L" if grey else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = (
-            "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0]
-        )
-        raise BadImage(reason) from None
+    except BadImage:
+        raise
+    except Exception as error:  # the decoders of Pillow raise many kinds for damaged files
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        raise BadImage("not an image" if unknown else one_line(error)) from None
     return array[..., None] if grey else array

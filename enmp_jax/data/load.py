@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 
 from enmp_jax.config.run_file import DataConfig, resolve_path
 from enmp_jax.config.schema import to_dict
-from enmp_jax.data import images, pretexts, slices, transforms
+from enmp_jax.data import cache, images, pretexts, slices, transforms
 from enmp_jax.data import labels as label_map
-from enmp_jax.data.base import Examples, Kind, Preprocess, Progress, Raw, Source, Span
+from enmp_jax.data.base import Examples, Modality, Preprocess, Progress, Raw, Source, Span, Split
 from enmp_jax.data.files import FolderSource, JsonlSource, NpzSource
-from enmp_jax.errors import UserError
-from enmp_jax.io import cache
+from enmp_jax.errors import UserError, one_line, reason
+from enmp_jax.io.cache import key as cache_key
 
-Which = Literal["train", "search", "selection", "test"]
 CHUNK = 256
 """Examples read and preprocessed at a time, so that raw images never fill the memory."""
 
@@ -55,12 +54,15 @@ def open_source(config: DataConfig, root: Path) -> Source:
         raise UserError(
             f"data source {config.source!r}: write KIND:NAME with KIND one of {', '.join(SOURCES)}"
         )
-    return SOURCES[kind](name, config, root)
+    try:
+        return SOURCES[kind](name, config, root)
+    except OSError as error:
+        raise UserError(f"{one_line(config.source)}: cannot be read ({reason(error)})") from None
 
 
 def load_examples(
     config: DataConfig,
-    which: Which,
+    which: Split,
     root: Path,
     preprocess: Preprocess | None = None,
     limit: int | None = None,
@@ -90,15 +92,15 @@ def load_examples(
     transform = transforms.parse(config.transforms)
     source = open_source(config, root)
     identity = source.identity()
-    relevant = {k: v for k, v in to_dict(config).items() if k not in ("train", "search", "selection", "test")}
-    entry = cache.key(identity, relevant, expression, limit, preprocess.identity if preprocess else None)
+    relevant = {k: v for k, v in to_dict(config).items() if k not in get_args(Split)}
+    entry = cache_key(identity, relevant, expression, limit, preprocess.identity if preprocess else None)
     cached = cache.read(entry)
     if cached is not None:
         return cached
     spans = slices.resolve(expression, source.splits(), config.source)
     reader = _Reader(config, source, transform, preprocess, f"{config.source} {expression}")
     examples = reader.run(spans, limit, progress)._replace(source=identity, spans=spans)
-    if preprocess is not None or reader.kind == "image":
+    if preprocess is not None or reader.modality == "image":
         cache.write(entry, examples)
     return examples
 
@@ -120,7 +122,7 @@ class _Reader:
         if self.pretext and config.labels is not None:
             raise UserError(f"{config.source}: pretext makes the labels, so a label map has nothing to map")
         self.class_names = () if self.pretext else label_map.class_names(config, source)
-        self.kind: Kind | None = None
+        self.modality: Modality | None = None
         self.bad: list[str] = []
         self.first: tuple[str, tuple[int, ...]] | None = None
         self.unlabelled = self.unmapped = self.truncated = 0
@@ -162,20 +164,19 @@ class _Reader:
         return examples.take(np.argsort(np.concatenate(kept)[:total]))
 
     def _chunk(self, rows: list[tuple[str, int]]) -> tuple[np.ndarray, Any]:
-        """Which of the rows are good, and their (inputs, labels, keys)."""
+        """Split of the rows are good, and their (inputs, labels, keys)."""
         parts: list[Raw] = []
         for split in dict.fromkeys(split for split, _ in rows):
             parts.append(self.source.read(split, [row for s, row in rows if s == split]))
-        self.kind = parts[0].kind
-        if self.preprocess is not None and self.preprocess.kind != self.kind:
-            raise UserError(
-                f"{self.config.source} holds {self.kind}s but the base model takes {self.preprocess.kind}s"
-            )
-        if self.config.transforms and self.kind == "text":
+        self.modality = parts[0].modality
+        if self.preprocess is not None and self.preprocess.modality != self.modality:
+            takes = self.preprocess.modality
+            raise UserError(f"{self.config.source} holds {self.modality}s but the base model takes {takes}s")
+        if self.config.transforms and self.modality == "text":
             raise UserError(
                 f"{self.config.source} holds texts: transforms ({self.config.transforms[0]}) are for images"
             )
-        if self.pretext and self.kind == "text":
+        if self.pretext and self.modality == "text":
             raise UserError(
                 f"{self.config.source} holds texts: pretexts ({self.config.pretext}) are for images"
             )
@@ -194,7 +195,7 @@ class _Reader:
             if labels[i] < 0:
                 continue
             try:
-                value = images.decode(value) if self.kind == "image" else value
+                value = images.decode(value) if self.modality == "image" else value
             except images.BadImage as error:
                 if not self.config.skip_bad:
                     raise UserError(
@@ -207,13 +208,13 @@ class _Reader:
             keys.append(content_key(value))
             if self.pretext:
                 value, labels[i] = self.pretext(value, keys[-1])
-            values.append(self.transform(value) if self.kind == "image" else value)
+            values.append(self.transform(value) if self.modality == "image" else value)
         index = np.asarray(good, np.int64)
         inputs: dict[str, np.ndarray] = {}
         if values and self.preprocess is not None:
             inputs, truncated = self.preprocess(values)
             self.truncated += truncated
-        elif values and self.kind == "image":
+        elif values and self.modality == "image":
             self._one_size(values, [names[i] for i in good])
             inputs = {"image": np.stack(values)}
         elif values:

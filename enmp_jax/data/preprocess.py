@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from enmp_jax.config.run_file import DataConfig
-from enmp_jax.data.base import Kind, Preprocess
-from enmp_jax.errors import UserError
+from enmp_jax.data.base import Modality, Preprocess
+from enmp_jax.errors import UserError, one_line
 from enmp_jax.models import checkpoint
 
 TOKENIZER_FILES = (
@@ -32,7 +32,7 @@ class PlainImages:
     Images of another size are resized (bilinear, as HF's ViT does) without keeping their proportions.
     """
 
-    kind: Kind = "image"
+    modality: Modality = "image"
     padding: Mapping[str, int] = {}
 
     def __init__(self, size: tuple[int, int], channels: int) -> None:
@@ -62,7 +62,7 @@ class ProcessorImages:
         size: height and width that the model takes.
     """
 
-    kind: Kind = "image"
+    modality: Modality = "image"
     padding: Mapping[str, int] = {}
 
     def __init__(self, directory: Path, size: tuple[int, int]) -> None:
@@ -77,25 +77,29 @@ class ProcessorImages:
 
         try:
             return AutoImageProcessor.from_pretrained(str(self._directory), backend="pil")
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{self._directory}: preprocessor_config.json cannot be used ({reason})"
-            ) from None
+        except Exception as error:  # transformers raises many kinds for settings that it cannot take
+            raise self._unusable(error) from None
 
     def __call__(self, values: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
         """See ``Preprocess``; ``image`` uint8 [n, height, width, 3]."""
-        images = self._processor(
-            [with_channels(value, 3) for value in values],
-            do_rescale=False, do_normalize=False, do_convert_rgb=False,
-            input_data_format="channels_last", data_format="channels_first", return_tensors="np",
-        )["pixel_values"]  # fmt: skip
+        colour = [with_channels(value, 3) for value in values]
+        process = self._processor
+        try:
+            images = process(
+                colour, do_rescale=False, do_normalize=False, do_convert_rgb=False,
+                input_data_format="channels_last", data_format="channels_first", return_tensors="np",
+            )["pixel_values"]  # fmt: skip
+        except Exception as error:  # see _processor
+            raise self._unusable(error) from None
         if images.shape[2:] != self._size:
             raise UserError(
                 f"{self._directory}: preprocessor_config.json makes {list(images.shape[2:])} pixels, "
                 f"the model takes {list(self._size)}"
             )
         return {"image": np.ascontiguousarray(np.moveaxis(images, 1, -1))}, 0
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(f"{self._directory}: preprocessor_config.json cannot be used ({one_line(error)})")
 
 
 class Tokens:
@@ -107,7 +111,7 @@ class Tokens:
             longer text of a pair first.
     """
 
-    kind: Kind = "text"
+    modality: Modality = "text"
 
     def __init__(self, directory: Path, max_length: int) -> None:
         self._directory, self.max_length = directory, max_length
@@ -127,8 +131,8 @@ class Tokens:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(self._directory), padding_side="right", truncation_side="right"
             )
-        except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # the tokenizers package raises Exception itself
+            reason = one_line(error)
             raise UserError(f"{self._directory}: its tokenizer cannot be loaded ({reason})") from None
         if tokenizer.pad_token_id is None:
             # Llama has none; padding is masked, so any token will do
@@ -178,9 +182,11 @@ def preprocess_for(model: str | Path, family: str, config: DataConfig) -> Prepro
     directory = checkpoint.find(model)
     settings = checkpoint.read_json(directory / "config.json")
     vision = settings.get("vision_config") or settings
+    if not isinstance(vision, dict):
+        shown = one_line(repr(vision), 80)
+        raise UserError(f"{directory}/config.json: vision_config is {shown}, not an object")
     if "image_size" in vision or "vision_config" in settings:
-        size = vision.get("image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = _image_size(vision, directory)
         processor = directory / "preprocessor_config.json"
         if processor.exists() and "size" in checkpoint.read_json(processor):
             return ProcessorImages(directory, (height, width))
@@ -188,15 +194,35 @@ def preprocess_for(model: str | Path, family: str, config: DataConfig) -> Prepro
             raise UserError(
                 f"{directory} has no preprocessor_config.json with a size: {family} needs it for images"
             )
-        return PlainImages((height, width), vision.get("num_channels", 3))
+        return PlainImages((height, width), _positive(vision, "num_channels", 3, directory))
     if not any((directory / name).exists() for name in TOKENIZER_FILES):
         raise UserError(
             f"{directory} has neither an image size nor tokenizer files: what does this {family} read?"
         )
-    limit = settings.get("max_position_embeddings", config.max_length)
+    limit = _positive(settings, "max_position_embeddings", config.max_length, directory)
     if settings.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
-        limit -= settings.get("pad_token_id", 1) + 1  # their positions start behind the padding index
+        padding = settings.get("pad_token_id", 1)
+        limit -= (padding if isinstance(padding, int) else 1) + 1  # positions start behind the padding index
     return Tokens(directory, min(config.max_length, limit))
+
+
+def _positive(settings: Mapping[str, Any], key: str, default: int, directory: Path) -> int:
+    """A setting of ``config.json`` that is a whole number above 0."""
+    value = settings.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        shown = one_line(repr(value), 80)
+        raise UserError(f"{directory}/config.json: {key} is {shown}, not a whole number above 0")
+    return value
+
+
+def _image_size(settings: Mapping[str, Any], directory: Path) -> tuple[int, int]:
+    """Height and width in pixels, which ``image_size`` gives as one number or two."""
+    size = settings.get("image_size", 224)
+    if isinstance(size, list) and len(size) == 2:
+        height, width = (_positive({"image_size": side}, "image_size", 224, directory) for side in size)
+    else:
+        height = width = _positive(settings, "image_size", 224, directory)
+    return height, width
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from enmp_jax.data.base import Span
 from enmp_jax.errors import UserError
 
 _PART = re.compile(r"\s*(?P<split>[\w.\-]+)\s*(?:\[(?P<start>[^:\[\]]*):(?P<stop>[^:\[\]]*)\])?\s*")
-_BOUND = re.compile(r"(?P<number>-?[\d_]+(?:\.\d+)?)\s*(?P<percent>%?)")
+_BOUND = re.compile(r"(?P<number>-?[0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)\s*(?P<percent>%?)")
 
 
 def resolve(expression: str, splits: Mapping[str, int], source: str) -> tuple[Span, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from enmp_jax.config.run_file import DataConfig, resolve_path
 from enmp_jax.data.base import Raw, file_identity
 from enmp_jax.data.files import number_labels, text_keys
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
@@ -53,9 +53,7 @@ class TfdsSource:
         try:
             return tfds.builder_from_directory(self._directory)
         except Exception as error:  # TFDS raises many kinds for broken directories
-            raise UserError(
-                f"{self._directory} is not a readable TFDS data set: {_one_line(error)}"
-            ) from None
+            raise UserError(f"{self._directory} is not a readable TFDS data set: {one_line(error)}") from None
 
     @functools.cached_property
     def _features(self) -> dict[str, Any]:
@@ -120,7 +118,7 @@ class TfdsSource:
         try:
             records = self._open(split).__getitems__([int(row) for row in rows])
         except (OSError, RuntimeError, ValueError, IndexError) as error:
-            raise UserError(f"{self._directory}: {split} cannot be read ({_one_line(error)})") from None
+            raise UserError(f"{self._directory}: {split} cannot be read ({one_line(error)})") from None
         labels, _ = number_labels([_plain(r[self._config.label]) for r in records], self._config)
         names = [f"{split}[{row}]" for row in rows]
         columns = self._columns
@@ -205,7 +203,3 @@ def _text(value: Any) -> str:
 
 def _image(value: Any) -> Any:
     return value if isinstance(value, bytes) else np.asarray(value, np.uint8)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

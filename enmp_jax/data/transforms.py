@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, suggestion
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -95,7 +94,5 @@ def _parse(name: str) -> Transform:
             ) from None
         return lambda image: occlude(image, (top, left, bottom, right))
     if name not in TRANSFORMS:
-        near = difflib.get_close_matches(name, TRANSFORMS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TRANSFORMS)}"
-        raise UserError(f"unknown transform {name!r}; {hint}")
+        raise UserError(f"unknown transform {name!r}; {suggestion(name, TRANSFORMS)}")
     return TRANSFORMS[name]

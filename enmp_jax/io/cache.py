@@ -1,6 +1,7 @@
-"""Preprocessed examples on disk, so that a second start reads one file.
+"""Results on disk that are costly to make again: named arrays under a hash of what they depend on.
 
 The cache lives in ``$ENMP_CACHE``, by default ``~/.cache/enmp-jax``; it may be deleted at any time.
+A damaged entry counts as missing, and a cache that cannot be written is no error.
 """
 
 from __future__ import annotations
@@ -9,17 +10,26 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from enmp_jax.data.base import Examples, Span
-from enmp_jax.io.files import write_bytes
+from enmp_jax.io.files import write_atomically
 
-VERSION = 1
+VERSION = 2
 """Part of every key; raised when the meaning of cached entries changes."""
+
+
+class Entry(NamedTuple):
+    """Named arrays and a JSON object that describes them."""
+
+    arrays: dict[str, np.ndarray]
+    notes: dict[str, Any]
 
 
 def directory() -> Path:
@@ -29,86 +39,47 @@ def directory() -> Path:
 
 
 def key(*parts: object) -> str:
-    """Hash of everything an entry depends on."""
+    """Hash of everything an entry depends on, 40 hexadecimal digits."""
     text = json.dumps([VERSION, *parts], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
 
-def read(entry: str) -> Examples | None:
-    """The cached examples, or None when there are none or the file is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    path = directory() / "examples" / f"{entry}.safetensors"
+def read(folder: str, key: str) -> Entry | None:
+    """The entry of a key, or None when there is none or its file is damaged."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = json.loads((file.metadata() or {})["examples"])
+        with safe_open(_path(folder, key), framework="numpy") as file:
+            header = json.loads((file.metadata() or {})["entry"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if _checksums(arrays) != metadata["checksums"]:
-            return None
-        return Examples(
-            inputs={
-                name.removeprefix("inputs."): a for name, a in arrays.items() if name.startswith("inputs.")
-            },
-            labels=arrays["labels"],
-            class_names=tuple(metadata["class_names"]),
-            keys=np.ascontiguousarray(arrays["keys"]).view("S32").reshape(-1),
-            source=metadata["source"],
-            spans=tuple(Span(*span) for span in metadata["spans"]),
-            notes=tuple(metadata["notes"]),
-        )
+        return Entry(arrays, header["notes"]) if _checksums(arrays) == header["checksums"] else None
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
 
 
-def write(entry: str, examples: Examples) -> None:
-    """Store examples under a key, whole or not at all. A cache that cannot be written is no error."""
-    from safetensors.numpy import save_file
-
-    arrays = {f"inputs.{name}": value for name, value in examples.inputs.items()}
-    arrays["labels"] = examples.labels
-    arrays["keys"] = examples.keys.astype("S32").view(np.uint8).reshape(-1, 32)
-    # safetensors writes non-contiguous arrays wrongly
-    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    metadata = {
-        "class_names": examples.class_names, "source": examples.source, "spans": examples.spans,
-        "notes": examples.notes, "checksums": _checksums(arrays),
-    }  # fmt: skip
-    folder = directory() / "examples"
-    temporary = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-        os.close(handle)
-        save_file(arrays, temporary, {"examples": json.dumps(metadata)})
-        os.replace(temporary, folder / f"{entry}.safetensors")
-    except OSError:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+def write(folder: str, key: str, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
+    """Store arrays and a JSON object under a key, whole or not at all."""
+    # safetensors 0.8.0 writes other layouts than C order wrongly without saying so (its issue 825)
+    plain = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+    header = {"entry": json.dumps({"notes": notes, "checksums": _checksums(plain)})}
+    path = _path(folder, key)
+    with contextlib.suppress(OSError, SafetensorError):  # the latter is how safetensors reports a full disk
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: save_file(plain, temporary, header))
 
 
-def read_array(kind: str, entry: str) -> np.ndarray | None:
-    """A cached array, or None when there is none or the file is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        array = load_file(directory() / kind / f"{entry}.safetensors")["array"]
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
-    return array if np.isfinite(array).all() else None
+def read_array(folder: str, key: str) -> np.ndarray | None:
+    """The one array of a key, or None when there is none or its file is damaged."""
+    found = read(folder, key)
+    return found.arrays.get("array") if found else None
 
 
-def write_array(kind: str, entry: str, array: np.ndarray) -> None:
-    """Store an array under a key, whole or not at all. A cache that cannot be written is no error."""
-    from safetensors.numpy import save
-
-    content = save({"array": np.asarray(array, order="C")})
-    with contextlib.suppress(OSError):
-        folder = directory() / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / f"{entry}.safetensors", content)
+def write_array(folder: str, key: str, array: np.ndarray) -> None:
+    """Store one array under a key, whole or not at all."""
+    write(folder, key, {"array": array}, {})
 
 
-def _checksums(arrays: dict[str, np.ndarray]) -> dict[str, int]:
-    return {name: zlib.crc32(np.ascontiguousarray(value).data.cast("B")) for name, value in arrays.items()}
+def _path(folder: str, key: str) -> Path:
+    return directory() / folder / f"{key}.safetensors"
+
+
+def _checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    return {name: zlib.crc32(np.ascontiguousarray(value).tobytes()) for name, value in arrays.items()}

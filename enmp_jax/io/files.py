@@ -1,10 +1,12 @@
-"""Small files: JSON that anybody may have made, and writing so that none is ever half there."""
+"""Files: JSON that anybody may have made, and the one way to write a file whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +55,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Run ``write(temporary path)`` next to ``path``, flush to disk and rename.
+
+    Whatever goes wrong, ``path`` is as it was before and no temporary file stays.
+
+    Args:
+        path: the file to make or to replace; its directory must be there.
+        write: writes the whole file to the path that it is given.
+
+    Raises:
+        OSError: the disk is full, the directory cannot be written, ...
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # as the umask says; safetensors makes files only the owner can read
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(mode)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all; see ``write_atomically``.
 
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))

@@ -29,7 +29,7 @@ _BLOCK = 2**18  # bytes per comparison: two of them stay in the cache
 
 
 @dataclass(frozen=True)
-class Factors:
+class LowRankUpdate:
     """A delta ``left @ right`` to be added to one weight."""
 
     left: Float[np.ndarray, "out k"]
@@ -41,9 +41,9 @@ class Factors:
         return self.left.shape[0], self.right.shape[1]
 
     @property
-    def T(self) -> Factors:
+    def T(self) -> LowRankUpdate:
         """The transposed delta (for bases that store weights as [in, out])."""
-        return Factors(self.right.T, self.left.T)
+        return LowRankUpdate(self.right.T, self.left.T)
 
     def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows in"]:
         """Some rows of the delta."""
@@ -51,7 +51,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Full:
+class FullUpdate:
     """A delta without factors."""
 
     weight: Float[np.ndarray, "out in"]
@@ -62,9 +62,9 @@ class Full:
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
-    def T(self) -> Full:
+    def T(self) -> FullUpdate:
         """The transposed delta."""
-        return Full(self.weight.T)
+        return FullUpdate(self.weight.T)
 
     def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows in"]:
         """Some rows of the delta."""
@@ -117,7 +117,7 @@ def read_header(path: Path) -> Header:
 def rewrite(
     source: Path,
     target: Path,
-    deltas: Mapping[str, Factors | Full],
+    deltas: Mapping[str, LowRankUpdate | FullUpdate],
     dtype: str | None = None,
     omit: Collection[str] = (),
 ) -> dict[str, int]:
@@ -217,7 +217,7 @@ def _copy(files: _Files, start: int, to: int, count: int) -> None:
         start, to, count = start + done, to + done, count - done
 
 
-def _convert(files: _Files, a: Entry, b: Entry, delta: Factors | Full | None) -> int:
+def _convert(files: _Files, a: Entry, b: Entry, delta: LowRankUpdate | FullUpdate | None) -> int:
     """Write one tensor with its delta or in its new type, by rows; returns the checksum of its bytes."""
     source, kind = np.dtype(FLOATS[a.dtype]), np.dtype(FLOATS[b.dtype])
     width = a.shape[-1] if delta is not None else 1

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from enmp_jax.errors import UserError, one_line, reason
+from enmp_jax.io.files import write_atomically
 from enmp_jax.io.reading import open_tensors
 
 
@@ -59,32 +60,25 @@ def new_directory(path: str | Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Run ``write(temporary path)`` next to ``path``, flush to disk and rename.
+    """``files.write_atomically`` for files that the user asked for: what goes wrong is one line.
 
     Raises:
         UserError: the disk is full, the directory cannot be written, ...
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.touch(exist_ok=False)
-        mode = (
-            temporary.stat().st_mode
-        )  # what the umask gives; safetensors makes files that others cannot read
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(mode)
-        temporary.replace(path)
+        write_atomically(path, write)
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}") from None
     except safetensors.SafetensorError as error:  # how safetensors reports a full disk
         raise UserError(f"cannot write {path}: {one_line(error)}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, atomically, and compare what is on disk."""
+    """Write a text file atomically, read it back and compare.
+
+    Raises:
+        UserError: the file cannot be written, or reads back different.
+    """
     write_file(path, lambda temporary: temporary.write_bytes(text.encode()))
     if path.read_bytes() != text.encode():
         raise UserError(f"{path} does not read back as written: check the disk")

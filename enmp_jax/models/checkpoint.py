@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io import files, reading
+from enmp_jax.io.hub import locate
 from enmp_jax.io.shard_index import SINGLE, find_shards
 
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -25,20 +26,7 @@ def find(model: str | Path) -> Path:
     Raises:
         UserError: neither a directory nor a model that the hub has or that is in its local cache.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    name, _, revision = str(model).partition("@")
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"base model {model}: there is no such directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_DOWNLOADED)))
-    except Exception as error:  # the hub client raises its own, httpx's and OS errors
-        raise UserError(
-            f"base model {model}: not a local directory, and the hub could not give it ({one_line(error)})"
-        ) from None
+    return locate(model, _DOWNLOADED, "base model", ownerless=True).directory
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from enmp_jax.errors import UserError
 _DIRECT = 2048  # up to this side LAPACK's full SVD is quicker than Lanczos
 
 
-class Factorised(NamedTuple):
+class LoraFactors(NamedTuple):
     """LoRA factors of merged deltas.
 
     Attributes:
@@ -32,7 +32,9 @@ class Factorised(NamedTuple):
     error: float
 
 
-def factorise(deltas: Deltas, names: Mapping[str, str], rank: int | None, default_rank: int) -> Factorised:
+def lora_factors(
+    deltas: Deltas, names: Mapping[str, str], rank: int | None, default_rank: int
+) -> LoraFactors:
     """Write every delta that is not zero as ``B A``.
 
     Low-rank deltas of rank at most ``rank`` are exact. Others, and dense ones, are truncated
@@ -55,14 +57,14 @@ def factorise(deltas: Deltas, names: Mapping[str, str], rank: int | None, defaul
         layers = (delta.left if isinstance(delta, LowRank) else delta.weight).shape[0]
         for layer in range(layers):
             path = names[template].replace("{}", str(layer))
-            a, b, missing, norm = _factors(one_layer(delta, layer), rank, default_rank)
+            a, b, missing, norm = _layer_factors(one_layer(delta, layer), rank, default_rank)
             if not math.isfinite(norm):
                 raise UserError(f"the merged delta of {path} has NaN or Inf in it")
             lost, whole = lost + missing**2, whole + norm**2
             if norm:
                 modules[path] = a, b
     largest = max((a.shape[0] for a, _ in modules.values()), default=0)
-    return Factorised(modules, largest, math.sqrt(lost / whole) if whole else 0.0)
+    return LoraFactors(modules, largest, math.sqrt(lost / whole) if whole else 0.0)
 
 
 def one_layer(delta: Delta, layer: int) -> tuple[np.ndarray, ...]:
@@ -83,7 +85,13 @@ def one_layer(delta: Delta, layer: int) -> tuple[np.ndarray, ...]:
     return left[:, used].astype(np.float32), right[used].astype(np.float32)
 
 
-def _factors(
+def squared_norm(left: Float[np.ndarray, "m k"], right: Float[np.ndarray, "k n"]) -> float:
+    """``||L R||_F^2`` as ``<L^T L, R R^T>`` in float64, without forming the product."""
+    left, right = left.astype(np.float64, copy=False), right.astype(np.float64, copy=False)
+    return max(float(np.sum((left.T @ left) * (right @ right.T))), 0.0)
+
+
+def _layer_factors(
     delta: tuple[np.ndarray, ...], rank: int | None, default_rank: int
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
     """(A, B, norm of what is lost, norm of the whole)."""
@@ -98,9 +106,8 @@ def _factors(
         return a, b, missing, norm
     left, right = delta
     k = left.shape[1]
-    # ||L R||_F^2 = <L^T L, R R^T>
     wide_left, wide_right = left.astype(np.float64), right.astype(np.float64)
-    norm = math.sqrt(max(float(np.sum((wide_left.T @ wide_left) * (wide_right @ wide_right.T))), 0.0))
+    norm = math.sqrt(squared_norm(wide_left, wide_right))
     limit = min(left.shape[0], right.shape[1], rank or k)
     if k <= limit or not norm or not math.isfinite(norm):
         return right, left, 0.0, norm
