@@ -139,11 +139,12 @@ def test_what_is_saved_is_a_copy(tmp_path, monkeypatch):
     import orbax.checkpoint as ocp
 
     given, save = [], ocp.CheckpointManager.save
-    monkeypatch.setattr(
-        ocp.CheckpointManager,
-        "save",
-        lambda self, step, args: given.append(args) or save(self, step, args=args),
-    )
+
+    def spy(self, step, args):
+        given.append(args)
+        return save(self, step, args=args)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", spy)
     array, losses = np.zeros(3), [1.0]
     with Checkpoints(tmp_path, "same") as checkpoints:
         checkpoints.save(1, {"x": array}, {"losses": losses})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -35,7 +36,7 @@ def fingerprint(settings: Any, *trees: Any) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
         array = _host(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -66,7 +67,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp  # slow to import
 
-        self.path, self.fingerprint, self._say, self._ocp = Path(path).resolve(), fingerprint, say, ocp
+        self.path, self.fingerprint, self.say, self._ocp = Path(path).resolve(), fingerprint, say, ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
         try:
             self._manager = ocp.CheckpointManager(self.path, options=options)
@@ -126,10 +127,10 @@ class Checkpoints:
                 trouble = one_line(error)
             if _everywhere(found is not None):
                 return found
-            self._say(f"checkpoint {self.path / str(step)} is damaged and left aside ({trouble})")
+            self.say(f"checkpoint {self.path / str(step)} is damaged and left aside ({trouble})")
             self._set_aside(step)
         if steps:
-            self._say(f"no checkpoint in {self.path} is whole: starting anew")
+            self.say(f"no checkpoint in {self.path} is whole: starting anew")
         return None
 
     def clear(self) -> None:
@@ -186,7 +187,7 @@ class Checkpoints:
 
 
 def _host(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf)
 
