@@ -16,9 +16,9 @@ import numpy as np
 
 from enmp_jax.config import run_file
 from enmp_jax.config.run_file import MergeConfig
+from enmp_jax.config.schema import parse
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import load
-from enmp_jax.config.schema import parse
 from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.runs.directory import environment
 
@@ -54,7 +54,7 @@ def main() -> None:
         evaluator = Evaluator(load(dataclasses.replace(run, merge=merge), ("search",)))
         if not columns:
             sizes = evaluator.loaded.sizes("search")
-            expert = np.asarray(evaluator.score_experts("search").correct) / sizes
+            expert = evaluator.expert_accuracies("search")
             columns["base"] = np.asarray(evaluator.score_base("search").correct) / sizes
             columns["expert"] = expert
             means |= {"base": float((columns["base"] / expert).mean()), "expert": 1.0}

@@ -1,8 +1,10 @@
 """``enmp train``: experts and a base from a run file, in small."""
 
+import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from enmp_jax.data import load_examples
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import load
+from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.runs.train import train_run
 from enmp_jax.training.experts import target_templates, train_experts
+from enmp_jax.training.loop import EarlyStopping, Schedule, train
 from enmp_jax.training.probe import fit_heads
 
 
@@ -51,6 +55,7 @@ def test_base_and_adapters_load_as_any_others(trained, run):
     assert weights == {"digit": (10, 32), "even": (2, 32)}
     assert any("step 60 of 60" in line for line in lines)
     assert set(json.loads((out / "training.json").read_text())) == {"base", "digit", "even"}
+    assert sorted(p.name for p in out.iterdir()) == ["adapters", "base", "training.json"]
 
 
 def test_what_is_there_already_is_kept(trained, run):
@@ -72,7 +77,7 @@ def test_training_makes_the_experts_better_than_the_base(demo_run):
     """The packaged experts, as ``enmp train`` made them, on data that they were not trained on."""
     evaluator = Evaluator(load(demo_run, ("search",)))
     sizes = evaluator.loaded.sizes("search")
-    experts = np.asarray(evaluator.score_experts("search").correct) / sizes
+    experts = evaluator.expert_accuracies("search")
     base = np.asarray(evaluator.score_base("search").correct) / sizes
     assert experts.mean() > base.mean() + 0.15
 
@@ -121,24 +126,152 @@ def test_target_modules(run):
         target_templates(backbone, ["wq"])
 
 
-def test_an_interrupted_training_resumes_to_the_same_weights(tmp_path):
-    import jax
+def quadratic(w, data, key):
+    return ((w["x"] - data) ** 2).sum() * (1 + jax.random.uniform(key))
 
-    from enmp_jax.training.loop import Schedule, train
 
-    loss = lambda w, data, key: ((w["x"] - data) ** 2).sum() * (1 + jax.random.uniform(key))  # noqa: E731
-    start, target = {"x": jnp.zeros((3, 2))}, jnp.ones((3, 2))
-    schedule, key = Schedule(20, 0.1), jax.random.key(0)
-    whole, _ = train(loss, start, target, schedule, key, steps_per_dispatch=5)
+START, TARGET, KEY = {"x": jnp.zeros((3, 2))}, jnp.ones((3, 2)), jax.random.key(0)
+
+
+@pytest.mark.parametrize("stopping", [None, EarlyStopping(lambda step, w: float(w["x"].sum()), 10, 5)])
+def test_an_interrupted_training_resumes_to_the_same_weights(tmp_path, stopping):
+    schedule = Schedule(23, 0.1)
+    settings = {"steps_per_dispatch": 5, "early_stopping": stopping}
+    whole = train(quadratic, START, TARGET, schedule, KEY, **settings)
 
     def stop(done, value):
-        if done == 10:
+        if done == 15:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        train(
-            loss, start, target, schedule, key, steps_per_dispatch=5, on_progress=stop, checkpoints=tmp_path
-        )
-    resumed, losses = train(loss, start, target, schedule, key, steps_per_dispatch=5, checkpoints=tmp_path)
-    np.testing.assert_allclose(resumed["x"], whole["x"], rtol=1e-6)
-    assert len(losses) == 4
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, "same") as checkpoints:
+        train(quadratic, START, TARGET, schedule, KEY, on_progress=stop, checkpoints=checkpoints, **settings)
+    done = []
+    with Checkpoints(tmp_path, "same") as checkpoints:
+        resumed = train(
+            quadratic, START, TARGET, schedule, KEY, checkpoints=checkpoints,
+            on_progress=lambda step, value: done.append(step), **settings,
+        )  # fmt: skip
+    np.testing.assert_array_equal(resumed.weights["x"], whole.weights["x"])
+    assert resumed[1:] == whole[1:]
+    assert done == [15, 20, 23]
+    assert whole.step == 23
+
+
+def test_a_rest_of_steps_is_done_exactly_and_does_not_compile_anew():
+    """60 steps are 60 updates, not the 100 of two whole dispatches."""
+    traced, shown = [], []
+
+    def loss(w, data, key):
+        traced.append(1)
+        return w["x"].sum()
+
+    schedule = Schedule(60, 0.1, weight_decay=0.0)
+    found = train(loss, START, TARGET, schedule, KEY, on_progress=lambda step, _: shown.append(step))
+    once = train(loss, START, TARGET, schedule, KEY, steps_per_dispatch=60)
+    single = train(loss, START, TARGET, schedule, KEY, steps_per_dispatch=1)
+    np.testing.assert_array_equal(found.weights["x"], once.weights["x"])
+    np.testing.assert_allclose(found.weights["x"], single.weights["x"], rtol=1e-6)
+    assert shown == [50, 60]
+    assert found.step == 60
+    assert len(traced) == 3  # one for each of the three trainings
+    np.testing.assert_allclose(np.average(found.losses, weights=[50, 10]), once.losses, rtol=1e-5)
+
+
+def test_early_stopping_returns_the_best_weights_checked():
+    seen = []
+
+    def score(step, weights):
+        """Best near half of the way to the target."""
+        seen.append(step)
+        return -abs(float(weights["x"].mean()) - 0.5)
+
+    settings = {"steps_per_dispatch": 7, "early_stopping": EarlyStopping(score, check_every=4, patience=2)}
+    found = train(quadratic, START, TARGET, Schedule(90, 0.1, 0.0), KEY, **settings)
+    assert seen == list(range(0, found.step + 2 * 4 + 1, 4))
+    assert 0 < found.step < 80
+    assert abs(float(found.weights["x"].mean()) - 0.5) < 0.25
+    # nothing is better than the start: the start comes back
+    worse = EarlyStopping(lambda step, w: -float(step), check_every=4, patience=1)
+    found = train(quadratic, START, TARGET, Schedule(90, 0.1), KEY, early_stopping=worse)
+    assert found.step == 0
+    np.testing.assert_array_equal(found.weights["x"], START["x"])
+    # the last steps are checked too, though they are fewer than check_every
+    steps = []
+    better = EarlyStopping(lambda step, w: steps.append(step) or float(step), check_every=4, patience=1)
+    assert train(quadratic, START, TARGET, Schedule(10, 0.1), KEY, early_stopping=better).step == 10
+    assert steps == [0, 4, 8, 10]
+
+
+def stopped_run(run, out, monkeypatch):
+    """Train until the last checkpoint is written, and fail before the adapters are."""
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    lines = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("enmp_jax.runs.train.save_adapter", fail)
+        train_run(run, out, lines.append)
+    return lines
+
+
+def weights_of(out):
+    return {p.parent.name: p.read_bytes() for p in out.rglob("adapter_model.safetensors")}
+
+
+@pytest.fixture
+def small(run):
+    """A short training of two adapters on the packaged base."""
+    base = dataclasses.replace(run.base, model=run.path("demo/base"))
+    shorter = dataclasses.replace(run.train, steps=12, batch_size=8, target_modules=("q_proj",))
+    return dataclasses.replace(run, pretrain=None, base=base, train=shorter)
+
+
+def with_rate(run, rate):
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, learning_rate=rate))
+
+
+def test_checkpoints_of_other_settings_are_not_resumed_from(small, tmp_path, monkeypatch):
+    stopped_run(small, tmp_path / "stopped", monkeypatch)
+    assert (tmp_path / "stopped" / "checkpoints" / "adapters").is_dir()
+    shutil.copytree(tmp_path / "stopped", tmp_path / "other")
+    # with the same settings nothing is trained again
+    lines = []
+    train_run(small, tmp_path / "stopped", lines.append)
+    assert not any("step" in line or "anew" in line for line in lines), lines
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
+    other, lines = with_rate(small, 1e-2), []
+    train_run(other, tmp_path / "other", lines.append)
+    assert any("other settings: training anew" in line for line in lines)
+    train_run(other, tmp_path / "new", lambda line: None)
+    assert weights_of(tmp_path / "other") == weights_of(tmp_path / "new")
+    assert weights_of(tmp_path / "other") != weights_of(tmp_path / "stopped")
+
+
+def test_the_fingerprint_covers_all_that_the_adapters_depend_on(small, tmp_path, monkeypatch):
+    class Opened(Exception):
+        pass
+
+    def spy(path, fingerprint, say):
+        raise Opened(fingerprint)
+
+    def made_of(run):
+        with monkeypatch.context() as patch, pytest.raises(Opened) as opened:
+            patch.setattr("enmp_jax.runs.train.Checkpoints", spy)
+            train_run(run, tmp_path / "out", lambda line: None)
+        return str(opened.value)
+
+    task = small.tasks[0]
+    half = dataclasses.replace(task, data=dataclasses.replace(task.data, train="train[:50%]"))
+    copy = tmp_path / "base"
+    shutil.copytree(small.base.model, copy)
+    changed = (
+        small,
+        with_rate(small, 1e-2),
+        dataclasses.replace(small, tasks=(half, *small.tasks[1:])),
+        dataclasses.replace(small, tasks=small.tasks[:1]),
+        dataclasses.replace(small, base=dataclasses.replace(small.base, model=str(copy))),
+        dataclasses.replace(small, train=dataclasses.replace(small.train, head="probe")),
+    )
+    assert len({made_of(run) for run in changed}) == len(changed)
+    assert made_of(small) == made_of(small)

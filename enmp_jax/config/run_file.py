@@ -135,22 +135,64 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class RefineConfig:
+    """The last rung: one LoRA for all tasks, trained from the merged model on the search split."""
+
+    rank: int = 8
+    steps: int = 80
+    learning_rate: float = 2e-3
+    fitness: str = "expert_kl"
+    """What it maximises; any fitness that has a gradient. Those of the experts need no labels."""
+    check_every: int = 10
+    """Steps between looks at the selection split, whose best point is kept."""
+    patience: int = 4
+    """Looks without a better value after which it stops."""
+
+
+@dataclass(frozen=True)
 class SearchConfig:
-    """The evolution strategy. Defaults are those of the paper's code (CMA-ES, 8 x 30)."""
+    """The search for modules to prune, or for weights of modules."""
 
     strategy: str = "cma_es"
+    """cma_es (the paper's), sep_cma_es, snes, de, bit_flip, swap, greedy, random; or gradient: weights."""
     population: int = 8
     generations: int = 30
+    """With ``gradient``: steps."""
     sigma0: float = 0.5
-    x0: float = -1.0
+    x0: float | Literal["auto"] = "auto"
+    """Start of every gene (the paper: -1); auto: so that about half of ``max_pruned`` are pruned at first."""
     threshold: float = 0.0
     max_pruned: float = 0.2
     """Largest share of modules that may be pruned."""
     granularity: Literal["layer", "projection"] = "layer"
-    fitness: Literal["accuracy", "log_likelihood"] = "accuracy"
-    """On the search split: mean normalised accuracy, or mean log-likelihood of the labels."""
+    fitness: str = "margin"
+    """What is maximised on the search split: accuracy (the paper's), probability, margin, log_likelihood,
+    calibrated; without labels expert_margin, expert_probability, expert_kl, entropy."""
+    objective: Literal["mean", "worst", "pareto"] = "mean"
+    """Over tasks: the mean, the worst task, or the front of both."""
+    importance: Mapping[str, float] | None = None
+    """Weights of tasks in the mean; default: 1 each."""
+    start: Literal["none", "first_order", "leave_one_out"] = "none"
+    """What a search of masks knows beforehand about every module."""
     search_scale: bool = False
     """Let the search choose the merge coefficient too."""
+    budget: int | None = None
+    """Most example-evaluations of each search (forward passes of one example); default: no limit."""
+    patience: int | None = None
+    """Generations (with ``gradient``: looks at the selection split) without a better fitness after which a
+    search stops; default: none, with ``gradient`` 5."""
+    learning_rate: float = 0.08
+    """gradient: of Adam."""
+    max_weight: float = 3.0
+    """gradient: largest weight of a module."""
+    penalty: float = 0.0
+    """gradient: times the mean squared distance of the weights from 1 is subtracted from the fitness."""
+    check_every: int = 2
+    """gradient: steps between looks at the selection split."""
+    harden: Literal["none", "prune"] = "none"
+    """gradient: leave the weights as they are, or make a mask of them (with a short local search)."""
+    refine: RefineConfig | None = None
+    """Train one LoRA from the merged model afterwards; default: no."""
     finalists: int = 8
     """Best distinct masks of the search that the selection split decides between."""
     seed: int = 0

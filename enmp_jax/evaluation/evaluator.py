@@ -131,7 +131,7 @@ class Evaluator:
             if self.kind.needs_expert and 4 * rows * classes > budget.USABLE * budget.device_memory():
                 raise UserError(
                     f"search.fitness {self.kind.name} keeps {rows} x {classes} answers of the experts on the "
-                    f"device, which has no memory for them: fewer evaluation.{split}_examples, or another fitness"
+                    f"device, which has no room for them: set evaluation.{split}_examples or another fitness"
                 )
             self._answers[split] = experts.log_probabilities(self.loaded, split)
         return self._answers[split]
@@ -141,6 +141,10 @@ class Evaluator:
         nothing = ~self.loaded.mask_spec.all_kept()[None]
         counts = self.score(self.inputs(split), nothing, np.ones(1, np.float32))
         return Counts(*(np.asarray(x)[0] for x in counts))
+
+    def expert_accuracies(self, split: Split) -> Float[np.ndarray, " task"]:
+        """Accuracy of every adapter alone."""
+        return experts.accuracies(self.expert_answers(split), self.loaded.examples[split])
 
     def scoring(self, split: Split) -> Scoring:
         """What turns counts on a split into accuracies and fitness.
@@ -154,8 +158,7 @@ class Evaluator:
         given = [task.reference for task in loaded.run.tasks]
         reference = np.asarray([g or 0.0 for g in given], np.float32)
         if not all(given):
-            measured = experts.accuracies(self.expert_answers(split), loaded.examples[split])
-            reference = np.where(reference > 0, reference, measured)
+            reference = np.where(reference > 0, reference, self.expert_accuracies(split))
         for task, value in zip(loaded.tasks, reference, strict=True):
             if value == 0:
                 raise UserError(

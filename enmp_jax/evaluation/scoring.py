@@ -111,7 +111,9 @@ def count(
     value = kind.value(log_probabilities, label, expert)
     value = jnp.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, 0.0)
     return Counts(
-        correct.astype(jnp.float32) @ member, jnp.where(mask, own, 0.0) @ member, jnp.tensordot(member.T, value, 1)
+        correct.astype(jnp.float32) @ member,
+        jnp.where(mask, own, 0.0) @ member,
+        jnp.tensordot(member.T, value, 1),
     )
 
 
@@ -140,7 +142,7 @@ class Scoring(NamedTuple):
 
     def task_values(self, counts: Counts, kind: Fitness) -> Float[Array, "*member task"]:
         """Values of a fitness kind relative to the tasks' own experts."""
-        return normalised(task_values(counts.value, self.examples, kind), self.expert, kind)
+        return normalised(task_values(jnp.asarray(counts.value), self.examples, kind), self.expert, kind)
 
     def fitness(self, counts: Counts, kind: Fitness, name: Objective = "mean") -> Float[Array, " *member"]:
         """Higher is better: 1 is, in the mean, as good as the experts."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from enmp_jax.errors import UserError, one_line, reason
+from enmp_jax.errors import UserError, reason
 from enmp_jax.io import files, reading
 from enmp_jax.io.hub import locate
 from enmp_jax.io.shard_index import SINGLE, find_shards

@@ -48,7 +48,7 @@ def evaluate_run(
     evaluator, tasks, sizes = Evaluator(loaded), loaded.tasks, loaded.sizes(split)
     saved = None if mask is None else mask_file.load(mask, loaded.stack)
     reporter.say(f"scoring {sum(sizes):.0f} examples of {split}")
-    alone = np.asarray(evaluator.score_experts(split).correct) / sizes
+    alone = evaluator.expert_accuracies(split)
     result: dict[str, Any] = {
         "split": split,
         "tasks": list(tasks),

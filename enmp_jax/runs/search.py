@@ -98,7 +98,7 @@ def choose_scale(
     values = run.merge.scale_grid if run.merge.scale == "auto" else (float(run.merge.scale),)
     keep = np.repeat(evaluator.loaded.mask_spec.all_kept()[None], len(values), axis=0)
     counts = evaluator.score(inputs, keep, np.asarray(values, np.float32))
-    fitness = np.asarray(scoring.fitness(counts, run.search.fitness))
+    fitness = np.asarray(scoring.fitness(counts, evaluator.kind, run.search.objective))
     if np.isnan(fitness).all():
         raise UserError(
             f"the plain merge has no finite fitness at scale {', '.join(f'{v:g}' for v in values)}: check "
@@ -125,7 +125,7 @@ def select(evaluator: Evaluator, candidates: list[Finalist]) -> dict[int, Finali
     keep = np.stack([f.keep for f in candidates])
     scales = np.asarray([f.scale for f in candidates], np.float32)
     counts = evaluator.score(evaluator.inputs("selection"), keep, scales)
-    fitness = np.asarray(scoring.fitness(counts, evaluator.loaded.run.search.fitness))
+    fitness = np.asarray(scoring.fitness(counts, evaluator.kind, evaluator.loaded.run.search.objective))
     winners: dict[int, Finalist] = {}
     for candidate, value in zip(candidates, fitness, strict=True):
         candidate.selection = float(value)

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from enmp_jax import models
 from enmp_jax.adapters.peft_export import save_adapter
 from enmp_jax.config.run_file import RunConfig
+from enmp_jax.config.schema import to_dict
 from enmp_jax.data import Examples, load_examples, preprocess_for
 from enmp_jax.data.preprocess import PlainImages
 from enmp_jax.errors import UserError
-from enmp_jax.io.files import write_bytes
 from enmp_jax.evaluation.heads import load_heads
-from enmp_jax.models.base import Backbone, Params
-from enmp_jax.io.progress import read_lines
-from enmp_jax.runs.directory import environment
 from enmp_jax.evaluation.scoring import Heads, stack_heads
+from enmp_jax.io.checkpoints import Checkpoints, fingerprint
+from enmp_jax.io.files import read_json, write_bytes
+from enmp_jax.io.progress import read_lines
+from enmp_jax.models import checkpoint
+from enmp_jax.models.base import Backbone, Params
+from enmp_jax.runs.directory import environment
 from enmp_jax.training.experts import Experts, train_experts
 from enmp_jax.training.pretrain import pretrain
 from enmp_jax.training.probe import fit_heads
+from enmp_jax.version import __version__
 
 Say = Callable[[str], None]
 
@@ -31,7 +37,8 @@ Say = Callable[[str], None]
 def train_run(run: RunConfig, out: Path, say: Say = print) -> None:
     """Train what the run file asks for: ``out/base`` (with ``pretrain``), then ``out/adapters/TASK``.
 
-    A base or adapter that is already in ``out`` is kept, so that an interrupted run goes on.
+    A base or adapter that is already in ``out`` is kept, so that an interrupted run goes on. Checkpoints
+    go on where nothing that the result depends on has changed; they are deleted when all is there.
 
     Raises:
         UserError: bad data, an unknown module, or ``out`` holds something else.
@@ -48,6 +55,7 @@ def train_run(run: RunConfig, out: Path, say: Say = print) -> None:
             _train_base(run, out, say)
     backbone, params = models.load(base, dtype=run.base.dtype)
     _train_adapters(run, backbone, params, base, out, say)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 _OWN = ("base", "adapters", "checkpoints", "training.json")
@@ -65,9 +73,11 @@ def _train_base(run: RunConfig, out: Path, say: Say) -> None:
         for task in config.tasks
     ]
     out.mkdir(parents=True, exist_ok=True)
-    params, losses = pretrain(
-        backbone, examples, config, _progress(say, "base", config.steps), out / "checkpoints" / "base"
-    )
+    made_of = fingerprint([__version__, to_dict(config), run.base.dtype], _arrays(examples))
+    with Checkpoints(out / "checkpoints" / "base", made_of, say=say) as checkpoints:
+        params, losses = pretrain(
+            backbone, examples, config, _progress(say, "base", config.steps), checkpoints
+        )
     models.save(out / "base", backbone, params)
     _record(out, "base", {"steps": config.steps, "final_loss": losses[-1] if losses else None})
 
@@ -106,11 +116,12 @@ def _train_adapters(
             say("fitting the heads to the base's features")
             heads = fit_heads(backbone, params, examples, heads)
     out.mkdir(parents=True, exist_ok=True)
-    # Other tasks left to do are another training: its checkpoints must not be resumed from here.
-    checkpoints = out / "checkpoints" / ("adapters-" + "-".join(task.name for task in todo))[:200]
-    experts = train_experts(
-        backbone, params, examples, heads, config, _progress(say, "adapters", config.steps), checkpoints
-    )
+    settings = [__version__, to_dict(config), run.base.dtype, checkpoint.base_identity(base)]
+    made_of = fingerprint(settings, _arrays(examples), heads)
+    with Checkpoints(out / "checkpoints" / "adapters", made_of, say=say) as checkpoints:
+        experts = train_experts(
+            backbone, params, examples, heads, config, _progress(say, "adapters", config.steps), checkpoints
+        )
     name = run.base.model
     for i, task in enumerate(todo):
         _save_expert(out / "adapters" / task.name, experts, i, run, name)
@@ -137,6 +148,10 @@ def _save_expert(path: Path, experts: Experts, i: int, run: RunConfig, base: str
     )
 
 
+def _arrays(examples: list[Examples]) -> list[Any]:
+    return [(e.inputs, e.labels) for e in examples]
+
+
 def _fresh_heads(backbone: Backbone, examples: list[Examples]) -> Heads:
     heads = []
     for e in examples:
@@ -158,6 +173,6 @@ def _progress(say: Say, what: str, steps: int) -> Callable[[int, float], None]:
 
 def _record(out: Path, name: str, entry: dict) -> None:
     path = out / "training.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    record = read_json(path) if path.exists() else {}
     record[name] = entry | {"environment": environment()}
     write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())

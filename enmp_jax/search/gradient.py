@@ -29,7 +29,7 @@ class Settings(NamedTuple):
         steps: most steps of Adam.
         learning_rate: of Adam.
         highest: weights lie in 0..highest.
-        penalty: times the mean squared distance from the plain merge (all weights 1) is taken off the fitness.
+        penalty: times the mean squared distance from the plain merge (all weights 1) is subtracted.
         jitter: standard deviation of the start around the plain merge, what tells seeds apart.
         check_every: steps between looks at the data that stop the search.
         patience: looks without a better value after which it stops.
@@ -104,7 +104,7 @@ def make_ascent(objective: Objective, settings: Settings) -> Ascent:
         # one module whose derivative is no number must not take the others with it
         gradient = jnp.where(present & jnp.isfinite(gradient), gradient, 0.0)
         updates, optimizer = adam.update(gradient, state.optimizer)
-        weights = jnp.clip(state.weights + updates, 0.0, settings.highest)
+        weights = jnp.clip(state.weights + jnp.asarray(updates), 0.0, settings.highest)
         return State(jnp.where(present, weights, 1.0), optimizer, state.step + 1), fitness
 
     def advance(state: State, present: Array, *operands: Any) -> tuple[State, Array]:

@@ -81,11 +81,13 @@ class Watch(NamedTuple):
 
     ``on_generation(number, genomes [member, gene], scores)`` for each generation (numpy leaves);
     ``on_dispatch(generations done, state)`` for each dispatch, with a copy of the state: the place for
-    checkpoints.
+    checkpoints. ``stop()`` is asked before each dispatch, when all earlier ones were told; the device
+    waits for that.
     """
 
     on_generation: Callable[[int, np.ndarray, Any], None] | None = None
     on_dispatch: Callable[[int, State], None] | None = None
+    stop: Callable[[], bool] | None = None
 
 
 def make_step(
@@ -119,7 +121,7 @@ def make_step(
         def one(generation: Array, carried: tuple[State, Any]) -> tuple[tuple[State, Any], Genomes, Any]:
             state, memory = carried
             # keyed by the number of the generation: a resumed search draws the same members
-            ask_key, tell_key = jax.random.split(jax.random.fold_in(key, generation))
+            ask_key, tell_key = _split(_fold_in(key, generation))
             genomes, state = strategy.ask(ask_key, state)
             scores, memory = traced_once(genomes, memory, *operands)
             state = strategy.tell(tell_key, genomes, scores.fitness, state)
@@ -165,7 +167,8 @@ def run(
 
     Args:
         step: see ``make_step``.
-        key: everything random follows from it and the number of the generation.
+        key: everything random follows from it and the number of the generation; one key, or [seed] of
+            a strategy that is several (see ``strategies.several``).
         mean: the genome that the search starts from (not used when resuming).
         generations: how many in total, those before a resume included.
         operands: further arguments of the evaluation.
@@ -183,7 +186,7 @@ def run(
     if not 0 <= start <= generations or generations < 1:
         raise ValueError(f"cannot do generations {start}..{generations}")
     # generations use fold_in(key, 0), fold_in(key, 1), ..: the initial state has its own stream
-    init_key, key = jax.random.split(key)
+    init_key, key = _split(key)
     start_mean = jnp.asarray(mean, jnp.float32)
     if step.sharding is not None:
         init_key, start_mean = put((init_key, start_mean), step.sharding)
@@ -205,6 +208,12 @@ def run(
 
     pending: tuple[Any, ...] | None = None
     for first in range(start, generations, step.size):
+        if watch.stop is not None:
+            if pending is not None:
+                record(*pending)
+                pending = None
+            if watch.stop():
+                break
         count = min(step.size, generations - first)
         carried, *seen = step.advance(key, np.int32(first), np.int32(count), carried, operands)
         # copied before the next dispatch takes it: the host records this one while the device does the next
@@ -219,6 +228,15 @@ def run(
         rows.append(jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), x.dtype), tuple(shapes)))
     genomes, scores = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
     return Result(genomes, scores, carried[0], carried[1], start)
+
+
+def _fold_in(key: PRNGKeyArray, number: Array) -> PRNGKeyArray:
+    return jax.vmap(jax.random.fold_in, (0, None))(key, number) if key.ndim else jax.random.fold_in(key, number)
+
+
+def _split(key: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    pair = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
+    return pair[..., 0], pair[..., 1]
 
 
 def _take(tree: Any, index: int | slice) -> Any:

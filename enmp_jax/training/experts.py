@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from enmp_jax.data import Examples
 from enmp_jax.deltas import Deltas, LowRank
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.scoring import Heads, class_log_probabilities
+from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.training.loop import OnProgress, Schedule, train
 
@@ -103,7 +103,7 @@ def train_experts(
     heads: Heads,
     config: TrainConfig,
     on_progress: OnProgress | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Experts:
     """Train one LoRA expert per entry of ``examples``.
 
@@ -147,7 +147,7 @@ def train_experts(
 
     factor = {"lora": 1.0, "head": (config.head_learning_rate or config.learning_rate) / config.learning_rate}
     schedule = Schedule(config.steps, config.learning_rate, config.warmup, config.weight_decay)
-    trained, losses = train(
+    trained, losses, _ = train(
         loss,
         weights,
         data,

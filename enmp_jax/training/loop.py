@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from enmp_jax.io.checkpoints import Checkpoints, OtherSettings
 
 Weights = Any  # a pytree of trainable arrays
+Carry = tuple[Weights, Any]  # and the optimizer's state
 # loss(weights, data, key) -> scalar; ``data`` is passed through so that it is no compiled constant
 Loss = Callable[[Weights, Any, Array], Float[Array, ""]]
 OnProgress = Callable[[int, float], None]
@@ -51,6 +53,31 @@ def make_optimizer(schedule: Schedule, rates: Callable[[Weights], Any] | None = 
     return optax.chain(*parts)
 
 
+class EarlyStopping(NamedTuple):
+    """When to stop before the last step, and which weights to return then: the best of those checked."""
+
+    score: Callable[[int, Weights], float]
+    """``score(steps done, weights)``, higher is better; the start values are scored too, with 0 steps."""
+    check_every: int
+    """Steps from one check to the next."""
+    patience: int
+    """Checks in a row without a better score that end the training."""
+
+
+class Trained(NamedTuple):
+    """What a training gives.
+
+    Attributes:
+        weights: the trained weights; with early stopping the best ones.
+        losses: mean loss of every dispatch.
+        step: steps that ``weights`` had.
+    """
+
+    weights: Weights
+    losses: list[float]
+    step: int
+
+
 def train(
     loss: Loss,
     weights: Weights,
@@ -61,9 +88,10 @@ def train(
     independent: bool = False,
     steps_per_dispatch: int = 50,
     on_progress: OnProgress | None = None,
-    checkpoints: Path | None = None,
-) -> tuple[Weights, list[float]]:
-    """Minimise ``loss``; returns the trained weights and the mean loss of every dispatch.
+    checkpoints: Checkpoints | None = None,
+    early_stopping: EarlyStopping | None = None,
+) -> Trained:
+    """Minimise ``loss``.
 
     Args:
         loss: see ``Loss``; the key differs at every step (``fold_in`` of the step).
@@ -73,79 +101,90 @@ def train(
         key: typed PRNG key.
         rates: see ``make_optimizer``.
         independent: every weight has a leading axis of independent models (clipped each by itself).
-        steps_per_dispatch: steps in one compiled call.
+        steps_per_dispatch: most steps in one compiled call.
         on_progress: called with (steps done, mean loss) after every call.
-        checkpoints: directory to save to and to resume from; None: no checkpoints.
+        checkpoints: where to save about ten times and to resume from, open; None: nowhere.
+        early_stopping: see ``EarlyStopping``; None: do all steps and return the last weights.
     """
     optimizer = make_optimizer(schedule, rates)
     if independent:
         optimizer = optax.GradientTransformation(jax.vmap(optimizer.init), jax.vmap(optimizer.update))
 
     @jax.jit
-    def dispatch(carry, first: Array, data: Any):
-        def step(carry, i):
-            weights, state = carry
-            value, gradient = jax.value_and_grad(loss)(weights, data, jax.random.fold_in(key, i))
+    def dispatch(carry: Carry, first: Int[Array, ""], count: Int[Array, ""], data: Any):
+        # The count is an argument, so that what remains at the end does not compile anew.
+        def step(i: Array, carry_and_values: tuple[Carry, Array]) -> tuple[Carry, Array]:
+            (weights, state), values = carry_and_values
+            value, gradient = jax.value_and_grad(loss)(weights, data, jax.random.fold_in(key, first + i))
             updates, state = optimizer.update(gradient, state, weights)
-            return (optax.apply_updates(weights, updates), state), value
+            return (optax.apply_updates(weights, updates), state), values.at[i].set(value)
 
-        carry, values = jax.lax.scan(step, carry, first + jnp.arange(steps_per_dispatch))
-        return carry, values.mean()
+        carry, values = jax.lax.fori_loop(0, count, step, (carry, jnp.zeros(steps_per_dispatch)))
+        return carry, values.sum() / count
 
-    carry, start, losses = (weights, optimizer.init(weights)), 0, []
-    manager = _Checkpoints(checkpoints, schedule.steps) if checkpoints else None
-    # Closed whatever happens: a save still on its way would fight with those of a run that resumes.
-    with manager or nullcontext():
-        if manager:
-            carry, start, losses = manager.restore(carry)
-        for first in range(start, schedule.steps, steps_per_dispatch):
-            carry, value = dispatch(carry, jnp.asarray(first), data)
-            losses.append(float(value))
-            done = first + steps_per_dispatch
-            if on_progress:
-                on_progress(min(done, schedule.steps), losses[-1])
-            if manager:
-                manager.save(done, carry, losses)
-    return carry[0], losses
+    progress = _Progress((weights, optimizer.init(weights)))
+    if early_stopping:
+        progress = progress._replace(best=weights, score=early_stopping.score(0, weights))
+    if checkpoints:
+        progress = _restore(checkpoints, progress)
+    saved, save_every = progress.step, max(1, schedule.steps // 10)
+    while progress.step < schedule.steps:
+        if early_stopping and progress.unimproved >= early_stopping.patience:
+            break
+        first = progress.step
+        count = min(steps_per_dispatch, schedule.steps - first)
+        if early_stopping:
+            count = min(count, early_stopping.check_every - first % early_stopping.check_every)
+        carry, value = dispatch(progress.carry, np.int32(first), np.int32(count), data)
+        progress = progress._replace(carry=carry, step=first + count, losses=(*progress.losses, float(value)))
+        if early_stopping and (
+            progress.step % early_stopping.check_every == 0 or progress.step == schedule.steps
+        ):
+            progress = _check(early_stopping, progress)
+        if on_progress:
+            on_progress(progress.step, progress.losses[-1])
+        if checkpoints and progress.step - saved >= save_every:
+            saved = progress.step
+            _save(checkpoints, progress)
+    if early_stopping:
+        return Trained(progress.best, list(progress.losses), progress.best_step)
+    return Trained(progress.carry[0], list(progress.losses), progress.step)
 
 
-class _Checkpoints:
-    """Saves about ten times in a run, keeps the newest."""
+class _Progress(NamedTuple):
+    """Where a training is: all that a checkpoint holds."""
 
-    def __init__(self, path: Path, steps: int):
-        import orbax.checkpoint as ocp
+    carry: Carry
+    best: Weights = ()  # with early stopping only, as what follows from there on
+    step: int = 0
+    losses: tuple[float, ...] = ()
+    score: float = 0.0
+    best_step: int = 0
+    unimproved: int = 0
 
-        self.ocp, self.interval, self.last = ocp, max(1, steps // 10), 0
-        options = ocp.CheckpointManagerOptions(max_to_keep=1)
-        self.manager = ocp.CheckpointManager(path.resolve(), options=options)
 
-    def restore(self, carry: Any) -> tuple[Any, int, list[float]]:
-        step = self.manager.latest_step()
-        if step is None:
-            return carry, 0, []
-        ocp = self.ocp
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, carry)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
-        restored = self.manager.restore(step, args=args)
-        self.last = step
-        return restored["state"], step, restored["meta"]["losses"]
+def _check(early_stopping: EarlyStopping, progress: _Progress) -> _Progress:
+    weights = progress.carry[0]
+    score = early_stopping.score(progress.step, weights)
+    if score > progress.score:
+        return progress._replace(best=weights, score=score, best_step=progress.step, unimproved=0)
+    return progress._replace(unimproved=progress.unimproved + 1)
 
-    def save(self, step: int, carry: Any, losses: list[float]) -> None:
-        if step - self.last < self.interval:
-            return
-        self.last = step
-        ocp = self.ocp
-        # Saved in the background: the copy of the list must not grow meanwhile.
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(carry), meta=ocp.args.JsonSave({"losses": [*losses]})
-            ),
-        )
 
-    def __enter__(self) -> _Checkpoints:
-        return self
+def _save(checkpoints: Checkpoints, progress: _Progress) -> None:
+    values = progress._asdict()
+    arrays = {name: values.pop(name) for name in ("carry", "best")}
+    checkpoints.save(progress.step, arrays, values)
 
-    def __exit__(self, *exception: object) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
+
+def _restore(checkpoints: Checkpoints, start: _Progress) -> _Progress:
+    try:
+        found = checkpoints.latest({"carry": start.carry, "best": start.best})
+    except OtherSettings as error:
+        checkpoints.say(f"{error}: training anew")
+        checkpoints.clear()
+        found = None
+    if found is None:
+        return start
+    fields: dict[str, Any] = {**found.tree, **found.meta, "losses": tuple(found.meta["losses"])}
+    return _Progress(**fields)

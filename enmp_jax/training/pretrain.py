@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float
 from enmp_jax.config.run_file import PretrainConfig
 from enmp_jax.data import Examples
 from enmp_jax.evaluation.scoring import Heads, class_log_probabilities
+from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.training.experts import stack_examples
 from enmp_jax.training.loop import OnProgress, Schedule, train
@@ -30,7 +30,7 @@ def pretrain(
     examples: Sequence[Examples],
     config: PretrainConfig,
     on_progress: OnProgress | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[Params, list[float]]:
     """Train all weights of ``backbone``; the heads of the pretraining tasks are thrown away.
 
@@ -63,7 +63,7 @@ def pretrain(
         return -jnp.take_along_axis(scores, data.label[task, index][:, None], axis=1).mean()
 
     schedule = Schedule(config.steps, config.learning_rate, config.warmup, config.weight_decay)
-    trained, losses = train(
+    trained, losses, _ = train(
         loss,
         weights,
         _Data(inputs, label, size, allowed),

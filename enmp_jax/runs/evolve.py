@@ -1,0 +1,244 @@
+"""The mask searches of a run: all seeds in one compiled loop, masks scored or remembered, history kept."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from enmp_jax.devices.distributed import put
+from enmp_jax.evaluation.evaluator import Evaluator, ExecutionPlan
+from enmp_jax.evaluation.population import EvalInputs
+from enmp_jax.evaluation.scoring import Scoring
+from enmp_jax.io.checkpoints import Checkpoints
+from enmp_jax.io.progress import Reporter
+from enmp_jax.runs.directory import RunDirectory
+from enmp_jax.runs.finalists import Finalist, Searched
+from enmp_jax.search import device_memo, loop, strategies
+from enmp_jax.search.device_memo import DeviceMemo
+from enmp_jax.search.memo import Memo
+
+
+class MemberScores(NamedTuple):
+    """What a search records of every member of a generation."""
+
+    fitness: Float[Array | np.ndarray, " member"]
+    keep: Bool[Array, "member *module"]
+    scale: Float[Array, " member"]
+    evaluated: Bool[Array, " member"]
+    """False where the memo knew the mask: no model was run for it."""
+
+
+def make_score(evaluator: Evaluator, plan: ExecutionPlan) -> loop.ScoreGenomes:
+    """The evaluation of a search, all of it compiled with it.
+
+    ``(genomes [P, G], memo, inputs, scoring, scale) -> (MemberScores, memo)``: models are run only for
+    masks that are neither in the memo nor twice in the generation; with ``()`` for a memo, for all of them.
+    """
+    evaluate, kind, spec = evaluator.evaluate(plan), evaluator.kind, evaluator.loaded.mask_spec
+    name = evaluator.loaded.run.search.objective
+    chunk = evaluator.mesh.shape["population"] * plan.member_chunk
+
+    def fitness(keep: Array, scales: Array, inputs: EvalInputs, scoring: Scoring) -> Array:
+        return scoring.fitness(evaluate(inputs, keep, scales), kind, name)
+
+    def score(
+        genomes: Array, memo: DeviceMemo | tuple[()], inputs: EvalInputs, scoring: Scoring, scale: Array
+    ) -> tuple[MemberScores, DeviceMemo | tuple[()]]:
+        scales = jax.vmap(lambda genome: spec.decode_scale(genome, scale))(genomes)
+        keep = jax.vmap(spec.decode)(genomes)
+        if not isinstance(memo, DeviceMemo):
+            every = jnp.ones(len(keep), bool)
+            return MemberScores(fitness(keep, scales, inputs, scoring), keep, scales, every), memo
+        found, memo = device_memo.remembering(fitness, chunk)(memo, keep, scales, inputs, scoring)
+        return MemberScores(found.fitness, keep, scales, found.evaluated), memo
+
+    return score
+
+
+def evolve(
+    evaluator: Evaluator,
+    directory: RunDirectory,
+    reporter: Reporter,
+    inputs: EvalInputs,
+    scoring: Scoring,
+    scale: float,
+    effects: Float[np.ndarray, "*module"] | None = None,
+) -> Searched:
+    """Search masks with every seed of the run at once; resumes from the newest checkpoint.
+
+    Args:
+        evaluator: of the run.
+        directory: where history and checkpoints go.
+        reporter: progress.
+        inputs: of the search split.
+        scoring: of the search split.
+        scale: merge coefficient (where it is not searched).
+        effects: what pruning each module alone does to the fitness, for a warm start; NaN where none is.
+
+    Returns:
+        The best distinct masks of every seed, and what they cost.
+    """
+    search, spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
+    strategy, mean = make_strategy(evaluator, scale, effects)
+    sharding = NamedSharding(evaluator.mesh, PartitionSpec())
+    score = make_score(evaluator, evaluator.plan(inputs))
+    step = loop.make_step(strategy, score, search.generations_per_dispatch, sharding)
+    keys = jnp.stack([jax.random.key(search.seed + i) for i in range(search.seeds)])
+    operands = (inputs, *put((scoring, np.float32(scale)), sharding))
+    with Checkpoints(
+        directory.path / "checkpoints", directory.fingerprint, say=reporter.say
+    ) as checkpoints:
+        record = _Record(evaluator, directory, reporter, checkpoints)
+        resume = record.restore(step.init(*put((keys, mean), sharding)))
+        loop.run(
+            step, keys, mean, search.generations,
+            operands=operands, memory=record.device_memo(), resume=resume, watch=record.watch(),
+        )  # fmt: skip
+    return record.searched(scale)
+
+
+def make_strategy(
+    evaluator: Evaluator, scale: float, effects: Float[np.ndarray, "*module"] | None = None
+) -> tuple[strategies.Strategy, Float[np.ndarray, " gene"]]:
+    """The strategy of a run for all its seeds, and the genome that it starts from.
+
+    Raises:
+        UserError: an unknown strategy, or settings that it cannot work with.
+    """
+    search, spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
+    known = None if effects is None else np.nan_to_num(effects.reshape(-1)[list(spec.slots)], nan=0.0)
+    space = strategies.Space(
+        spec.genome_size, search.population, search.sigma0, search.threshold, int(search.search_scale),
+        spec.max_count, known,
+    )  # fmt: skip
+    built = strategies.build(search.strategy, space)
+    return strategies.several(built, search.seeds), spec.start(strategies.start_mean(space, search.x0), scale)
+
+
+class _Record:
+    """What the host keeps of the searches while the device goes on: archive, memos, history, checkpoints."""
+
+    def __init__(
+        self, evaluator: Evaluator, directory: RunDirectory, reporter: Reporter, checkpoints: Checkpoints
+    ):
+        self.search, self.spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
+        self.examples = int(evaluator.loaded.sizes("search").sum())
+        self.directory, self.reporter, self.checkpoints = directory, reporter, checkpoints
+        self.seeds = range(self.search.seed, self.search.seed + self.search.seeds)
+        members = len(self.seeds) * self.search.population
+        rows = self.search.generations, members
+        self.archive = {
+            "fitness": np.full(rows, np.nan, np.float32),
+            "keep": np.ones((*rows, *self.spec.shape), bool),
+            "scale": np.zeros(rows, np.float32),
+            "evaluated": np.zeros(rows, bool),
+        }
+        self.memos = [Memo() for _ in self.seeds]
+        self.improved = 0  # the last generation in which any seed found a better mask
+        self.start = self.saved_at = 0
+        self.clock: float | None = None
+        # time and masks run of the dispatches after the first, which compiles
+        self.seconds, self.masks, self.counted = 0.0, 0, 0
+
+    def restore(self, state: Any) -> loop.Resume | None:
+        """Where an interrupted search goes on; None for a new one."""
+        found = self.checkpoints.latest({"state": state, "archive": self.archive})
+        self.start = self.saved_at = found.step if found else 0
+        if found:
+            self.archive = jax.tree.map(np.array, found.tree["archive"])
+            for generation in range(found.step):
+                self._remember(generation)
+            self.counted = int(self.archive["evaluated"][: found.step].sum())
+            self.reporter.say(f"goes on after generation {found.step}")
+        self.directory.keep_history(self.start)
+        return loop.Resume(found.step, found.tree["state"]) if found else None
+
+    def device_memo(self) -> DeviceMemo:
+        """The device's memo of what was scored before a resume."""
+        keep, scale, fitness = (
+            self.archive[name][: self.start].reshape(-1, *self.archive[name].shape[2:])
+            for name in ("keep", "scale", "fitness")
+        )
+        return device_memo.start(self.archive["fitness"].size, self.spec.shape, keep, scale, fitness)
+
+    def watch(self) -> loop.Watch:
+        """For the loop; it waits for the host only where something may stop it."""
+        limited = self.search.budget is not None or self.search.patience is not None
+        return loop.Watch(self._on_generation, self._on_dispatch, self._stop if limited else None)
+
+    def searched(self, scale: float) -> Searched:
+        """The best distinct masks of every seed."""
+        finalists = [
+            Finalist(seed, c.keep, scale if c.scale is None else c.scale, c.fitness)
+            for seed, memo in zip(self.seeds, self.memos, strict=True)
+            for c in memo.finalists(self.search.finalists)
+        ]
+        return Searched(
+            finalists,
+            {
+                "masks_evaluated": sum(memo.evaluated for memo in self.memos),
+                "distinct_masks": sum(len(memo) for memo in self.memos),
+                "masks_run": int(self.archive["evaluated"].sum()),
+                "masks_per_second": self.masks / self.seconds if self.masks else None,
+                "example_evaluations": sum(len(memo) for memo in self.memos) * self.examples,
+            },
+        )
+
+    def _rows(self, i: int) -> slice:
+        return slice(i * self.search.population, (i + 1) * self.search.population)
+
+    def _remember(self, generation: int) -> None:
+        for i, memo in enumerate(self.memos):
+            rows = self._rows(i)
+            before = memo.best
+            scale = self.archive["scale"][generation, rows] if self.search.search_scale else None
+            memo.add(self.archive["keep"][generation, rows], self.archive["fitness"][generation, rows], scale)
+            if memo.best > before:
+                self.improved = generation
+
+    def _on_generation(self, generation: int, genomes: np.ndarray, scores: MemberScores) -> None:
+        for name, value in scores._asdict().items():
+            self.archive[name][generation] = value
+        self._remember(generation)
+        for i, (seed, memo) in enumerate(zip(self.seeds, self.memos, strict=True)):
+            rows = self._rows(i)
+            fitness = scores.fitness[rows]
+            some = ~np.isnan(fitness)
+            self.directory.append_history({
+                "seed": seed, "generation": generation, "masks_evaluated": memo.evaluated,
+                "distinct_masks": len(memo), "example_evaluations": len(memo) * self.examples,
+                "best": memo.best if np.isfinite(memo.best) else None,
+                "mean": float(fitness[some].mean()) if some.any() else None,
+                "fitness": [float(f) if np.isfinite(f) else None for f in fitness],
+                "pruned": [self.spec.n_pruned(mask) for mask in scores.keep[rows]],
+                "scale": [float(s) for s in scores.scale[rows]],
+            })  # fmt: skip
+        best = max(memo.best for memo in self.memos)
+        self.reporter.advance(generation + 1, self.search.generations, best)
+
+    def _on_dispatch(self, done: int, state: Any) -> None:
+        now, run = time.perf_counter(), int(self.archive["evaluated"][:done].sum())
+        if self.clock is not None:
+            self.seconds += now - self.clock
+            self.masks += run - self.counted
+        self.clock, self.counted = now, run  # the next dispatch runs meanwhile
+        every = self.search.checkpoint_every
+        if done // every > self.saved_at // every or done == self.search.generations:
+            self.checkpoints.save(done, {"state": state, "archive": self.archive}, {})
+            self.saved_at = done
+
+    def _stop(self) -> bool:
+        """Whether another dispatch might go over the budget, or nothing better comes any more."""
+        search, done = self.search, max(memo.evaluated for memo in self.memos) // self.search.population
+        if search.patience is not None and done - 1 - self.improved >= search.patience:
+            return True
+        if search.budget is None:
+            return False
+        most = search.population * search.generations_per_dispatch
+        return (max(map(len, self.memos)) + most) * self.examples > search.budget
