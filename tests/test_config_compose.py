@@ -5,6 +5,7 @@ import shutil
 import pytest
 import yaml
 
+from enmp_jax.cli import main as cli
 from enmp_jax.cli.run_option import load_run_file
 from enmp_jax.config import run_file
 from enmp_jax.config.schema import to_dict
@@ -181,6 +182,21 @@ def test_bad_settings_are_one_line(files, setting, message):
     with pytest.raises(UserError) as caught:
         load_run_file(files("child.yaml", {"extends": "parent.yaml"}), (setting,))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["search", "evaluate", "train"])
+def test_commands_take_settings(command, files, tmp_path, capsys):
+    path, out = files("child.yaml", {"extends": "parent.yaml"}), tmp_path / "out"
+    more = () if command == "evaluate" else ("--out", str(out))
+    assert cli.main([command, path, "--set", "search.seed=1", "--set", "search.populaton=3", *more]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean 'population'" in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_a_name_that_no_file_system_bears():
+    with pytest.raises(UserError, match="cannot read run file") as caught:
+        run_file.load("x" * 5000)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_packaged_name_wins_over_a_directory_of_that_name(tmp_path, monkeypatch):

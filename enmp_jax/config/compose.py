@@ -90,8 +90,11 @@ def find(name: str, root: Path) -> tuple[Path, dict[str, Any]]:
         UserError: neither a file nor a packaged name.
     """
     path = root / Path(name).expanduser()
-    if path.is_file():
-        return path, {}
+    try:
+        if path.is_file():
+            return path, {}
+    except OSError as error:
+        raise UserError(f"cannot read run file {one_line(path)}: {reason(error)}") from None
     if name in packaged_names():
         for suite, variants in _variants().items():
             variant = name.removeprefix(f"{suite}-")
@@ -144,7 +147,7 @@ def overlay(cls: type | None, below: Mapping[str, Any], above: Mapping[str, Any]
     """``above`` over ``below``, both plain forms of ``cls`` or parts of one (None: of no dataclass)."""
     result = dict(below)
     owner = None if cls is None else _owner(cls)
-    if cls is not None and owner in above:
+    if cls is not None and owner is not None and owner in above:
         result = {key: value for key, value in below.items() if key in schema.keys(cls)}
     for key, value in above.items():
         old = result.get(key)
