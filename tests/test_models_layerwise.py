@@ -57,7 +57,6 @@ def test_a_static_first_layer_has_a_gradient_and_members_share_a_traced_one():
         return backbone.features_from(params, inputs, hidden, first, scaled).sum()
 
     slope = jax.jit(jax.grad(lambda scale: total(scale, 1)))(1.0)
-    step = (total(1.01, 1) - total(0.99, 1)) / 0.02
-    np.testing.assert_allclose(slope, step, rtol=1e-2)
-    many = jax.jit(jax.vmap(total, in_axes=(0, None)))(jnp.asarray([1.0, 0.99]), 1)
-    np.testing.assert_allclose(many, [total(1.0, 1), total(0.99, 1)], atol=1e-4)
+    many = jax.jit(jax.vmap(total, in_axes=(0, None)))(jnp.asarray([0.99, 1.0, 1.01]), 1)
+    np.testing.assert_allclose(slope, (many[2] - many[0]) / 0.02, rtol=1e-2)
+    np.testing.assert_allclose(many[1], jax.jit(lambda: total(1.0, 1))(), atol=1e-4)
