@@ -186,4 +186,5 @@ def _restore(checkpoints: Checkpoints, start: _Progress) -> _Progress:
         found = None
     if found is None:
         return start
-    return _Progress(**found.tree, **found.meta | {"losses": tuple(found.meta["losses"])})
+    values: dict[str, Any] = {**found.tree, **found.meta}
+    return _Progress(**values)._replace(losses=tuple(values["losses"]))
