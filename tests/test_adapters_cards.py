@@ -1,5 +1,6 @@
 """Model cards and recipes of exports, the command that repeats them, and ``enmp inspect``."""
 
+import dataclasses
 import json
 import shutil
 
@@ -40,6 +41,24 @@ def test_cards_have_hub_metadata_and_no_local_path(loaded, keep, tmp_path):
         assert "- layer 0, cars" in body and ("- layer 1, dtd" in body) == (directory.name != "cars")
         for file in (*directory.glob("*.md"), *directory.glob("*.yaml"), *directory.glob("*.json")):
             assert "secret-user" not in file.read_text() and str(tmp_path) not in file.read_text()
+
+
+def test_cards_of_a_search_that_prunes_nothing_claim_nothing(loaded, keep, tmp_path):
+    assert RECIPE.scores
+    same = dict(RECIPE.scores) | {"enmp": RECIPE.scores["merged"]}
+    some = dataclasses.replace(RECIPE, scores=same | {"enmp": {"cars": 0.7, "dtd": 0.4}})
+    nothing = dataclasses.replace(RECIPE, scores=same, pruned=())
+    for recipe, mask in ((some, keep), (nothing, np.ones_like(keep))):
+        out, pruned = tmp_path / f"pruned-{len(recipe.pruned)}", bool(recipe.pruned)
+        export_adapters(out / "adapters", loaded, mask, recipe)
+        export_peft(out / "peft", loaded, merged(loaded, mask), recipe, rank=2)
+        for card in out.rglob("README.md"):
+            text, adapters = card.read_text(), card.parent.name != "peft"
+            assert ("negative modules removed" in text) == (pruned and adapters)
+            assert ("# Pruned LoRA" in text) == (pruned and adapters)
+            assert ("with nothing pruned" in text) == (not pruned and adapters)
+            assert ("| merged, nothing pruned | merged, pruned |" in text) == pruned
+            assert "| merged, nothing pruned |" in text
 
 
 def test_config_repeats_the_merge(loaded, keep, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import matplotlib.image
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from enmp_jax.errors import UserError
+from enmp_jax.io.progress import make_reporter
 from enmp_jax.report import data as report_data
 from enmp_jax.report import tables, terminal, write
 
@@ -163,7 +166,7 @@ def test_table_has_the_figures():
         ["mean", "70.0", "47.5 (75.0)", "60.5 (85.0)", "+13.0"],
     ]
     assert tables.verdict(scores).endswith("goes from 75.0 % to 85.0 % (+10.0 points).")
-    assert tables.verdict({**scores, "pruned": []}) == (
+    assert tables.verdict({**scores, "pruned": [], "enmp": scores["merged"]}) == (
         "0 modules pruned: no mask beat the plain merge (75.0 % mean normalised accuracy)."
     )
     # an evaluation without a mask, and of the experts alone
@@ -203,8 +206,41 @@ def test_history_is_read_as_written(tmp_path):
     count, of = data.pruned_share()
     assert count.sum() == 4
     assert count[0, 1] == count[3, 1] == count[11, 0] == count[5, 3] == 1
-    assert (of == 1).all()
+    assert of == 1
     write.write_plots(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("scores.json", {"pruned": 3}, "scores.json is damaged"),
+        ("scores.json", {"pruned": [[]]}, "scores.json is damaged"),
+        ("scores.json", {"seeds": [{"seed": 0}, {"seed": 1}]}, "scores.json is damaged: KeyError"),
+        ("scores.json", {"scale_grid": {"0.4": None}}, "scores.json is damaged"),
+        ("scores.json", {"splits": {"test": 4}}, "scores.json is damaged"),
+        ("scores.json", {"gain": [1]}, "scores.json is damaged"),
+        ("mask.json", {"granularity": "head"}, "granularity 'head'"),
+        ("mask.json", {"pruned": [["0", "cars"]]}, "mask.json is damaged"),
+        ("mask.json", {"pruned": [[0, "q_proj", "cars"]]}, "module 0:q_proj:cars"),
+        ("mask.json", {"granularity": "projection"}, "mask.json is damaged: KeyError"),
+        (
+            "mask.json",
+            {"granularity": "projection", "projections": ["q"], "pruned": [[0, "k", "cars"]]},
+            "'k'",
+        ),
+        ("mask.json", {"weights": [[0, "cars", "much"]]}, "mask.json is damaged"),
+        ("mask.json", {"weights": [[0, "boats", 0.5]]}, "module 0:boats"),
+        ("mask.json", {"weights": [[0, "cars", float("nan")]]}, "weight nan"),
+    ],
+)
+def test_run_files_with_wrong_content(tmp_path, name, change, message):
+    run = make_run(tmp_path / "run")
+    data = json.loads((run / name).read_text())
+    (run / name).write_text(json.dumps(data | change))
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        report_data.read(run)
+    assert "\n" not in str(error.value)
+    assert str(run / name) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +255,8 @@ def test_history_is_read_as_written(tmp_path):
         ("history.jsonl", '{"generation": 0}\n', "history.jsonl is damaged in line 1"),
         ("history.jsonl", '{"masks_evaluated": 1, "fitness": [0.5]}\n{"masks', "damaged in line 2"),
         ("config.yaml", "a: [", "config.yaml is damaged"),
+        ("config.yaml", "search: 3", "config.yaml is damaged"),
+        ("config.yaml", "tasks: [cars]", "config.yaml is damaged"),
         ("environment.json", "\xff", "environment.json"),
     ],
 )
@@ -240,3 +278,76 @@ def test_not_a_run_directory(tmp_path):
         write.write_report(tmp_path / "none")
     with pytest.raises(UserError, match="no config"):
         write.write_report(tmp_path)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "projection"])
+def test_weights_of_modules_are_drawn(tmp_path, granularity):
+    run = make_run(tmp_path / "run", granularity=granularity)
+    data = json.loads((run / "mask.json").read_text())
+    names = [[name] for name in data.get("projections", [])] or [[]]
+    data["weights"] = [[2, *names[0], "cars", 1.5], [2, *names[-1], "dtd", 0.25]]
+    (run / "mask.json").write_text(json.dumps(data))
+    found = report_data.read(run)
+    weights = found.weights()
+    of = len(names)
+    assert weights.shape == (12, 4)
+    assert weights[2, 0] == pytest.approx(1 + 0.5 / of)
+    assert weights[2, 1] == pytest.approx(1 - 0.75 / of)
+    assert weights[3, 1] == 0 if of == 1 else 0 <= weights[3, 1] < 1
+    assert weights[4, 2] == 1
+    assert sorted(p.name for p in write.write_plots(run)) == [
+        "accuracies.png", "convergence.png", "weights.png",
+    ]  # fmt: skip
+    assert "The weight of each module" in Page(write.write_report(run).read_text(encoding="utf-8")).text
+
+
+def test_a_fitness_of_no_known_name_goes_by_its_own(tmp_path):
+    run = make_run(tmp_path / "run", fitness="smooth_margin")
+    assert report_data.read(run).fitness == ("smooth margin", False)
+    assert "smooth margin on the search split" in Page(write.write_report(run).read_text()).text
+    assert report_data.read(make_run(tmp_path / "other")).fitness.is_share
+
+
+def test_a_gain_without_pruning_is_called_one():
+    scores = {
+        "tasks": ["a"], "reference": {"a": 0.9}, "merged": {"a": 0.5}, "enmp": {"a": 0.5}, "pruned": [],
+        "mean_normalised": {"merged": 0.55, "enmp": 0.55}, "modules": 8,
+    }  # fmt: skip
+    assert "no mask beat the plain merge" in tables.verdict(scores)
+    weighted = {**scores, "enmp": {"a": 0.6}, "mean_normalised": {"merged": 0.55, "enmp": 0.66}}
+    assert tables.verdict(weighted).startswith("0 of 8 modules pruned: mean normalised accuracy on the test")
+
+
+NAMES = ("dtd [classes, width]", "cars [/x]", "[bold]sun[/bold]", ":warning: task")
+
+
+def test_square_brackets_and_colons_are_printed_as_they_are(capsys, monkeypatch, tmp_path):
+    scores = json.loads((make_run(tmp_path / "run", 3, tasks=NAMES) / "scores.json").read_text())
+    terminal.print_scores(scores)
+    terminal.print_evaluation(scores)
+    out = capsys.readouterr().out
+    for name in NAMES:
+        assert out.count(name) >= 2, name
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    with make_reporter() as reporter:
+        for name in NAMES:
+            reporter.say(name)
+    err = capsys.readouterr().err
+    for name in NAMES:
+        assert name in err
+
+
+def test_captions_do_not_depend_on_docstrings(tmp_path):
+    """``python -OO`` drops docstrings."""
+    run = make_run(tmp_path / "run")
+    code = (
+        f"import pathlib; from enmp_jax.report.write import write_report as w; w(pathlib.Path({str(run)!r}))"
+    )
+    subprocess.run([sys.executable, "-OO", "-c", code], check=True)
+    text = Page((run / "report.html").read_text(encoding="utf-8")).text
+    for words in (
+        "Fitness on the search split against",
+        "Which modules were pruned:",
+        "its own expert",
+    ):
+        assert words in text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -133,8 +134,14 @@ def quadratic(w, data, key):
 START, TARGET, KEY = {"x": jnp.zeros((3, 2))}, jnp.ones((3, 2)), jax.random.key(0)
 
 
-@pytest.mark.parametrize("stopping", [None, EarlyStopping(lambda step, w: float(w["x"].sum()), 10, 5)])
-def test_an_interrupted_training_resumes_to_the_same_weights(tmp_path, stopping):
+RISING = EarlyStopping(lambda step, w: float(w["x"].sum()), check_every=5, patience=1)
+FALLING = EarlyStopping(lambda step, w: 5.0 - step, check_every=5, patience=3)
+
+
+@pytest.mark.parametrize(
+    ("stopping", "rest", "best"), [(None, [15, 20, 23], 23), (RISING, [15, 20, 23], 23), (FALLING, [15], 0)]
+)
+def test_an_interrupted_training_resumes_to_the_same_weights(tmp_path, stopping, rest, best):
     schedule = Schedule(23, 0.1)
     settings = {"steps_per_dispatch": 5, "early_stopping": stopping}
     whole = train(quadratic, START, TARGET, schedule, KEY, **settings)
@@ -153,8 +160,8 @@ def test_an_interrupted_training_resumes_to_the_same_weights(tmp_path, stopping)
         )  # fmt: skip
     np.testing.assert_array_equal(resumed.weights["x"], whole.weights["x"])
     assert resumed[1:] == whole[1:]
-    assert done == [15, 20, 23]
-    assert whole.step == 23
+    assert done == rest
+    assert whole.step == best
 
 
 def test_a_rest_of_steps_is_done_exactly_and_does_not_compile_anew():
@@ -265,6 +272,7 @@ def test_the_fingerprint_covers_all_that_the_adapters_depend_on(small, tmp_path,
     half = dataclasses.replace(task, data=dataclasses.replace(task.data, train="train[:50%]"))
     copy = tmp_path / "base"
     shutil.copytree(small.base.model, copy)
+    os.utime(copy / "model.safetensors", (0, 0))  # as another base would have another time
     changed = (
         small,
         with_rate(small, 1e-2),

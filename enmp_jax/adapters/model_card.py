@@ -36,12 +36,14 @@ def model_card(
         notes: paragraphs on this export (rank, error, types).
         options: as for ``recipe.config_yaml``.
     """
+    dropped = [module for module in recipe.pruned if task is None or module[-1] == task]
+    subject = f"LoRA adapter: {task}" if task else "LoRA adapters"
     title = {
-        "adapters": f"Pruned LoRA adapter: {task}" if task else "Pruned LoRA adapters",
+        "adapters": f"Pruned {subject}" if dropped else subject,
         "peft": "Merged LoRA adapter",
         "checkpoint": "Merged model",
     }[kind]
-    lines = [f"# {title}", "", _what(kind, loaded, base), ""]
+    lines = [f"# {title}", "", _what(kind, loaded, base, bool(dropped)), ""]
     for note in notes:
         lines += [note, ""]
     lines += ["## Adapters", "", "| task | adapter | rank | modules |", "|---|---|---|---|"]
@@ -52,7 +54,7 @@ def model_card(
             lines.append(
                 f"| {_cell(name)} | {_cell(adapter_name(adapter))} | {text} | {len(adapter.modules)} |"
             )
-    lines += ["", *_scores(recipe.scores), *_pruned(recipe, task)]
+    lines += ["", *_scores(recipe), *_dropped(dropped)]
     merge = ", ".join(f"{key} {value}" for key, value in recipe.merge.items() if value is not None)
     lines += ["## How it was made", ""]
     if merge and kind != "adapters":
@@ -76,23 +78,31 @@ def _metadata(kind: Kind, base: str | None) -> str:
     return yaml.safe_dump(data, sort_keys=False)
 
 
-def _what(kind: Kind, loaded: LoadedAdapters, base: str | None) -> str:
+def _what(kind: Kind, loaded: LoadedAdapters, base: str | None, pruned: bool) -> str:
     of = f" of {public_name(base)}" if base else ""
     if kind == "adapters":
+        what = "with their negative modules removed" if pruned else "with nothing pruned"
         return (
-            f"LoRA adapters{of} with their negative modules removed (ENMP, arXiv 2604.17753), "
-            "made to be merged. The scaling is in the weights: lora_alpha equals r."
+            f"LoRA adapters{of} {what} (ENMP, arXiv 2604.17753), made to be merged. "
+            "The scaling is in the weights: lora_alpha equals r."
         )
     whole = "One model" if kind == "checkpoint" else "One LoRA adapter"
     return f"{whole}{of} for {len(loaded.adapters)} tasks: {', '.join(loaded.adapters)}."
 
 
-def _scores(scores: Mapping[str, Any] | None) -> list[str]:
+def _scores(recipe: Recipe) -> list[str]:
+    scores = recipe.scores
     if not scores:
         return []
     columns = [c for c in ("reference", "merged", "enmp") if isinstance(scores.get(c), Mapping)]
+    if not recipe.pruned and "enmp" in columns and scores["enmp"] == scores.get("merged"):
+        columns.remove("enmp")  # the plain merge again
     tasks = list(dict.fromkeys(task for c in columns for task in scores[c]))
-    titles = {"reference": "own adapter", "merged": "merged, nothing pruned", "enmp": "merged, pruned"}
+    titles = {
+        "reference": "own adapter",
+        "merged": "merged, nothing pruned",
+        "enmp": "merged, pruned" if recipe.pruned else "merged, as searched",
+    }
     lines = [f"## Accuracy ({scores.get('split', 'test')} split)", ""]
     lines += [f"| task | {' | '.join(titles[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for task in tasks:
@@ -102,8 +112,7 @@ def _scores(scores: Mapping[str, Any] | None) -> list[str]:
     return [*lines, ""]
 
 
-def _pruned(recipe: Recipe, task: str | None) -> list[str]:
-    dropped = [module for module in recipe.pruned if task is None or module[-1] == task]
+def _dropped(dropped: Sequence[Sequence[Any]]) -> list[str]:
     if not dropped:
         return ["## Dropped modules", "", "None.", ""]
     lines = ["## Dropped modules", ""]

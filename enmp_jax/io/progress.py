@@ -36,7 +36,8 @@ def make_reporter() -> Iterator[Reporter]:
     if jax.process_index() != 0:
         yield SILENT
         return
-    console = Console(stderr=True)
+    # square brackets and colons in paths and shapes are no markup, no emoji
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         yield Reporter(
             lambda line: print(line, flush=True), _lines, read_lines(lambda line: print(line, flush=True))
@@ -58,7 +59,7 @@ def make_reporter() -> Iterator[Reporter]:
             progress.update(bar, completed=done, total=total, best=best, visible=done < total)
 
         def say(line: str) -> None:
-            progress.console.print(line, highlight=False)
+            progress.console.print(line)
 
         yield Reporter(say, advance, read_lines(say))
 

@@ -7,12 +7,26 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line, reason
+
+
+class Fitness(NamedTuple):
+    """How to call a kind of fitness, and whether its values are shares of 1 (shown in per cent)."""
+
+    label: str
+    is_share: bool = False
+
+
+FITNESS = {
+    "accuracy": Fitness("mean normalised accuracy", is_share=True),
+    "log_likelihood": Fitness("mean log-likelihood"),
+}
+"""Names for people; a kind that is not here goes by its own name."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +56,10 @@ class RunData:
         return list(self.scores["tasks"])
 
     @property
-    def fitness_label(self) -> str:
+    def fitness(self) -> Fitness:
         """What the search maximised."""
-        kind = (self.config.get("search") or {}).get("fitness", "accuracy")
-        return "mean normalised accuracy" if kind == "accuracy" else "mean log-likelihood"
+        kind = str((self.config.get("search") or {}).get("fitness", "accuracy"))
+        return FITNESS.get(kind) or Fitness(kind.replace("_", " "))
 
     @property
     def plain_fitness(self) -> float | None:
@@ -60,14 +74,36 @@ class RunData:
             seeds.setdefault(generation.seed, []).append(generation)
         return seeds
 
-    def pruned_share(self) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def has_weights(self) -> bool:
+        """Whether modules have weights in the merge, not only in or out."""
+        return bool(self.mask.get("weights"))
+
+    @property
+    def projections(self) -> int:
+        """How many projections a cell (layer, task) stands for."""
+        return len(self.mask["projections"]) if self.mask["granularity"] == "projection" else 1
+
+    def pruned_share(self) -> tuple[np.ndarray, int]:
         """How many modules are pruned in each [layer, task], and how many a cell stands for."""
-        tasks, layers = list(self.mask["tasks"]), int(self.mask["layers"])
-        count = np.zeros((layers, len(tasks)), int)
+        tasks = list(self.mask["tasks"])
+        count = np.zeros((int(self.mask["layers"]), len(tasks)), int)
         for layer, *_, task in self.mask["pruned"]:
             count[layer, tasks.index(task)] += 1
-        size = len(self.mask.get("projections") or ()) or max(1, int(count.max(initial=0)))
-        return count, np.full_like(count, size if self.mask["granularity"] == "projection" else 1)
+        return count, self.projections
+
+    def weights(self) -> np.ndarray:
+        """Weight in the merge of each [layer, task], of several projections the mean.
+
+        ``mask.json`` lists ``[*module, weight]``; what it does not list has weight 1, or 0 if pruned.
+        """
+        tasks = list(self.mask["tasks"])
+        weights = {tuple(module): 0.0 for module in self.mask["pruned"]}
+        weights |= {tuple(module): float(weight) for *module, weight in self.mask["weights"]}
+        total = np.full((int(self.mask["layers"]), len(tasks)), float(self.projections))
+        for (layer, *_, task), weight in weights.items():
+            total[layer, tasks.index(task)] += weight - 1
+        return total / self.projections
 
 
 def read(run_dir: Path) -> RunData:
@@ -90,8 +126,15 @@ def read(run_dir: Path) -> RunData:
             history.append(_generation(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{run_dir / 'history.jsonl'} is damaged in line {number}") from None
-    _check_scores(run_dir / "scores.json", scores)
-    _check_mask(run_dir / "mask.json", mask)
+    checks = (("config.yaml", _check_config, config), ("scores.json", _check_scores, scores),
+              ("mask.json", _check_mask, mask))  # fmt: skip
+    for name, check, content in checks:
+        try:
+            check(content)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{run_dir / name} is damaged: {type(error).__name__} at {one_line(error)}"
+            ) from None
     return RunData(run_dir.resolve().name, config, environment, tuple(history), mask, scores)
 
 
@@ -114,36 +157,58 @@ def _text(path: Path) -> str:
             f"{path.parent} has no {path.name}: the search there has not finished (continue with --resume)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
 def _read(path: Path, parse: Any) -> Mapping[str, Any]:
     try:
         data = parse(_text(path))
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(data, Mapping):
         raise UserError(f"{path} is damaged: it must hold a mapping")
     return data
 
 
-def _check_scores(path: Path, scores: Mapping[str, Any]) -> None:
-    try:
-        for column in ("reference", "merged", "enmp"):
-            for task in scores["tasks"]:
-                float(scores[column][task])
-        for column in ("merged", "enmp"):
-            float(scores["mean_normalised"][column])
-        list(scores["pruned"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__} at {error}") from None
+def _check_config(config: Mapping[str, Any]) -> None:
+    for section in ("base", "merge", "search", "evaluation"):
+        dict(config.get(section) or {})
+    for task in config.get("tasks") or []:
+        str(task["name"])
+        dict(task.get("data") or {})
 
 
-def _check_mask(path: Path, mask: Mapping[str, Any]) -> None:
-    try:
-        for layer, *_, task in mask["pruned"]:
-            if task not in mask["tasks"] or not 0 <= layer < mask["layers"]:
-                raise ValueError(f"module {layer}:{task}")
-        str(mask["granularity"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__} at {error}") from None
+def _check_scores(scores: Mapping[str, Any]) -> None:
+    for column in ("reference", "merged", "enmp"):
+        for task in scores["tasks"]:
+            float(scores[column][task])
+    for column in ("merged", "enmp"):
+        float(scores["mean_normalised"][column])
+    for _layer, *_, _task in scores["pruned"]:
+        pass
+    for seed in scores.get("seeds") or []:
+        for key in ("seed", "pruned", "mean_normalised", "gain"):
+            float(seed[key])
+    for value in dict(scores.get("gain") or {}).values():
+        float(value or 0)
+    for value in dict(scores.get("scale_grid") or {}).values():
+        float(value)
+    for sizes in dict(scores.get("splits") or {}).values():
+        for size in sizes.values():
+            float(size)
+
+
+def _check_mask(mask: Mapping[str, Any]) -> None:
+    if mask["granularity"] not in ("layer", "projection"):
+        raise ValueError(f"granularity {mask['granularity']!r}")
+    known = list(mask["projections"]) if mask["granularity"] == "projection" else []
+    weighted = mask.get("weights") or []
+    for *_, weight in weighted:
+        if not math.isfinite(weight):
+            raise ValueError(f"weight {weight}")
+    for module in (*mask["pruned"], *(module for *module, _ in weighted)):
+        layer, *projection, task = module
+        if task not in mask["tasks"] or not 0 <= layer < mask["layers"] or len(projection) != bool(known):
+            raise ValueError(f"module {':'.join(map(str, module))}")
+        if projection and projection[0] not in known:
+            raise ValueError(f"projection {projection[0]!r}")

@@ -8,8 +8,8 @@ from html import escape
 from typing import Any
 
 from enmp_jax.report.data import RunData
-from enmp_jax.report.plots import DARK, LIGHT, PLOTS, render
-from enmp_jax.report.tables import percent, points, pruned_lines, score_rows, seed_sentence, verdict
+from enmp_jax.report.plots import DARK, LIGHT, Plot, plots_of, render
+from enmp_jax.report.tables import changed, percent, points, pruned_lines, score_rows, seed_sentence, verdict
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#1f2430;--muted:#667085;--line:#e4e7ec;
@@ -50,17 +50,18 @@ dd{margin:0;overflow-wrap:anywhere}
 
 def page(data: RunData) -> str:
     """The report of a run as one HTML document."""
-    scores = data.scores
+    scores, plots = data.scores, plots_of(data)
+    modules = [name for name in ("mask", "weights") if name in plots]
     sections = [
-        _section("Accuracy by task", _picture(data, "accuracies"), _score_table(scores)),
-        _section("Pruned modules", _picture(data, "mask"), _pruned_table(scores)),
-        _section("Search", _picture(data, "convergence"), _search_notes(data), _seed_table(scores)),
+        _section("Accuracy by task", _picture(data, plots["accuracies"]), _score_table(scores)),
+        _section("Pruned modules", *(_picture(data, plots[name]) for name in modules), _pruned_table(scores)),
+        _section("Search", _picture(data, plots["convergence"]), _search_notes(data), _seed_table(scores)),
         _section("How the data was used", *_splits(data)),
         _section("Settings", *_settings(data)),
         _section("Environment", _pairs(_flat(data.environment))),
     ]
     sentence = seed_sentence(scores)
-    again = f"<p>{escape(sentence[0].upper() + sentence[1:])}.</p>" if sentence else ""
+    again = f"<p>{escape(sentence)}</p>" if sentence else ""
     merge = data.config.get("merge") or {}
     made = f"{merge.get('method', 'merge')} in {merge.get('space', 'full')} space, {len(data.tasks)} tasks"
     return (
@@ -76,10 +77,12 @@ def page(data: RunData) -> str:
 
 def _headline(scores: Mapping[str, Any]) -> str:
     gain = scores["mean_normalised"]["enmp"] - scores["mean_normalised"]["merged"]
-    if not scores["pruned"]:
+    if not changed(scores):
         return "No negative modules found"
     if gain <= 0:
         return "Pruning did not help on the test split"
+    if not scores["pruned"]:
+        return f"{points(gain)} points over the plain merge"
     return f"{points(gain)} points without {len(scores['pruned'])} negative modules"
 
 
@@ -87,16 +90,16 @@ def _section(title: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
 
 
-def _picture(data: RunData, name: str) -> str:
+def _picture(data: RunData, plot: Plot) -> str:
     light, dark = (
-        "data:image/png;base64," + base64.b64encode(render(PLOTS[name], data, theme)).decode()
+        "data:image/png;base64," + base64.b64encode(render(plot.draw, data, theme)).decode()
         for theme in (LIGHT, DARK)
     )
-    caption = " ".join((PLOTS[name].__doc__ or "").split())
+    caption = escape(plot.caption)
     return (
         f"<figure><picture><source media='(prefers-color-scheme: dark)' srcset='{dark}'>"
-        f"<img src='{light}' alt='{escape(caption)}'></picture>"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<img src='{light}' alt='{caption}'></picture>"
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -145,7 +148,7 @@ def _search_notes(data: RunData) -> str:
         ("masks evaluated", scores.get("masks_evaluated")),
         ("distinct masks", scores.get("distinct_masks")),
         ("masks per second", scores.get("masks_per_second")),
-        ("fitness", f"{data.fitness_label} on the search split"),
+        ("fitness", f"{data.fitness.label} on the search split"),
         ("merge coefficient", scores.get("scale")),
     ]
     return _pairs((key, value) for key, value in notes if value is not None)

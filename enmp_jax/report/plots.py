@@ -1,15 +1,16 @@
-"""The pictures of a run: convergence, the mask, accuracies per task. Matplotlib, no display needed."""
+"""The pictures of a run: convergence, the mask or weights, accuracies. Matplotlib, no display needed."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -65,8 +66,7 @@ def _legend(axes: Axes, theme: Theme, columns: int) -> None:
 
 
 def convergence(data: RunData, theme: Theme = LIGHT) -> Figure:
-    """Fitness on the search split against masks evaluated: best so far and mean of each generation,
-    with the plain merge as a line. Several seeds: one thin line each, and their mean."""
+    """Draw fitness against masks evaluated."""
     figure, axes = _axes(8.0, 4.0, theme)
     seeds = list(data.by_seed().values())
     several = len(seeds) > 1
@@ -91,8 +91,8 @@ def convergence(data: RunData, theme: Theme = LIGHT) -> Figure:
     if data.plain_fitness is not None:
         axes.axhline(data.plain_fitness, color=theme.merged, lw=1.8, ls=(0, (5, 3)), label="plain merge")
     axes.set_xlabel("masks evaluated (per seed)" if several else "masks evaluated", color=theme.ink)
-    axes.set_ylabel(f"{data.fitness_label}\non the search split", color=theme.ink)
-    if data.fitness_label.endswith("accuracy"):
+    axes.set_ylabel(f"{data.fitness.label}\non the search split", color=theme.ink)
+    if data.fitness.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.01)
@@ -107,44 +107,68 @@ def _spread(history: list[Generation]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return middle, low, high
 
 
-def mask(data: RunData, theme: Theme = LIGHT) -> Figure:
-    """Which modules were pruned: a cell per (layer, task), layers from left to right. With single
-    projections, colour and number say how many of them are gone."""
-    pruned, of = data.pruned_share()
-    layers, tasks = pruned.shape
-    longest = max(len(task) for task in data.mask["tasks"])
+def _cells(values: np.ndarray, names: list[str], theme: Theme, **colours: Any) -> Axes:
+    """A coloured cell for each of ``values [layer, row]``, layers from left to right."""
+    layers, rows = values.shape
     cell = min(0.5, max(0.19, 6.4 / layers))
-    figure, axes = _axes(max(4.5, layers * cell + 0.09 * longest + 1), max(2.2, tasks * 0.42 + 1.3), theme)
-    colours = LinearSegmentedColormap.from_list("pruned", [theme.kept, theme.enmp])
-    share = (pruned / of).T
-    axes.pcolormesh(share, cmap=colours, vmin=0, vmax=1, edgecolors=theme.background, linewidth=2.5)
+    width = layers * cell + 0.09 * max(map(len, names)) + 1
+    _, axes = _axes(max(4.5, width), max(2.2, rows * 0.42 + 1.3), theme)
+    axes.pcolormesh(values.T, edgecolors=theme.background, linewidth=2.5, **colours)
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
     axes.set_aspect("auto")
     axes.invert_yaxis()
-    stride = 1 if layers <= 40 else 5
-    axes.set_xticks(
-        np.arange(0, layers, stride) + 0.5, [str(n) for n in range(0, layers, stride)], fontsize=9
-    )
-    counts = pruned.sum(axis=0)
-    labels = [f"{task} ({n})" if n else task for task, n in zip(data.mask["tasks"], counts, strict=True)]
-    axes.set_yticks(np.arange(tasks) + 0.5, labels, fontsize=9.5)
+    ticks = range(0, layers, 1 if layers <= 40 else 5)
+    axes.set_xticks([n + 0.5 for n in ticks], [str(n) for n in ticks], fontsize=9)
+    axes.set_yticks(np.arange(rows) + 0.5, names, fontsize=9.5)
     axes.set_xlabel("layer", color=theme.ink)
-    if data.mask["granularity"] == "projection":
-        for (row, column), value in np.ndenumerate(pruned.T):
-            if value:
-                axes.text(column + 0.5, row + 0.5, str(value), ha="center", va="center", fontsize=8.5,
-                          color=theme.background if share[row, column] > 0.45 else theme.ink)  # fmt: skip
-    total = int(counts.sum())
-    modules = data.scores.get("modules")
+    return axes
+
+
+def _in_cells(axes: Axes, values: np.ndarray, text: str, dark: np.ndarray, theme: Theme) -> None:
+    """Write the values that are not zero into their cells; ``dark`` where the ink must be light."""
+    for (layer, row), value in np.ndenumerate(values):
+        if value:
+            axes.text(layer + 0.5, row + 0.5, format(value, text), ha="center", va="center", fontsize=8.5,
+                      color=theme.background if dark[layer, row] else theme.ink)  # fmt: skip
+
+
+def _pruned_title(data: RunData) -> str:
+    total, modules = len(data.mask["pruned"]), data.scores.get("modules")
     of_all = f" of {modules}" if modules else ""
-    title = f"{total}{of_all} module{'' if (modules or total) == 1 else 's'} pruned"
+    return f"{total}{of_all} module{'' if (modules or total) == 1 else 's'} pruned"
+
+
+def mask(data: RunData, theme: Theme = LIGHT) -> Figure:
+    """Draw which modules were pruned."""
+    pruned, of = data.pruned_share()
+    counts = pruned.sum(axis=0)
+    names = [f"{task} ({n})" if n else task for task, n in zip(data.mask["tasks"], counts, strict=True)]
+    colours = LinearSegmentedColormap.from_list("pruned", [theme.kept, theme.enmp])
+    share = pruned / of
+    axes = _cells(share, names, theme, cmap=colours, vmin=0, vmax=1)
+    if data.mask["granularity"] == "projection":
+        _in_cells(axes, pruned, "d", share > 0.45, theme)
+    axes.set_title(_pruned_title(data), loc="left", fontsize=10, color=theme.ink, pad=8)
+    return axes.get_figure()  # type: ignore[return-value]
+
+
+def weights(data: RunData, theme: Theme = LIGHT) -> Figure:
+    """Draw the weight that each module has in the merge."""
+    values = data.weights()
+    low, high = min(0.0, float(values.min())), max(2.0, float(values.max()))
+    colours = LinearSegmentedColormap.from_list("weights", [theme.enmp, theme.kept, theme.merged])
+    norm = TwoSlopeNorm(1.0, low, high)
+    axes = _cells(values, list(data.mask["tasks"]), theme, cmap=colours, norm=norm)
+    if len(values) <= 16:  # more layers make cells too narrow for figures
+        _in_cells(axes, values, ".1f", np.abs(norm(values) - 0.5) > 0.25, theme)
+    title = f"weights from {values.min():.2g} to {values.max():.2g}; {_pruned_title(data)}"
     axes.set_title(title, loc="left", fontsize=10, color=theme.ink, pad=8)
-    return figure
+    return axes.get_figure()  # type: ignore[return-value]
 
 
 def accuracies(data: RunData, theme: Theme = LIGHT) -> Figure:
-    """Test accuracy of every task: its own expert, the plain merge, the merge without negative modules."""
+    """Draw the accuracy of every task under its expert and both merges."""
     tasks = data.tasks
     figure, axes = _axes(max(6.0, 1.15 * len(tasks) + 1.5), 4.0, theme)
     x, width = np.arange(len(tasks)), 0.26
@@ -165,8 +189,35 @@ def accuracies(data: RunData, theme: Theme = LIGHT) -> Figure:
     return figure
 
 
-PLOTS: dict[str, Callable[[RunData, Theme], Figure]] = {
-    "convergence": convergence,
-    "mask": mask,
-    "accuracies": accuracies,
-}
+class Plot(NamedTuple):
+    """A picture and what is written under it."""
+
+    draw: Callable[[RunData, Theme], Figure]
+    caption: str
+
+
+_ACCURACIES = Plot(
+    accuracies,
+    "Test accuracy of every task: its own expert, the plain merge, the merge that the search chose.",
+)
+_CONVERGENCE = Plot(
+    convergence,
+    "Fitness on the search split against masks evaluated: best so far and mean of each generation, with the "
+    "plain merge as a line. Several seeds: one thin line each, and their mean.",
+)
+_MASK = Plot(
+    mask,
+    "Which modules were pruned: a cell per (layer, task), layers from left to right. With single "
+    "projections, colour and number say how many of them are gone.",
+)
+_WEIGHTS = Plot(
+    weights,
+    "The weight of each module in the merge: a cell per (layer, task), layers from left to right; 0 is "
+    "pruned, 1 as in the plain merge. With single projections, their mean.",
+)
+
+
+def plots_of(data: RunData) -> dict[str, Plot]:
+    """The pictures that a run has, by name."""
+    modules = {"weights": _WEIGHTS} if data.has_weights else {"mask": _MASK}
+    return {"convergence": _CONVERGENCE, **modules, "accuracies": _ACCURACIES}

@@ -1,18 +1,12 @@
-"""The end of a run for people: plots, a self-contained HTML report, and the tables of the terminal."""
+"""Tables and sentences of a result: the same for the terminal and the page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 COLUMNS = {"base": "base", "reference": "expert", "merged": "merged", "enmp": "merged + ENMP"}
-
-
-# Tables: the same rows for terminal and page ------------------------------------------------------
 
 
 def score_rows(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -54,7 +48,7 @@ def verdict(scores: Mapping[str, Any]) -> str:
     before, after = scores["mean_normalised"]["merged"], scores["mean_normalised"]["enmp"]
     count, total = len(scores["pruned"]), scores.get("modules")
     head = f"{count}{f' of {total}' if total else ''} module{'' if (total or count) == 1 else 's'} pruned"
-    if not count:
+    if not changed(scores):
         return f"{head}: no mask beat the plain merge ({percent(before)} % mean normalised accuracy)."
     return (
         f"{head}: mean normalised accuracy on the {scores.get('split', 'test')} split goes from "
@@ -62,12 +56,17 @@ def verdict(scores: Mapping[str, Any]) -> str:
     )
 
 
+def changed(scores: Mapping[str, Any]) -> bool:
+    """Whether the search chose another merge than the plain one (by pruning, by weights or by the scale)."""
+    return bool(scores["pruned"]) or scores["enmp"] != scores["merged"]
+
+
 def seed_sentence(scores: Mapping[str, Any]) -> str | None:
     """Mean and standard deviation of the gain over several searches; None for a single one."""
     gain, seeds = scores.get("gain") or {}, scores.get("seeds") or []
     if len(seeds) < 2 or gain.get("std") is None:
         return None
-    return f"over {len(seeds)} seeds the gain is {points(gain['mean'])} ± {100 * gain['std']:.1f} points"
+    return f"Over {len(seeds)} seeds the gain is {points(gain['mean'])} ± {100 * gain['std']:.1f} points."
 
 
 def pruned_lines(scores: Mapping[str, Any]) -> list[str]:

@@ -15,8 +15,6 @@ from enmp_jax.report.tables import pruned_lines, score_rows, seed_sentence, verd
 
 def final_table(scores: Mapping[str, Any]) -> Table:
     """The table of accuracies for a terminal."""
-    from rich.table import Table
-
     header, rows = score_rows(scores)
     title = f"accuracy on the {scores.get('split', 'test')} split, % (normalised by the expert)"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
@@ -35,11 +33,9 @@ def print_scores(scores: Mapping[str, Any]) -> None:
     console.print()
     console.print(final_table(scores))
     console.print(verdict(scores), style="bold")
-    sentence = seed_sentence(scores)
-    if sentence:
-        console.print(f"{sentence[0].upper()}{sentence[1:]}.")
-    for line in pruned_lines(scores):
-        console.print(f"  pruned  {line}", markup=False)
+    if sentence := seed_sentence(scores):
+        console.print(sentence)
+    _print_pruned(console, scores)
     cost = f"{scores['masks_evaluated']} masks evaluated" if "masks_evaluated" in scores else ""
     if scores.get("distinct_masks") is not None:
         cost += f", {scores['distinct_masks']} of them distinct"
@@ -55,12 +51,17 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     console.print(final_table(result))
     if "enmp" in result:
         console.print(verdict(result), style="bold")
-    for line in pruned_lines(result):
-        console.print(f"  pruned  {line}", markup=False)
+    _print_pruned(console, result)
 
 
-def _console() -> Any:
+def _print_pruned(console: Console, scores: Mapping[str, Any]) -> None:
+    for line in pruned_lines(scores):
+        console.print(f"  pruned  {line}")
 
-    console = Console(highlight=False)
+
+def _console() -> Console:
+    # square brackets and colons in the names of tasks are no markup, no emoji
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(**plain)
     # a pipe or a log has no width: do not cut tables at 80 columns there
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    return console if console.is_terminal else Console(**plain, width=160)

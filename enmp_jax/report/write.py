@@ -7,7 +7,7 @@ from pathlib import Path
 from enmp_jax.io.files import write_bytes
 from enmp_jax.report.data import read
 from enmp_jax.report.page import page
-from enmp_jax.report.plots import PLOTS, render
+from enmp_jax.report.plots import plots_of, render
 
 
 def write_plots(run_dir: Path) -> list[Path]:
@@ -16,9 +16,8 @@ def write_plots(run_dir: Path) -> list[Path]:
     Raises:
         UserError: a file of the run is missing or damaged.
     """
-
     data, folder = read(run_dir), Path(run_dir) / "plots"
-    images = {folder / f"{name}.png": render(draw, data) for name, draw in PLOTS.items()}
+    images = {folder / f"{name}.png": render(plot.draw, data) for name, plot in plots_of(data).items()}
     folder.mkdir(exist_ok=True)
     for path, image in images.items():
         write_bytes(path, image)
@@ -31,7 +30,6 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: a file of the run is missing or damaged.
     """
-
     path = Path(run_dir) / "report.html"
     write_bytes(path, page(read(run_dir)).encode())
     return path

@@ -186,5 +186,5 @@ def _restore(checkpoints: Checkpoints, start: _Progress) -> _Progress:
         found = None
     if found is None:
         return start
-    fields: dict[str, Any] = {**found.tree, **found.meta, "losses": tuple(found.meta["losses"])}
-    return _Progress(**fields)
+    values: dict[str, Any] = {**found.tree, **found.meta}
+    return _Progress(**values)._replace(losses=tuple(values["losses"]))
