@@ -133,6 +133,10 @@ class MergeConfig:
         given = {"seed": self.seed, "task_weights": self.task_weights, **self.hyperparameters}
         return {name: value for name, value in given.items() if value is not None}
 
+    def recipe(self) -> dict[str, Any]:
+        """All that makes the merge again but its scale, as ``mask.json`` and cards have it."""
+        return {"method": self.method, "space": self.space, "isotropize": self.isotropize, **self.arguments()}
+
 
 @dataclass(frozen=True)
 class RefineConfig:

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Num
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Num
 
 from enmp_jax.data import batch
+from enmp_jax.devices.distributed import put
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import budget, delta_format, experts, fitness
 from enmp_jax.evaluation.loaded_run import LoadedRun, Split, make_merge
-from enmp_jax.evaluation.population import EvalInputs, EvaluateMasks, make_evaluate, place
+from enmp_jax.evaluation.population import EvalInputs, EvaluateMasks, count_all, make_evaluate, place
 from enmp_jax.evaluation.scoring import Counts, Scoring
 from enmp_jax.merges.base import Ingredients, Merge
 
@@ -98,6 +100,28 @@ class Evaluator:
         return make_evaluate(
             loaded.backbone, plan.merge, len(loaded.tasks), self.mesh, plan.member_chunk, self.kind
         )
+
+    def spread(self, inputs: EvalInputs) -> EvalInputs:
+        """Inputs whose examples lie over all devices of the mesh but those of ``model``: for one model."""
+        axes = ("population", "data")
+        if self.loaded.run.evaluation.batch_size % math.prod(self.mesh.shape[a] for a in axes):
+            return inputs
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, axes))
+        return inputs._replace(batches=put(inputs.batches, sharding))
+
+    def relaxed_fitness(self) -> Callable[..., Float[Array, ""]]:
+        """``(weights [*module], inputs, scoring, scale) -> fitness``, to be differentiated.
+
+        The fitness of one merged model; activations of a batch are computed again in the backward pass.
+        """
+        loaded, kind, objective = self.loaded, self.kind, self.loaded.run.search.objective
+
+        def value(weights: Array, inputs: EvalInputs, scoring: Scoring, scale: Array) -> Array:
+            deltas = self.merge.merge(inputs.ingredients, weights, scale)
+            counts = count_all(loaded.backbone, inputs, deltas, len(loaded.tasks), kind, remat=True)
+            return scoring.fitness(counts, kind, objective)
+
+        return value
 
     def score(
         self,

@@ -18,6 +18,7 @@ import yaml
 
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.errors import UserError
+from enmp_jax.io.checkpoints import fingerprint
 from enmp_jax.io.files import write_bytes
 from enmp_jax.config.schema import parse, to_dict
 
@@ -49,6 +50,7 @@ class RunDirectory:
         if not os.access(parent, os.W_OK):
             raise UserError(f"{self.path} cannot be written to: no permission in {parent}")
         self.resumed = occupied
+        self.fingerprint = ""  # of the settings, once started
 
     def start(self, run: RunConfig) -> None:
         """Create the directory with the resolved config and the environment.
@@ -57,6 +59,7 @@ class RunDirectory:
             UserError: a resumed run had another config.
         """
         config = to_dict(run)
+        self.fingerprint = fingerprint(config)
         if self.resumed:
             path = self.path / "config.yaml"
             # through the schema: keys that have come or gone since then do not count as changes
@@ -85,8 +88,8 @@ class RunDirectory:
             with (self.path / "history.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def keep_history(self, seed: int, generations: int) -> None:
-        """Drop history of a seed from generation ``generations`` on: a resumed search repeats it."""
+    def keep_history(self, generations: int, seed: int | None = None) -> None:
+        """Drop history from generation ``generations`` on (of one seed): a resumed search repeats it."""
         path = self.path / "history.jsonl"
         if not self.writes or not path.exists():
             return
@@ -96,45 +99,9 @@ class RunDirectory:
                 record = json.loads(line)
             except ValueError:
                 continue  # the last line of a killed run
-            if record["seed"] != seed or record["generation"] < generations:
+            if (seed is not None and record["seed"] != seed) or record["generation"] < generations:
                 kept.append(line + "\n")
         write_bytes(path, "".join(kept).encode())
-
-
-class Checkpoints:
-    """Search state by generation: arrays in, the same arrays out. Backed by orbax."""
-
-    def __init__(self, path: Path):
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=2)
-        self._manager = ocp.CheckpointManager(path.resolve(), options=options)
-
-    def latest(self) -> int | None:
-        """The newest generation on disk."""
-        return self._manager.latest_step()
-
-    def save(self, generation: int, tree: Any) -> None:
-        """Save a pytree of arrays."""
-        # A string leaf would make orbax hang at exit; np scalars would not restore.
-        # Copied: the write goes on while the caller changes its arrays.
-        tree = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(x), tree)
-        self._manager.save(generation, args=self._ocp.args.StandardSave(tree))
-
-    def restore(self, generation: int, like: Any) -> Any:
-        """Restore a pytree with the structure of ``like``."""
-        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(generation, args=self._ocp.args.StandardRestore(abstract))
-
-    def __enter__(self) -> Checkpoints:
-        """For ``with``: a write still on its way would fight with those of a resumed run."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Wait for pending writes."""
-        self._manager.wait_until_finished()
-        self._manager.close()
 
 
 def environment() -> dict[str, Any]:

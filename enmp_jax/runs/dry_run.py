@@ -15,7 +15,7 @@ from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import LoadedRun, load
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.io.progress import Reporter
-from enmp_jax.search import strategies
+from enmp_jax.runs.search import check_search
 
 
 def dry_run(run: RunConfig, reporter: Reporter) -> list[str]:
@@ -32,10 +32,7 @@ def dry_run(run: RunConfig, reporter: Reporter) -> list[str]:
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
     loaded = load(run, reporter=reporter)
     evaluator, spec, search = Evaluator(loaded), loaded.mask_spec, run.search
-    strategies.build(
-        search.strategy, spec.genome_size, search.population, search.sigma0,
-        threshold=search.threshold, free=int(search.search_scale),
-    )  # fmt: skip
+    check_search(evaluator)
     inputs = evaluator.inputs("search")
     one = _one_batch(inputs)
     scale = run.merge.scale_grid[0] if run.merge.scale == "auto" else float(run.merge.scale)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Float
 
 from enmp_jax.adapters.peft_export import export_adapters, export_peft
 from enmp_jax.adapters.recipe import Recipe
@@ -22,20 +21,11 @@ from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring, by_task
 from enmp_jax.io.progress import Reporter
+from enmp_jax.runs.climb import climb
 from enmp_jax.runs.directory import RunDirectory
-from enmp_jax.runs.searcher import Searcher
-from enmp_jax.search.memo import Memo
-
-
-@dataclass
-class Finalist:
-    """A mask that the selection split decides on."""
-
-    seed: int
-    keep: Bool[np.ndarray, "*module"]
-    scale: float
-    search: float | None  # fitness on the search split; None: the search never scored it
-    selection: float = float("nan")
+from enmp_jax.runs.evolve import evolve, make_strategy
+from enmp_jax.runs.finalists import Finalist, Searched, rank, select, with_plain
+from enmp_jax.search import controls
 
 
 def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
@@ -48,30 +38,23 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
     evaluator = Evaluator(all_or_none(lambda: load(run, reporter=reporter)))
     loaded = evaluator.loaded
-    searcher = Searcher(evaluator, directory, reporter)
+    check_search(evaluator)
     all_or_none(lambda: directory.start(run))
 
     inputs, scoring = evaluator.inputs("search"), evaluator.scoring("search")
     scale, grid = choose_scale(evaluator, inputs, scoring)
     reporter.say(f"plain merge: scale {scale:g}, fitness {grid[scale]:.4f} on the search split")
-    memos = {
-        seed: searcher.search(inputs, scoring, scale, seed)
-        for seed in range(run.search.seed, run.search.seed + run.search.seeds)
-    }
-    candidates = [f for seed, memo in memos.items() for f in finalists(evaluator, memo, seed, scale)]
-    winners = select(evaluator, candidates)
-    best = max(winners.values(), key=_rank)
+    found = search(evaluator, directory, reporter, inputs, scoring, scale)
+    winners = select(evaluator, with_plain(evaluator, found.finalists, scale))
+    best = max(winners.values(), key=rank)
     spec = loaded.mask_spec
-    scores = test(evaluator, best, winners, scale) | {
-        "masks_evaluated": sum(memo.evaluated for memo in memos.values()),
-        "distinct_masks": sum(len(memo) for memo in memos.values()),
-        "masks_run": searcher.masks_run,
-        "masks_per_second": searcher.masks / searcher.seconds if searcher.masks else None,
+    scores = test(evaluator, best, winners, scale) | found.cost | {
+        "fitness": run.search.fitness,
         "scale_grid": {f"{value:g}": _number(fitness) for value, fitness in grid.items()},
         "modules": spec.n_modules,
         "splits": {split: by_task(loaded.tasks, loaded.sizes(split)) for split in loaded.examples},
-    }
-    directory.write_json("mask.json", spec.to_json(best.keep, best.scale))
+    }  # fmt: skip
+    directory.write_json("mask.json", spec.to_json(best.keep, best.scale, run.merge.recipe()))
     directory.write_json("scores.json", scores)
     if directory.writes:
         export(evaluator, best, scores, out, reporter)
@@ -82,6 +65,72 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
         reporter.say(f"report: {out / 'report.html'}")
     barrier("results are written")
     return scores
+
+
+def check_search(evaluator: Evaluator) -> None:
+    """Refuse settings of the search that cannot work, before anything is paid for.
+
+    Raises:
+        UserError: an unknown strategy, one that does not fit, or a budget below one evaluation.
+    """
+    search, sizes = evaluator.loaded.run.search, evaluator.loaded.sizes("search")
+    if search.strategy != "gradient":
+        make_strategy(evaluator, 1.0)
+        generation = int(search.population * search.generations_per_dispatch * sizes.sum())
+        if search.budget is not None and search.budget < generation:
+            raise UserError(
+                f"search.budget is {search.budget} example-evaluations, but one dispatch of masks costs "
+                f"{generation}: raise it, or set evaluation.search_examples or search.population"
+            )
+    if search.start == "first_order" and not evaluator.kind.has_gradient:
+        raise UserError(
+            f"search.start first_order needs a gradient, and fitness {evaluator.kind.name} has none: take "
+            "leave_one_out, or another fitness"
+        )
+
+
+def search(
+    evaluator: Evaluator,
+    directory: RunDirectory,
+    reporter: Reporter,
+    inputs: EvalInputs,
+    scoring: Scoring,
+    scale: float,
+) -> Searched:
+    """The search that the run file asks for: of masks, or of weights.
+
+    Args:
+        evaluator: of the run.
+        directory: started.
+        reporter: progress.
+        inputs: of the search split.
+        scoring: of the search split.
+        scale: merge coefficient.
+    """
+    given = evaluator, directory, reporter, inputs, scoring, scale
+    if evaluator.loaded.run.search.strategy == "gradient":
+        return climb(*given)
+    return evolve(*given, known_effects(evaluator, inputs, scoring, scale))
+
+
+def known_effects(
+    evaluator: Evaluator, inputs: EvalInputs, scoring: Scoring, scale: float
+) -> Float[np.ndarray, "*module"] | None:
+    """What pruning each module alone does to the fitness, as far as ``search.start`` asks for it."""
+    start, spec = evaluator.loaded.run.search.start, evaluator.loaded.mask_spec
+    if start == "none":
+        return None
+    if start == "first_order":
+        fitness = jax.jit(evaluator.relaxed_fitness())
+        spread = evaluator.spread(inputs)
+        return controls.first_order(lambda keep: -fitness(keep, spread, scoring, jnp.float32(scale)), spec)
+    objective = evaluator.loaded.run.search.objective
+
+    def score(masks: np.ndarray) -> np.ndarray:
+        counts = evaluator.score(inputs, masks, np.full(len(masks), scale, np.float32))
+        return np.asarray(scoring.fitness(counts, evaluator.kind, objective))
+
+    return controls.leave_one_out(score, spec)[0]
 
 
 def choose_scale(
@@ -107,41 +156,6 @@ def choose_scale(
     return values[int(np.nanargmax(fitness))], dict(zip(values, map(float, fitness), strict=True))
 
 
-def finalists(evaluator: Evaluator, memo: Memo, seed: int, scale: float) -> list[Finalist]:
-    """The best distinct masks of a search, and the plain merge: pruning must win its place."""
-    found = [
-        Finalist(seed, c.keep, scale if c.scale is None else c.scale, c.fitness)
-        for c in memo.finalists(evaluator.loaded.run.search.finalists)
-    ]
-    plain = evaluator.loaded.mask_spec.all_kept()
-    if not any(f.keep.all() and f.scale == scale for f in found):
-        found.append(Finalist(seed, plain, scale, None))
-    return found
-
-
-def select(evaluator: Evaluator, candidates: list[Finalist]) -> dict[int, Finalist]:
-    """Score finalists on the selection split; the best of every seed."""
-    scoring = evaluator.scoring("selection")
-    keep = np.stack([f.keep for f in candidates])
-    scales = np.asarray([f.scale for f in candidates], np.float32)
-    counts = evaluator.score(evaluator.inputs("selection"), keep, scales)
-    fitness = np.asarray(scoring.fitness(counts, evaluator.kind, evaluator.loaded.run.search.objective))
-    winners: dict[int, Finalist] = {}
-    for candidate, value in zip(candidates, fitness, strict=True):
-        candidate.selection = float(value)
-        known = winners.get(candidate.seed)
-        if known is None or _rank(candidate) > _rank(known):
-            winners[candidate.seed] = candidate
-    return winners
-
-
-def _rank(finalist: Finalist) -> tuple[float, float, float]:
-    """Better on the selection split; ties: fewer modules pruned, then better on the search split. NaN is last."""
-    search = float("nan") if finalist.search is None else finalist.search
-    kept = float(finalist.keep.sum())
-    return tuple(-np.inf if np.isnan(x) else float(x) for x in (finalist.selection, kept, search))  # type: ignore[return-value]
-
-
 def _number(value: float | None) -> float | None:
     """For JSON, which has no NaN."""
     return value if value is not None and np.isfinite(value) else None
@@ -151,9 +165,9 @@ def test(evaluator: Evaluator, best: Finalist, winners: Mapping[int, Finalist], 
     """The one look at the test split: experts, base, plain merge and the winner of every seed."""
     loaded, scoring, spec = evaluator.loaded, evaluator.scoring("test"), evaluator.loaded.mask_spec
     plain = spec.all_kept()
-    masks = [plain, ~plain, *(f.keep for f in winners.values())]  # nothing left is the base
+    masks = np.stack([plain, ~plain, *(f.keep for f in winners.values())])  # nothing left is the base
     scales = np.asarray([scale, scale, *(f.scale for f in winners.values())], np.float32)
-    counts = evaluator.score(evaluator.inputs("test"), np.stack(masks), scales)
+    counts = evaluator.score(evaluator.inputs("test"), masks, scales)
     accuracy, normalised = np.asarray(scoring.accuracy(counts)), np.asarray(scoring.normalised(counts))
     gains = normalised[2:] - normalised[0]
     row = 2 + list(winners).index(best.seed)
@@ -168,13 +182,14 @@ def test(evaluator: Evaluator, best: Finalist, winners: Mapping[int, Finalist], 
         "seeds": [
             {
                 "seed": seed, "mean_normalised": float(normalised[2 + i]), "gain": float(gains[i]),
-                "pruned": len(spec.pruned_modules(f.keep)), "search": _number(f.search),
+                "pruned": f.pruned, "search": _number(f.search),
                 "selection": _number(f.selection),
             }
             for i, (seed, f) in enumerate(winners.items())
         ],
         "gain": {"mean": float(gains.mean()), "std": float(gains.std(ddof=1)) if len(gains) > 1 else None},
-        "pruned": [list(module) for module in spec.pruned_modules(best.keep)],
+        "pruned": [list(module) for module in spec.pruned_modules(best.keep != 0)],
+        "weighted": int((best.keep[spec.present()] != 1).sum()) if best.keep.dtype != bool else 0,
         "scale": best.scale,
         "seed": best.seed,
     }  # fmt: skip
@@ -186,10 +201,7 @@ def export(
     """Write what there is to take away: the pruned adapters, and the merge of them as one adapter."""
     merge = evaluator.loaded.run.merge
     recipe = Recipe(
-        merge={
-            "method": merge.method, "space": merge.space, "scale": best.scale, "isotropize": merge.isotropize,
-            **merge.arguments(),
-        },
+        merge={**merge.recipe(), "scale": best.scale},
         pruned=scores["pruned"],
         seed=best.seed,
         scores=scores,

@@ -30,6 +30,8 @@ class Memo:
     def __init__(self) -> None:
         self._candidates: dict[tuple[bytes, float | None], Candidate] = {}
         self.evaluated = 0
+        self.best = -math.inf
+        """The largest fitness so far."""
 
     def __len__(self) -> int:
         """Number of distinct masks."""
@@ -45,6 +47,8 @@ class Memo:
         keep, fitness = np.asarray(keep, bool), np.asarray(fitness)
         for i, mask in enumerate(keep):
             value, coefficient = float(fitness[i]), None if scale is None else float(scale[i])
+            if value > self.best:
+                self.best = value
             known = self._candidates.get(_key(mask, coefficient))
             if known is None:
                 finite = int(not math.isnan(value))

@@ -1,0 +1,219 @@
+"""The gradient searches of a run: weights of modules that the selection split stops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float, Num
+
+from enmp_jax.devices.distributed import put
+from enmp_jax.errors import UserError
+from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.population import EvalInputs
+from enmp_jax.evaluation.scoring import Scoring
+from enmp_jax.io.checkpoints import Checkpoints
+from enmp_jax.io.progress import Reporter
+from enmp_jax.runs.directory import RunDirectory
+from enmp_jax.runs.finalists import Finalist, Searched
+from enmp_jax.search import gradient
+
+STEP_COST = 3
+"""What a step of the gradient costs in forward passes (benchmarks/results/search.md)."""
+
+
+def climb(
+    evaluator: Evaluator,
+    directory: RunDirectory,
+    reporter: Reporter,
+    inputs: EvalInputs,
+    scoring: Scoring,
+    scale: float,
+) -> Searched:
+    """Search weights of modules, seed after seed; resumes from the newest checkpoints.
+
+    Args:
+        evaluator: of the run.
+        directory: where history and checkpoints go.
+        reporter: progress.
+        inputs: of the search split, for masks.
+        scoring: of the search split.
+        scale: merge coefficient.
+
+    Returns:
+        The weights at the best looks of every seed, or with ``harden: prune`` masks made of them.
+
+    Raises:
+        UserError: a fitness or merge method without a useful derivative, or a budget below one step.
+    """
+    search, spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
+    if not evaluator.kind.has_gradient:
+        raise UserError(
+            f"search.fitness {evaluator.kind.name} has no useful gradient: take margin or probability, or "
+            "another strategy than gradient"
+        )
+    examples = {split: int(evaluator.loaded.sizes(split).sum()) for split in ("search", "selection")}
+    dispatch = STEP_COST * search.check_every * examples["search"] + examples["selection"]
+    if search.budget is not None and search.budget < dispatch:
+        raise UserError(
+            f"search.budget is {search.budget} example-evaluations, but {search.check_every} steps and a look "
+            f"at the selection split cost {dispatch}: raise it, or set evaluation.search_examples"
+        )
+    settings = gradient.Settings(
+        search.generations, search.learning_rate, search.max_weight, search.penalty,
+        check_every=search.check_every, patience=5 if search.patience is None else search.patience,
+    )  # fmt: skip
+    ascent = gradient.make_ascent(evaluator.relaxed_fitness(), settings)
+    whole = NamedSharding(evaluator.mesh, PartitionSpec())
+    present = put(spec.present(), whole)
+    operands = (evaluator.spread(inputs), *put((scoring, np.float32(scale)), whole))
+    value = _selection_value(evaluator, scale)
+    finalists, spent = [], 0
+    for seed in range(search.seed, search.seed + search.seeds):
+        state = ascent.init(put(jax.random.key(seed), whole), present)
+        path = directory.path / "checkpoints" / f"seed-{seed}"
+        with Checkpoints(path, directory.fingerprint, say=reporter.say) as checkpoints:
+            record = _Record(evaluator, directory, reporter, checkpoints, seed, examples)
+            state, looks = record.restore(state)
+            looks = gradient.run(
+                ascent, state, present, operands, value, looks, record.on_look, record.may_go_on
+            )
+        if len(looks) > 1 and (looks[1].weights == looks[0].weights).all():
+            merge = evaluator.loaded.run.merge
+            raise UserError(
+                f"the fitness does not change with the weights of {merge.method} in {merge.space} space (its "
+                "derivative is zero): take the strategy greedy"
+            )
+        best = gradient.best(looks)
+        spent += record.spent(looks)
+        if search.harden == "prune":
+            masks, cost = harden(evaluator, inputs, scoring, scale, best.weights, seed)
+            finalists += masks
+            spent += cost * examples["search"]
+        else:
+            finalists.append(Finalist(seed, best.weights, scale, None))
+    return Searched(finalists, {"example_evaluations": spent})
+
+
+def harden(
+    evaluator: Evaluator,
+    inputs: EvalInputs,
+    scoring: Scoring,
+    scale: float,
+    weights: Float[np.ndarray, "*module"],
+    seed: int,
+) -> tuple[list[Finalist], int]:
+    """Masks made of weights: the k smallest pruned for every k, then the best with single modules changed.
+
+    Returns:
+        The best masks on the search split, and how many were scored.
+    """
+    search, spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
+    slots = np.asarray(spec.slots)
+    order = slots[np.argsort(weights.reshape(-1)[slots], kind="stable")]
+
+    def score(masks: np.ndarray) -> np.ndarray:
+        counts = evaluator.score(inputs, masks, np.full(len(masks), scale, np.float32))
+        fitness = np.asarray(scoring.fitness(counts, evaluator.kind, search.objective))
+        return np.where(np.isnan(fitness), -np.inf, fitness)
+
+    masks = np.ones((spec.max_count + 1, math.prod(spec.shape)), bool)
+    for k in range(1, len(masks)):
+        masks[k, order[:k]] = False
+    masks = masks.reshape(-1, *spec.shape)
+    fitness = score(masks)
+    best = masks[int(np.argmax(fitness))]
+    # modules whose place is least certain: next to the border between pruned and kept
+    border = spec.n_pruned(best)
+    near = order[max(0, border - search.population) : border + search.population]
+    changed = np.repeat(best.reshape(1, -1), len(near), axis=0)
+    changed[np.arange(len(near)), near] ^= True
+    changed = changed[(~changed).sum(axis=1) <= spec.max_count].reshape(-1, *spec.shape)
+    masks = np.concatenate([masks, changed])
+    fitness = np.concatenate([fitness, score(changed)]) if len(changed) else fitness
+    chosen = np.argsort(-fitness, kind="stable")[: search.finalists]
+    return [Finalist(seed, masks[i], scale, float(fitness[i])) for i in chosen], len(masks)
+
+
+def _selection_value(evaluator: Evaluator, scale: float) -> Any:
+    """The fitness of weights on the selection split."""
+    inputs, scoring = evaluator.inputs("selection"), evaluator.scoring("selection")
+
+    def value(weights: Float[np.ndarray, "*module"]) -> float:
+        counts = evaluator.score(inputs, weights[None], np.asarray([scale], np.float32))
+        objective = evaluator.loaded.run.search.objective
+        return float(np.asarray(scoring.fitness(counts, evaluator.kind, objective))[0])
+
+    return value
+
+
+class _Record:
+    """What is kept of one seed's search on disk: looks, history, checkpoints."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        directory: RunDirectory,
+        reporter: Reporter,
+        checkpoints: Checkpoints,
+        seed: int,
+        examples: dict[str, int],
+    ):
+        self.search, self.spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
+        self.directory, self.reporter, self.checkpoints = directory, reporter, checkpoints
+        self.seed, self.examples = seed, examples
+        most = 1 + math.ceil(self.search.generations / self.search.check_every)
+        self.weights = np.ones((most, *self.spec.shape), np.float32)
+        self.rows = np.zeros((most, 3), np.float64)  # step, fitness, value
+        self.looks: list[gradient.Look] = []
+
+    def restore(self, state: gradient.State) -> tuple[gradient.State, list[gradient.Look]]:
+        found = self.checkpoints.latest({"state": state, "weights": self.weights, "rows": self.rows})
+        done = found.step if found else 0
+        self.directory.keep_history(done, self.seed)
+        if found is None:
+            return state, []
+        self.weights, self.rows = (np.array(found.tree[name]) for name in ("weights", "rows"))
+        self.looks = [
+            gradient.Look(int(step), self.weights[i], float(fitness), float(value))
+            for i, (step, fitness, value) in enumerate(self.rows[:done])
+        ]
+        self.reporter.say(f"seed {self.seed}: goes on after step {self.looks[-1].step}")
+        return found.tree["state"], self.looks
+
+    def on_look(self, state: gradient.State, looks: list[gradient.Look]) -> None:
+        self.looks, done, look = looks, len(looks), looks[-1]
+        self.weights[done - 1] = look.weights
+        self.rows[done - 1] = look.step, look.fitness, look.value
+        best = gradient.best(looks).value
+        self.directory.append_history({
+            "seed": self.seed, "generation": done - 1, "step": look.step, "masks_evaluated": done,
+            "example_evaluations": self.spent(looks), "best": _finite(best), "selection": _finite(look.value),
+            "mean": _finite(look.fitness), "fitness": [_finite(look.fitness)],
+            "pruned": [int((look.weights[self.spec.present()] == 0).sum())],
+        })  # fmt: skip
+        self.reporter.advance(look.step, self.search.generations, best)
+        if done % self.search.checkpoint_every == 0 or look.step >= self.search.generations:
+            tree = {"state": state, "weights": self.weights, "rows": self.rows}
+            self.checkpoints.save(done, tree, {})
+
+    def spent(self, looks: list[gradient.Look]) -> int:
+        """Example-evaluations so far."""
+        return STEP_COST * looks[-1].step * self.examples["search"] + len(looks) * self.examples["selection"]
+
+    def may_go_on(self) -> bool:
+        """Whether the budget bears another dispatch."""
+        if self.search.budget is None:
+            return True
+        more = STEP_COST * self.search.check_every * self.examples["search"] + self.examples["selection"]
+        return self.spent(self.looks) + more <= self.search.budget
+
+
+def _finite(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return float(value) if np.isfinite(value) else None
+
+
