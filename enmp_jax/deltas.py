@@ -32,8 +32,7 @@ class LowRank:
 
     def materialise(self) -> Float[Array, "*member out in"]:
         """The full matrices."""
-        inner = self.core if self.right is None else jnp.matmul(self.core, self.right, precision="highest")
-        return jnp.matmul(self.left, inner, precision="highest")
+        return jnp.matmul(self.left, _inner(self), precision="highest")
 
     @property
     def max_rank(self) -> int:
@@ -65,11 +64,41 @@ Delta = LowRank | Dense
 Deltas = dict[str, Delta]  # name template (see LoraStack) -> delta with a leading layer axis
 
 
+def _inner(delta: LowRank) -> Float[Array, "*member k in"]:
+    """The core with the right factor taken in."""
+    return delta.core if delta.right is None else jnp.matmul(delta.core, delta.right, precision="highest")
+
+
 def scale_delta(delta: Delta, scale: Float[Array, ""] | float) -> Delta:
     """``scale * delta``, on the part that depends on the mask."""
     if isinstance(delta, LowRank):
         return LowRank(delta.left, delta.core * jnp.asarray(scale, delta.core.dtype), delta.right)
     return Dense(delta.weight * jnp.asarray(scale, delta.weight.dtype))
+
+
+def add_deltas(a: Deltas, b: Deltas) -> Deltas:
+    """The sum of two merges. Low-rank deltas stay low-rank, their ranks added up; others become full."""
+
+    def one(x: Delta, y: Delta) -> Delta:
+        if isinstance(x, Dense) or isinstance(y, Dense):
+            return Dense(x.materialise() + y.materialise())
+        if x.right is None or y.right is None:
+            # a core that reaches all inputs itself takes the right factor in
+            inner = [
+                d.core if d.right is None else jnp.matmul(d.core, d.right, precision="highest")
+                for d in (x, y)
+            ]
+            return LowRank(jnp.concatenate([x.left, y.left], axis=-1), jnp.concatenate(inner, axis=-2), None)
+        (m, n), (p, q) = x.core.shape[-2:], y.core.shape[-2:]
+        core = jnp.zeros((*x.core.shape[:-2], m + p, n + q), x.core.dtype)
+        core = core.at[..., :m, :n].set(x.core).at[..., m:, n:].set(y.core)
+        left = jnp.concatenate([x.left, y.left], axis=-1)
+        return LowRank(left, core, jnp.concatenate([x.right, y.right], axis=-2))
+
+    return {
+        name: one(a[name], b[name]) if name in a and name in b else a.get(name, b.get(name))
+        for name in sorted({*a, *b})
+    }  # type: ignore[return-value]
 
 
 def member_axes(delta: Delta, axis: int = 0) -> Delta:

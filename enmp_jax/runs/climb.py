@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Float, Num
+from jaxtyping import Float
 
 from enmp_jax.devices.distributed import put
 from enmp_jax.errors import UserError
@@ -59,8 +59,8 @@ def climb(
     dispatch = STEP_COST * search.check_every * examples["search"] + examples["selection"]
     if search.budget is not None and search.budget < dispatch:
         raise UserError(
-            f"search.budget is {search.budget} example-evaluations, but {search.check_every} steps and a look "
-            f"at the selection split cost {dispatch}: raise it, or set evaluation.search_examples"
+            f"search.budget is {search.budget} example-evaluations, but {search.check_every} steps and a "
+            f"look at the selection split cost {dispatch}: raise it, or set evaluation.search_examples"
         )
     settings = gradient.Settings(
         search.generations, search.learning_rate, search.max_weight, search.penalty,
@@ -215,5 +215,3 @@ class _Record:
 def _finite(value: float) -> float | None:
     """For JSON, which has no NaN."""
     return float(value) if np.isfinite(value) else None
-
-

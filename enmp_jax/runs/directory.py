@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import yaml
 
 from enmp_jax.config.run_file import RunConfig
+from enmp_jax.config.schema import parse, to_dict
 from enmp_jax.errors import UserError
 from enmp_jax.io.checkpoints import fingerprint
 from enmp_jax.io.files import write_bytes
-from enmp_jax.config.schema import parse, to_dict
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "evosax", "transformers", "orbax-checkpoint", "numpy")
 

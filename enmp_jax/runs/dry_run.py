@@ -10,11 +10,11 @@ import numpy as np
 
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.errors import UserError
-from enmp_jax.masks import MaskSpec
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import LoadedRun, load
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.io.progress import Reporter
+from enmp_jax.masks import MaskSpec
 from enmp_jax.runs.search import check_search
 
 
@@ -31,7 +31,7 @@ def dry_run(run: RunConfig, reporter: Reporter) -> list[str]:
     """
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
     loaded = load(run, reporter=reporter)
-    evaluator, spec, search = Evaluator(loaded), loaded.mask_spec, run.search
+    evaluator, spec = Evaluator(loaded), loaded.mask_spec
     check_search(evaluator)
     inputs = evaluator.inputs("search")
     one = _one_batch(inputs)

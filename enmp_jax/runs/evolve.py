@@ -84,16 +84,14 @@ def evolve(
     Returns:
         The best distinct masks of every seed, and what they cost.
     """
-    search, spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
+    search = evaluator.loaded.run.search
     strategy, mean = make_strategy(evaluator, scale, effects)
     sharding = NamedSharding(evaluator.mesh, PartitionSpec())
     score = make_score(evaluator, evaluator.plan(inputs))
     step = loop.make_step(strategy, score, search.generations_per_dispatch, sharding)
     keys = jnp.stack([jax.random.key(search.seed + i) for i in range(search.seeds)])
     operands = (inputs, *put((scoring, np.float32(scale)), sharding))
-    with Checkpoints(
-        directory.path / "checkpoints", directory.fingerprint, say=reporter.say
-    ) as checkpoints:
+    with Checkpoints(directory.path / "checkpoints", directory.fingerprint, say=reporter.say) as checkpoints:
         record = _Record(evaluator, directory, reporter, checkpoints)
         resume = record.restore(step.init(*put((keys, mean), sharding)))
         loop.run(
@@ -112,13 +110,14 @@ def make_strategy(
         UserError: an unknown strategy, or settings that it cannot work with.
     """
     search, spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
-    known = None if effects is None else np.nan_to_num(effects.reshape(-1)[list(spec.slots)], nan=0.0)
+    known = None if effects is None else effects.reshape(-1)[list(spec.slots)]
     space = strategies.Space(
         spec.genome_size, search.population, search.sigma0, search.threshold, int(search.search_scale),
         spec.max_count, known,
     )  # fmt: skip
-    built = strategies.build(search.strategy, space)
-    return strategies.several(built, search.seeds), spec.start(strategies.start_mean(space, search.x0), scale)
+    start = spec.start(strategies.start_mean(space, search.x0), scale)
+    built = strategies.build(search.strategy, *space[:3], **dict(zip(space._fields[3:], space[3:])))
+    return strategies.several(built, search.seeds), start
 
 
 class _Record:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from enmp_jax.evaluation.budget import (
+    delta_bytes,
+    device_memory,
+    largest_activations,
+    mask_flops,
+    matmul_rate,
+    n_bytes,
+)
 from enmp_jax.evaluation.evaluator import Evaluator
-from enmp_jax.evaluation.budget import delta_bytes, device_memory, largest_activations, mask_flops, matmul_rate, n_bytes
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,9 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and np.isfinite(value) else None
 
 
-def test(evaluator: Evaluator, best: Finalist, winners: Mapping[int, Finalist], scale: float) -> dict[str, Any]:
+def test(
+    evaluator: Evaluator, best: Finalist, winners: Mapping[int, Finalist], scale: float
+) -> dict[str, Any]:
     """The one look at the test split: experts, base, plain merge and the winner of every seed."""
     loaded, scoring, spec = evaluator.loaded, evaluator.scoring("test"), evaluator.loaded.mask_spec
     plain = spec.all_kept()

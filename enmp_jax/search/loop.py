@@ -231,7 +231,9 @@ def run(
 
 
 def _fold_in(key: PRNGKeyArray, number: Array) -> PRNGKeyArray:
-    return jax.vmap(jax.random.fold_in, (0, None))(key, number) if key.ndim else jax.random.fold_in(key, number)
+    return (
+        jax.vmap(jax.random.fold_in, (0, None))(key, number) if key.ndim else jax.random.fold_in(key, number)
+    )
 
 
 def _split(key: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray]:

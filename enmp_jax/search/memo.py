@@ -47,8 +47,7 @@ class Memo:
         keep, fitness = np.asarray(keep, bool), np.asarray(fitness)
         for i, mask in enumerate(keep):
             value, coefficient = float(fitness[i]), None if scale is None else float(scale[i])
-            if value > self.best:
-                self.best = value
+            self.best = max(self.best, value)
             known = self._candidates.get(_key(mask, coefficient))
             if known is None:
                 finite = int(not math.isnan(value))

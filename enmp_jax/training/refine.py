@@ -1,0 +1,105 @@
+"""Refining: one LoRA for all tasks, trained from a merged model on the data of a search.
+
+A merge is a far better start than the base model, and the experts' own answers on unlabelled inputs are
+better teachers than labels on few examples (benchmarks/results/evidence.md). From the base alone this is
+the joint LoRA that sceptics of merging ask about (arXiv 2602.12323).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from enmp_jax.config.run_file import RefineConfig
+from enmp_jax.deltas import Deltas, add_deltas
+from enmp_jax.errors import UserError
+from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.population import EvalInputs, count_all
+from enmp_jax.evaluation.scoring import Scoring
+from enmp_jax.io.checkpoints import Checkpoints
+from enmp_jax.training.experts import expert_deltas, init_factors
+from enmp_jax.training.loop import EarlyStopping, OnProgress, Schedule, train
+
+
+class Refined(NamedTuple):
+    """A refined merge.
+
+    Attributes:
+        deltas: those of the start and of the LoRA, added up.
+        step: steps of the LoRA, the best on the selection split; 0: nothing was better than the start.
+        fitness: on the selection split, of the start and after every check.
+    """
+
+    deltas: Deltas
+    step: int
+    fitness: list[float]
+
+
+class _Data(NamedTuple):
+    inputs: EvalInputs
+    scoring: Scoring
+    start: Deltas
+
+
+def refine(
+    evaluator: Evaluator,
+    start: Deltas,
+    config: RefineConfig,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Refined:
+    """Train a LoRA of rank ``config.rank`` on the modules that the adapters have, full batches at a time.
+
+    Maximises the evaluator's fitness on the search split; the selection split says when to stop.
+
+    Args:
+        evaluator: of a run whose fitness has a gradient.
+        start: deltas of the merged model; empty: from the base.
+        config: see ``RefineConfig``.
+        seed: of the LoRA's start.
+        on_progress: see ``training.loop.train``.
+        checkpoints: see ``training.loop.train``.
+
+    Raises:
+        UserError: a fitness without a gradient.
+    """
+    loaded, kind, objective = evaluator.loaded, evaluator.kind, evaluator.loaded.run.search.objective
+    if not kind.has_gradient:
+        raise UserError(f"refine.fitness {kind.name} has no gradient: take expert_kl, probability or margin")
+    n_tasks, backbone = len(loaded.tasks), loaded.backbone
+
+    def fitness(factors: Any, data: _Data, remat: bool) -> Float[Array, ""]:
+        deltas = add_deltas(data.start, expert_deltas(factors, 1.0))
+        counts = count_all(backbone, data.inputs, deltas, n_tasks, kind, remat)
+        return data.scoring.fitness(counts, kind, objective)
+
+    def loss(factors: Any, data: _Data, key: Array) -> Float[Array, ""]:
+        return -fitness(factors, data, remat=True)
+
+    def data(split: Any) -> _Data:
+        return _Data(evaluator.spread(evaluator.inputs(split)), evaluator.scoring(split), start)
+
+    selection, looks = data("selection"), []
+    value = jax.jit(lambda factors, data: fitness(factors, data, remat=False))
+
+    def score(step: int, factors: Any) -> float:
+        looks.append(float(value(factors, selection)))
+        return looks[-1]
+
+    key = jax.random.key(seed)
+    factors = init_factors(backbone, sorted(loaded.stack.pairs), config.rank, 1, key)
+    factors = jax.tree.map(lambda x: x[0], factors)
+    trained = train(
+        loss, factors, data("search"),
+        Schedule(config.steps, config.learning_rate, weight_decay=0.0), jax.random.fold_in(key, 1),
+        steps_per_dispatch=config.check_every, on_progress=on_progress, checkpoints=checkpoints,
+        early_stopping=EarlyStopping(score, config.check_every, config.patience),
+    )  # fmt: skip
+    if trained.step == 0:
+        return Refined(start, 0, looks)
+    deltas = add_deltas(start, expert_deltas(jax.tree.map(np.asarray, trained.weights), 1.0))
+    return Refined(deltas, trained.step, looks)
