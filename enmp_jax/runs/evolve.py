@@ -111,12 +111,15 @@ def make_strategy(
     """
     search, spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
     known = None if effects is None else effects.reshape(-1)[list(spec.slots)]
+    free = int(search.search_scale)
     space = strategies.Space(
-        spec.genome_size, search.population, search.sigma0, search.threshold, int(search.search_scale),
-        spec.max_count, known,
+        spec.genome_size, search.population, search.sigma0, search.threshold, free, spec.max_count, known
+    )
+    built = strategies.build(
+        search.strategy, spec.genome_size, search.population, search.sigma0,
+        threshold=search.threshold, free=free, max_count=spec.max_count, effects=known,
     )  # fmt: skip
     start = spec.start(strategies.start_mean(space, search.x0), scale)
-    built = strategies.build(search.strategy, *space[:3], **dict(zip(space._fields[3:], space[3:])))
     return strategies.several(built, search.seeds), start
 
 
