@@ -209,11 +209,15 @@ def test_warm_start_of_distributions(name):
     )
     shift = 0.5 * (EFFECTS - EFFECTS.mean()) / EFFECTS.std()
     np.testing.assert_allclose(genomes.mean(axis=0), [*(-1.0 + shift), -1.0], atol=0.06)
-    # constant or unknown effects say nothing
-    for useless in (np.ones(SIZE), np.full(SIZE, np.nan)):
-        strategy = build(name, SIZE + 1, 2000, 0.5, free=1, effects=useless)
-        state = strategy.init(jax.random.key(0), jnp.full(SIZE + 1, -1.0))
-        np.testing.assert_allclose(state.population if name == "de" else state.mean, -1.0, atol=3.0)
+
+
+@pytest.mark.parametrize(
+    "effects", [np.full(4, 3.0), np.full(4, np.nan), np.asarray([0.0, 2.0, np.nan, np.inf])]
+)
+def test_effects_that_say_nothing_shift_nothing(effects):
+    state = build("random", 4, 8, 0.5, effects=effects).init(jax.random.key(0), jnp.full(4, -1.0))
+    known = np.isfinite(effects) & (effects != 3.0)
+    np.testing.assert_allclose(state.mean, np.where(known, -1.0 + 0.5 * (effects - 1.0), -1.0))
 
 
 @pytest.mark.parametrize(
