@@ -17,6 +17,7 @@ COMMANDS = {
     "merge": "merge adapters; needs no base model and no data",
     "inspect": "show what is in adapters",
     "train": "train LoRA experts (and a small base) from a run file",
+    "refine": "train one LoRA from the model that a search found",
     "report": "write the plots and report.html of a run directory again",
 }
 """Each is a module of this room with ``Args`` and ``run(args)``."""

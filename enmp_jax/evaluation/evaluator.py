@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num
 
 from enmp_jax.data import batch
+from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import budget, delta_format, experts, fitness
@@ -143,6 +144,15 @@ class Evaluator:
             self._compiled[plan] = jax.jit(self.evaluate(plan))
         together = self.mesh.shape["population"] * plan.member_chunk
         return in_chunks(functools.partial(self._compiled[plan], inputs), keep, scale, together)
+
+    def score_deltas(self, inputs: EvalInputs, deltas: Deltas) -> Counts:
+        """Counts of one model with these deltas."""
+        loaded = self.loaded
+
+        def counted(inputs: EvalInputs, deltas: Deltas) -> Counts:
+            return count_all(loaded.backbone, inputs, deltas, len(loaded.tasks), self.kind)
+
+        return jax.jit(counted)(self.spread(inputs), deltas)
 
     def expert_answers(self, split: Split) -> experts.LogProbabilities:
         """Class log-probabilities of every adapter alone on its own task's examples.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from enmp_jax.config.run_file import RunConfig
 from enmp_jax.config.schema import parse, to_dict
 from enmp_jax.errors import UserError
 from enmp_jax.io.checkpoints import fingerprint
-from enmp_jax.io.files import write_bytes
+from enmp_jax.io.files import read_json, write_bytes
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "evosax", "transformers", "orbax-checkpoint", "numpy")
 
@@ -70,7 +71,7 @@ class RunDirectory:
         if self.writes:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-            self.write_json("environment.json", environment())
+            self.write_json("environment.json", environment() | {"root": str(run.root)})
 
     def write(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
@@ -101,6 +102,21 @@ class RunDirectory:
             if (seed is not None and record["seed"] != seed) or record["generation"] < generations:
                 kept.append(line + "\n")
         write_bytes(path, "".join(kept).encode())
+
+
+def finished(path: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The run file and the scores of a finished search.
+
+    Raises:
+        UserError: something is missing or damaged.
+    """
+    for name in ("config.yaml", "environment.json", "mask.json", "scores.json"):
+        if not (path / name).exists():
+            raise UserError(f"{path} is no directory of a finished search: {name} is missing")
+    data = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    run = parse(RunConfig, data, str(path / "config.yaml"))
+    root = read_json(path / "environment.json").get("root", ".")
+    return dataclasses.replace(run, root=Path(root)), read_json(path / "scores.json")
 
 
 def environment() -> dict[str, Any]:

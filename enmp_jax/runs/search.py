@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from enmp_jax.runs.climb import climb
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import evolve, make_strategy
 from enmp_jax.runs.finalists import Finalist, Searched, rank, select, with_plain
+from enmp_jax.runs.refine import export_refined, merged_deltas, refine_winner, test_refined, with_refined
 from enmp_jax.search import controls
+from enmp_jax.training.refine import Refined
 
 
 def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
@@ -47,8 +49,13 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
     found = search(evaluator, directory, reporter, inputs, scoring, scale)
     winners = select(evaluator, with_plain(evaluator, found.finalists, scale))
     best = max(winners.values(), key=rank)
+    refined = None
+    if run.search.refine is not None:
+        refined = refine_winner(
+            evaluator, best, run.search.refine, directory.path / "checkpoints" / "refine", reporter
+        )
     spec = loaded.mask_spec
-    scores = test(evaluator, best, winners, scale) | found.cost | {
+    scores = test(evaluator, best, winners, scale, refined) | found.cost | {
         "fitness": run.search.fitness,
         "scale_grid": {f"{value:g}": _number(fitness) for value, fitness in grid.items()},
         "modules": spec.n_modules,
@@ -57,7 +64,7 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
     directory.write_json("mask.json", spec.to_json(best.keep, best.scale, run.merge.recipe()))
     directory.write_json("scores.json", scores)
     if directory.writes:
-        export(evaluator, best, scores, out, reporter)
+        export(evaluator, best, scores, out, reporter, refined)
         from enmp_jax.report.write import write_plots, write_report  # matplotlib is slow to import
 
         write_plots(out)
@@ -162,9 +169,13 @@ def _number(value: float | None) -> float | None:
 
 
 def test(
-    evaluator: Evaluator, best: Finalist, winners: Mapping[int, Finalist], scale: float
+    evaluator: Evaluator,
+    best: Finalist,
+    winners: Mapping[int, Finalist],
+    scale: float,
+    refined: Refined | None = None,
 ) -> dict[str, Any]:
-    """The one look at the test split: experts, base, plain merge and the winner of every seed."""
+    """The one look at the test split: experts, base, plain merge, the winner of every seed, its refinement."""
     loaded, scoring, spec = evaluator.loaded, evaluator.scoring("test"), evaluator.loaded.mask_spec
     plain = spec.all_kept()
     masks = np.stack([plain, ~plain, *(f.keep for f in winners.values())])  # nothing left is the base
@@ -173,7 +184,7 @@ def test(
     accuracy, normalised = np.asarray(scoring.accuracy(counts)), np.asarray(scoring.normalised(counts))
     gains = normalised[2:] - normalised[0]
     row = 2 + list(winners).index(best.seed)
-    return {
+    found = {
         "split": "test",
         "tasks": list(loaded.tasks),
         "reference": by_task(loaded.tasks, np.asarray(scoring.reference)),
@@ -195,12 +206,21 @@ def test(
         "scale": best.scale,
         "seed": best.seed,
     }  # fmt: skip
+    return found if refined is None else with_refined(found, test_refined(evaluator, refined))
 
 
 def export(
-    evaluator: Evaluator, best: Finalist, scores: Mapping[str, Any], out: Path, reporter: Reporter
+    evaluator: Evaluator,
+    best: Finalist,
+    scores: Mapping[str, Any],
+    out: Path,
+    reporter: Reporter,
+    refined: Refined | None = None,
 ) -> None:
-    """Write what there is to take away: the pruned adapters, and the merge of them as one adapter."""
+    """Write what there is to take away: the pruned adapters, the merge of them as one, and that refined.
+
+    What an interrupted export left whole is kept.
+    """
     merge = evaluator.loaded.run.merge
     recipe = Recipe(
         merge={**merge.recipe(), "scale": best.scale},
@@ -209,13 +229,17 @@ def export(
         scores=scores,
     )  # fmt: skip
     adapters = evaluator.loaded.adapters
-    deltas = jax.jit(evaluator.merge.merge)(evaluator.ingredients, jnp.asarray(best.keep), best.scale)
-    for name, write in {
-        "pruned adapters": lambda: export_adapters(out / "adapters", adapters, best.keep, recipe),
-        "merged adapter": lambda: export_peft(out / "merged", adapters, deltas, recipe),
-    }.items():
+    writers: dict[str, Callable[[Path], object]] = {
+        "adapters": lambda path: export_adapters(path, adapters, best.keep, recipe),
+        "merged": lambda path: export_peft(path, adapters, merged_deltas(evaluator, best), recipe),
+    }
+    if refined is not None:
+        writers["refined"] = lambda path: export_refined(evaluator, refined, recipe, path)
+    for name, write in writers.items():
+        if (out / name).exists():
+            continue  # written whole by the run that this one resumes
         try:
-            write()
+            write(out / name)
         except UserError as error:
             # The search is done and paid for: say what could not be written, lose nothing else.
             reporter.say(f"{name} not written: {error}")

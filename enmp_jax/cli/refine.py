@@ -1,0 +1,53 @@
+"""``enmp refine``: train one LoRA from the model that a finished search found."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from enmp_jax.config.run_file import RefineConfig
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train one LoRA for all tasks from the model that a search found, on its search split, stopped by its
+    selection split; writes refined/ (one PEFT adapter) into the run directory and adds to its scores.
+
+    With the experts' fitnesses it needs no labels.
+    """
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    rank: int | None = None
+    """Of the LoRA; default: the run file's ``search.refine``, else 8."""
+    steps: int | None = None
+    learning_rate: float | None = None
+    fitness: str | None = None
+    """What is maximised: expert_kl, expert_probability, expert_margin, probability, margin, ..."""
+
+
+def run(args: Args) -> None:
+    """Run ``enmp refine``."""
+    import jax
+
+    from enmp_jax.devices import distributed
+
+    distributed.initialize(distributed.find_job())
+    from enmp_jax.io.progress import make_reporter
+    from enmp_jax.report.terminal import print_scores
+    from enmp_jax.report.write import write_plots, write_report
+    from enmp_jax.runs.directory import finished
+    from enmp_jax.runs.refine import refine_run
+
+    config = finished(args.run_dir)[0].search.refine or RefineConfig()
+    names = ("rank", "steps", "learning_rate", "fitness")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    with make_reporter() as reporter:
+        scores = refine_run(args.run_dir, dataclasses.replace(config, **given), reporter)
+    if jax.process_index() == 0:
+        write_plots(args.run_dir)
+        write_report(args.run_dir)
+        print_scores(scores)
