@@ -1,15 +1,13 @@
 """Expert accuracies: measured once, remembered for exactly the same thing; dry runs; progress of reading."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 
 from enmp_jax.cli import main as cli
 from enmp_jax.errors import UserError
-from enmp_jax.evaluation import reference_cache
-from enmp_jax.evaluation.scoring import Counts
+from enmp_jax.evaluation import experts
 from enmp_jax.io import progress
 from enmp_jax.io.progress import SILENT, Reporter
 from enmp_jax.models import checkpoint
@@ -23,36 +21,40 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def measured():
+def computed(monkeypatch):
+    """How often the experts were really asked; answers that tell examples apart."""
     calls = []
 
-    def measure():
-        calls.append(1)
-        return Counts(np.arange(6.0), -np.arange(6.0))
+    def compute(loaded, split):
+        calls.append(split)
+        answers = [np.log(np.full((len(e.labels), 10), 0.1, np.float32)) for e in loaded.examples[split]]
+        answers[0][:, -1] = -np.inf
+        return answers
 
-    return calls, measure
+    monkeypatch.setattr(experts, "_compute", compute)
+    return calls
 
 
-def test_measured_once_and_the_same_when_read(cache, demo_loaded, measured):
-    calls, measure = measured
-    first = reference_cache.remembered(reference_cache.key(demo_loaded, "search"), 6, measure)
-    again = reference_cache.remembered(reference_cache.key(demo_loaded, "search"), 6, measure)
-    assert len(calls) == 1 and len(list(cache.iterdir())) == 1
-    for a, b in zip(first, again, strict=True):
+def test_computed_once_and_the_same_when_read(cache, demo_loaded, computed):
+    first = experts.log_probabilities(demo_loaded, "search")
+    again = experts.log_probabilities(demo_loaded, "search")
+    assert computed == ["search"] and len(list(cache.iterdir())) == 1
+    for a, b, e in zip(first, again, demo_loaded.examples["search"], strict=True):
         np.testing.assert_array_equal(a, b)
-    reference_cache.remembered(reference_cache.key(demo_loaded, "test"), 6, measure)
-    assert len(calls) == 2
+        assert len(a) == len(e.labels)
+    assert np.isneginf(again[0][:, -1]).all() and np.isfinite(again[1]).all()
+    experts.log_probabilities(demo_loaded, "test")
+    assert computed == ["search", "test"]
 
 
 def test_the_key_follows_every_ingredient(demo_loaded, monkeypatch):
-    """Adapters, heads, examples, labels, compute type and base each make another key."""
-    key = reference_cache.key(demo_loaded, "search")
-    assert reference_cache.key(dataclasses.replace(demo_loaded), "search") == key
+    """Adapters, heads, examples, compute type and code each make another key; labels and merge do not."""
+    key = experts.key(demo_loaded, "search")
+    assert experts.key(dataclasses.replace(demo_loaded), "search") == key
     heads = demo_loaded.heads
     pairs = dict(demo_loaded.stack.pairs)
     name = next(iter(pairs))
     pairs[name] = dataclasses.replace(pairs[name], b=pairs[name].b * 1.0001)
-    few = [e._replace(labels=e.labels[::-1]) for e in demo_loaded.examples["search"]]
     turned = [e._replace(inputs={"image": 255 - e.inputs["image"]}) for e in demo_loaded.examples["search"]]
     stack = dataclasses.replace(demo_loaded.stack, pairs=pairs)
     base = dataclasses.replace(demo_loaded.run.base, dtype="bfloat16")
@@ -60,20 +62,22 @@ def test_the_key_follows_every_ingredient(demo_loaded, monkeypatch):
         {"adapters": dataclasses.replace(demo_loaded.adapters, stack=stack)},
         {"heads": dataclasses.replace(heads, bias=heads.bias + 1)},
         {"heads": dataclasses.replace(heads, normalise=True)},
-        {"examples": {**demo_loaded.examples, "search": few}},
         {"examples": {**demo_loaded.examples, "search": turned}},
         {"run": dataclasses.replace(demo_loaded.run, base=base)},
     ]
-    keys = [reference_cache.key(dataclasses.replace(demo_loaded, **change), "search") for change in changed]
+    keys = [experts.key(dataclasses.replace(demo_loaded, **change), "search") for change in changed]
     assert len({key, *keys}) == len(changed) + 1
     # other code may score differently
-    monkeypatch.setattr(reference_cache, "code_digest", lambda: "other")
-    assert reference_cache.key(demo_loaded, "search") != key
+    monkeypatch.setattr(experts, "code_digest", lambda: "other")
+    assert experts.key(demo_loaded, "search") != key
     monkeypatch.undo()
     # what the adapters alone do not depend on
+    other = [e._replace(labels=e.labels[::-1]) for e in demo_loaded.examples["search"]]
+    relabelled = dataclasses.replace(demo_loaded, examples={**demo_loaded.examples, "search": other})
+    assert experts.key(relabelled, "search") == key
     merge = dataclasses.replace(demo_loaded.run.merge, method="sum", density=None)
     other = dataclasses.replace(demo_loaded.run, merge=merge)
-    assert reference_cache.key(dataclasses.replace(demo_loaded, run=other), "search") == key
+    assert experts.key(dataclasses.replace(demo_loaded, run=other), "search") == key
 
 
 def test_the_base_counts_by_its_files(tmp_path, demo_loaded):
@@ -87,14 +91,13 @@ def test_the_base_counts_by_its_files(tmp_path, demo_loaded):
     assert checkpoint.base_identity(str(path)) != before
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"correct": [1], "log_likelihood": [2]}', "[1]"])
-def test_damaged_files_are_measured_again(cache, demo_loaded, measured, content):
-    calls, measure = measured
-    cache.mkdir(parents=True)
-    path = cache / f"{reference_cache.key(demo_loaded, 'search')}.json"
-    path.write_text(content)
-    reference_cache.remembered(reference_cache.key(demo_loaded, "search"), 6, measure)
-    assert len(calls) == 1 and json.loads(path.read_text())["correct"] == list(range(6))
+@pytest.mark.parametrize("content", [b"", b"{}", b"damaged"])
+def test_damaged_files_are_computed_again(cache, demo_loaded, computed, content):
+    experts.log_probabilities(demo_loaded, "search")
+    (path,) = cache.iterdir()
+    path.write_bytes(content)
+    experts.log_probabilities(demo_loaded, "search")
+    assert computed == ["search", "search"] and len(path.read_bytes()) > 1000
 
 
 def test_dry_run_says_what_would_run_and_writes_nothing(demo_run, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from enmp_jax.evaluation.evaluator import Evaluator
-from enmp_jax.runs.searcher import MemberScores, make_score
+from enmp_jax.runs.evolve import MemberScores, make_score
 from enmp_jax.search import device_memo, loop, strategies
 
 

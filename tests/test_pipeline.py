@@ -13,14 +13,16 @@ from enmp_jax.config import run_file
 from enmp_jax.config.schema import parse
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.fitness import FITNESS
 from enmp_jax.evaluation.scoring import Counts, Scoring
+from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.io.progress import SILENT
 from enmp_jax.runs import mask_file
-from enmp_jax.runs.directory import Checkpoints, RunDirectory
+from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evaluate import evaluate_run
-from enmp_jax.runs.search import Finalist, choose_scale, finalists, search_run, select
-from enmp_jax.runs.searcher import Searcher
-from enmp_jax.search.memo import Memo
+from enmp_jax.runs.evolve import evolve
+from enmp_jax.runs.finalists import Finalist, select, with_plain
+from enmp_jax.runs.search import choose_scale, search_run
 
 
 @pytest.fixture(scope="module")
@@ -146,34 +148,57 @@ def test_an_occupied_directory_is_refused_and_left_alone(demo_run, tmp_path):
         search_run(demo_run, tmp_path, SILENT, resume=True)
 
 
-def test_searches_with_several_seeds_compile_the_evaluation_once(
-    demo_evaluator, demo_run, tmp_path, compilations
-):
-    directory = RunDirectory(tmp_path / "run")
-    searcher = Searcher(demo_evaluator, directory, SILENT)
-    directory.start(demo_run)
-    inputs, scoring = demo_evaluator.inputs("search"), demo_evaluator.scoring("search")
-    for seed in range(3):
-        searcher.search(inputs, scoring, 0.5, seed)
+def test_several_seeds_are_one_search_with_one_compilation(demo_run, demo_loaded, tmp_path, compilations):
+    """Each seed finds what it finds alone, in one compiled loop."""
+    search = dataclasses.replace(demo_run.search, strategy="bit_flip", seeds=3)
+    evaluator = Evaluator(dataclasses.replace(demo_loaded, run=dataclasses.replace(demo_run, search=search)))
+    inputs, scoring = evaluator.inputs("search"), evaluator.scoring("search")
+
+    def searched(name, run):
+        directory = RunDirectory(tmp_path / name)
+        directory.start(run)
+        found = Evaluator(dataclasses.replace(demo_loaded, run=run))
+        result = evolve(found, directory, SILENT, inputs, scoring, 0.5)
+        return result, history(tmp_path / name)
+
+    together, lines = searched("three", evaluator.loaded.run)
     assert compilations("advance") == 1
+    alone = dataclasses.replace(demo_run, search=dataclasses.replace(search, seed=1, seeds=1))
+    _, own = searched("one", alone)
+    assert [line for line in lines if line["seed"] == 1] == own
+    assert {f.seed for f in together.finalists} == {0, 1, 2}
+    # a mask that two seeds propose is run once, and counted for both
+    assert together.cost["masks_run"] <= together.cost["distinct_masks"]
 
 
-def test_scores_of_other_data_are_not_remembered(demo_evaluator, demo_run, tmp_path):
-    """The same search twice runs no mask again; against other expert accuracies, all of them."""
-    run = dataclasses.replace(demo_run, search=dataclasses.replace(demo_run.search, seeds=2))
-    searcher = Searcher(
-        Evaluator(dataclasses.replace(demo_evaluator.loaded, run=run)), RunDirectory(tmp_path / "0"), SILENT
-    )
-    inputs, scoring = demo_evaluator.inputs("search"), demo_evaluator.scoring("search")
-    other = scoring._replace(reference=scoring.reference * 2)
-    ran = []
-    for i, given in enumerate((scoring, scoring, other)):
-        searcher.directory = RunDirectory(tmp_path / str(i))
-        searcher.directory.start(run)
-        before = searcher.masks_run
-        searcher.search(inputs, given, 0.5, 0)
-        ran.append(searcher.masks_run - before)
-    assert ran[0] > 0 and ran == [ran[0], 0, ran[0]]
+def test_a_budget_is_never_exceeded_and_patience_stops(demo_run, demo_loaded, tmp_path):
+    examples = int(demo_loaded.sizes("search").sum())
+
+    def searched(name, **settings):
+        search = dataclasses.replace(demo_run.search, generations=9, **settings)
+        run = dataclasses.replace(demo_run, search=search)
+        directory = RunDirectory(tmp_path / name)
+        directory.start(run)
+        evaluator = Evaluator(dataclasses.replace(demo_loaded, run=run))
+        found = evolve(
+            evaluator, directory, SILENT, evaluator.inputs("search"), evaluator.scoring("search"), 0.5
+        )
+        return found.cost, history(tmp_path / name)
+
+    budget = 11 * examples  # two generations of four, and three masks that are too few for a third
+    cost, lines = searched("budget", strategy="random", sigma0=2.0, budget=budget)
+    assert cost["example_evaluations"] == cost["distinct_masks"] * examples <= budget
+    assert len(lines) == 2 and lines[-1]["example_evaluations"] == cost["example_evaluations"]
+    # masks that prune nothing never get better
+    _, lines = searched("patience", strategy="random", x0=-1e3, patience=2)
+    assert len(lines) == 3
+
+
+def test_budgets_below_one_evaluation_are_refused(demo_run, tmp_path):
+    search = dataclasses.replace(demo_run.search, budget=10)
+    with pytest.raises(UserError, match="one dispatch of masks costs 240"):
+        search_run(dataclasses.replace(demo_run, search=search), tmp_path / "run", SILENT)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_scale_is_the_best_of_the_grid_on_the_search_split(demo_evaluator):
@@ -184,13 +209,11 @@ def test_the_scale_is_the_best_of_the_grid_on_the_search_split(demo_evaluator):
 
 def test_the_plain_merge_is_a_candidate_and_wins_over_worse_masks(demo_evaluator):
     """Pruning everything of one task must not be chosen when it scores worse on the selection split."""
-    memo = Memo()
     bad = demo_evaluator.loaded.mask_spec.all_kept()
     bad[:, 0] = False
     bad[:, 4] = False
-    memo.add(bad[None], np.asarray([1e9], np.float32))
-    candidates = finalists(demo_evaluator, memo, 0, 0.6)
-    assert [f.keep.all() for f in candidates] == [False, True]
+    candidates = with_plain(demo_evaluator, [Finalist(0, bad, 0.6, 1e9)], 0.6)
+    assert [f.plain for f in candidates] == [False, True]
     winner = select(demo_evaluator, candidates)[0]
     assert winner.selection == max(f.selection for f in candidates)
     assert candidates[0].search == 1e9 and winner.selection < 1e9
@@ -209,9 +232,12 @@ def test_a_searched_scale_is_reported_and_used(demo_run, tmp_path):
 
 def with_fitness(monkeypatch, evaluator, values):
     """The evaluator's scores replaced: one fitness for each mask asked about."""
-    counts = Counts(np.zeros((len(values), 6)), np.repeat(np.asarray(values, np.float32)[:, None], 6, 1))
+    value = np.repeat(np.asarray(values, np.float32)[:, None], 6, 1)
+    counts = Counts(np.zeros((len(values), 6)), np.zeros((len(values), 6)), value)
+    one = np.ones(6, np.float32)
+    monkeypatch.setattr(evaluator, "kind", FITNESS["probability"])
     monkeypatch.setattr(evaluator, "score", lambda *given: counts)
-    monkeypatch.setattr(evaluator, "scoring", lambda split: Scoring(np.ones(6), np.ones(6)))
+    monkeypatch.setattr(evaluator, "scoring", lambda split: Scoring(one, one, one, one))
 
 
 def test_a_scale_that_breaks_the_model_is_not_chosen(monkeypatch, demo_evaluator):
@@ -241,7 +267,7 @@ def test_pruning_must_win_its_place(monkeypatch, demo_evaluator, pruned, plain, 
 def test_checkpoints_are_saved_whenever_their_interval_was_crossed(demo_run, tmp_path, monkeypatch):
     """Two generations a dispatch and one checkpoint every three: after 4 and 6, not only at the end."""
     saved = []
-    monkeypatch.setattr(Checkpoints, "save", lambda self, generation, tree: saved.append(generation))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, tree, meta: saved.append(step))
     search = dataclasses.replace(
         demo_run.search, generations=7, generations_per_dispatch=2, checkpoint_every=3
     )

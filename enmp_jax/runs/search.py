@@ -175,7 +175,7 @@ def test(
     scale: float,
     refined: Refined | None = None,
 ) -> dict[str, Any]:
-    """The one look at the test split: experts, base, plain merge, the winner of every seed, its refinement."""
+    """The one look at the test split: experts, base, plain merge, the seeds' winners, the refined one."""
     loaded, scoring, spec = evaluator.loaded, evaluator.scoring("test"), evaluator.loaded.mask_spec
     plain = spec.all_kept()
     masks = np.stack([plain, ~plain, *(f.keep for f in winners.values())])  # nothing left is the base
