@@ -1,14 +1,15 @@
-"""Keep masks: which modules are merged. Genomes to masks, masks to names and back.
+"""Keep masks: which modules are merged, and with what weight. Genomes to masks, masks to names and back.
 
 A module is (layer, task), all projections of one task in one layer as in the paper, or, with
-granularity ``projection``, (layer, projection, task). ``keep`` is True where a module is merged.
+granularity ``projection``, (layer, projection, task). ``keep`` is True where a module is merged; of floats,
+it is the weight that multiplies the module: 1 merged as it is, 0 pruned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,9 +22,12 @@ from enmp_jax.lora import LoraStack
 
 Granularity = Literal["layer", "projection"]
 Module = tuple[int, str] | tuple[int, str, str]  # (layer, task) or (layer, projection, task)
+Keep = Bool[np.ndarray, "*module"] | Float[np.ndarray, "*module"]
 
 MAX_SCALE = 3.0
 """Largest merge coefficient that a scale gene can express."""
+MAX_WEIGHT = 100.0
+"""Weights above it are taken for mistakes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,17 +141,22 @@ class MaskSpec:
         pruned = ~np.asarray(keep).reshape(-1)[list(self.slots)]
         return np.where(pruned, self.threshold + 1.0, self.threshold - 1.0).astype(np.float32)
 
-    def n_pruned(self, keep: Bool[np.ndarray, "*module"]) -> int:
+    def n_pruned(self, keep: Keep) -> int:
         """Number of existing modules that a mask prunes."""
         return int(np.sum(~np.asarray(keep, bool) & self.present()))
 
-    def pruned_modules(self, keep: Bool[np.ndarray, "*module"]) -> list[Module]:
+    def pruned_modules(self, keep: Keep) -> list[Module]:
         """The pruned modules by name, in mask order: (layer, task) or (layer, projection, task)."""
-        found: list[Module] = []
-        for layer, *middle, task in np.argwhere(~np.asarray(keep, bool) & self.present()):
-            names = [self.projections[j] for j in middle]
-            found.append((int(layer), *names, self.tasks[task]))
-        return found
+        return [self._name(index) for index in _where(~np.asarray(keep, bool) & self.present())]
+
+    def weighted_modules(self, keep: Float[np.ndarray, "*module"]) -> list[tuple[Any, ...]]:
+        """The modules whose weight is not 1, pruned ones among them: (..., weight), in mask order."""
+        weights = np.asarray(keep, np.float32)
+        # by way of the shortest text that names the same float32: 0.3, not 0.30000001192092896
+        return [
+            (*self._name(index), float(str(weights[index])))
+            for index in _where((weights != 1) & self.present())
+        ]
 
     def keep_from_pruned(self, pruned: Iterable[Sequence[Any]]) -> Bool[np.ndarray, "*module"]:
         """The mask that prunes the named modules; inverse of ``pruned_modules``.
@@ -155,15 +164,54 @@ class MaskSpec:
         A projection may be given by the end of its name (``q_proj``) where that is unique.
 
         Raises:
-            UserError: unknown task or projection, layer out of range, module that does not exist.
+            UserError: unknown task or projection, layer out of range, module that does not exist or is
+                given twice.
         """
-        keep, present = self.all_kept(), self.present()
-        for module in pruned:
-            index = self._index(module)
-            if not present[index]:
-                raise UserError(f"{_show(module)} cannot be pruned: that adapter has no LoRA there")
+        keep = self.all_kept()
+        for _, index in self._indices(pruned, "pruned"):
             keep[index] = False
         return keep
+
+    def keep_from_weights(
+        self, weights: Iterable[Sequence[Any]], pruned: Iterable[Sequence[Any]] = ()
+    ) -> Float[np.ndarray, "*module"]:
+        """The weights that ``weighted_modules`` lists, 1 elsewhere; ``pruned`` modules have weight 0.
+
+        Raises:
+            UserError: what ``keep_from_pruned`` says, a weight that is no number in 0..``MAX_WEIGHT``, or
+                one that is not 0 for a pruned module.
+        """
+        entries = [tuple(entry) for entry in weights]
+        left_out = ~self.keep_from_pruned(pruned)
+        keep = np.where(left_out, 0, 1).astype(np.float32)
+        found = self._indices([entry[:-1] for entry in entries], "weighted")
+        for (module, index), (*_, weight) in zip(found, entries, strict=True):
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise UserError(f"{_show(module)}: the weight must be a number, not {weight!r}")
+            if not 0 <= weight <= MAX_WEIGHT:
+                raise UserError(f"{_show(module)}: the weight is {weight}: it must lie in 0..{MAX_WEIGHT:g}")
+            if weight and left_out[index]:
+                raise UserError(f"{_show(module)} is pruned and has the weight {weight}: take one out")
+            keep[index] = weight
+        return keep
+
+    def _name(self, index: tuple[int, ...]) -> Module:
+        task = self.tasks[index[-1]]
+        return (index[0], task) if len(index) == 2 else (index[0], self.projections[index[1]], task)
+
+    def _indices(
+        self, modules: Iterable[Sequence[Any]], what: str
+    ) -> list[tuple[Sequence[Any], tuple[int, ...]]]:
+        """Each module with its place in a mask."""
+        present, found = self.present(), {}
+        for module in modules:
+            index = self._index(module)
+            if not present[index]:
+                raise UserError(f"{_show(module)} cannot be {what}: that adapter has no LoRA there")
+            if index in found:
+                raise UserError(f"{_show(module)} is {what} twice")
+            found[index] = module
+        return [(module, index) for index, module in found.items()]
 
     def _index(self, module: Sequence[Any]) -> tuple[int, ...]:
         words = ["layer", "projection", "task"] if self.granularity == "projection" else ["layer", "task"]
@@ -186,8 +234,22 @@ class MaskSpec:
             raise UserError(f"{_show(module)}: unknown task {task!r}; {hint}")
         return (*index, self.tasks.index(task))
 
-    def to_json(self, keep: Bool[np.ndarray, "*module"], scale: float | None) -> dict[str, Any]:
-        """The content of ``mask.json``: modules by name, never by flat index."""
+    def to_json(
+        self,
+        keep: Keep,
+        scale: float | None,
+        merge: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The content of ``mask.json``: modules by name, never by flat index.
+
+        Args:
+            keep: a mask, or weights, which add the key ``weights``.
+            scale: the merge coefficient, if it is known.
+            merge: what the mask was found for, as ``merges.make`` takes it: ``method``, ``space``,
+                ``isotropize`` and hyperparameters. A ``scale`` in it and what is None are left out.
+        """
+        keep = np.asarray(keep)
+        keep = keep if keep.dtype == bool else keep.astype(np.float32)
         finer = {"projections": list(self.projections)} if self.granularity == "projection" else {}
         return {
             "granularity": self.granularity,
@@ -196,6 +258,8 @@ class MaskSpec:
             "tasks": list(self.tasks),
             "layers": self.n_layers,
             **finer,
+            **({} if keep.dtype == bool else {"weights": [list(x) for x in self.weighted_modules(keep)]}),
+            **({} if merge is None else {"merge": _given(merge)}),
         }
 
 
@@ -208,6 +272,14 @@ def encode_scale(scale: float) -> float:
     """The gene of a merge coefficient (clipped a little inside 0..3, where genes are finite)."""
     share = min(max(float(scale) / MAX_SCALE, 1e-3), 1 - 1e-3)
     return math.log(share / (1 - share))
+
+
+def _where(chosen: Bool[np.ndarray, "*module"]) -> list[tuple[int, ...]]:
+    return [tuple(index) for index in np.argwhere(chosen).tolist()]
+
+
+def _given(merge: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in merge.items() if key != "scale" and value is not None}
 
 
 def _show(module: Sequence[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Deltas -> LoRA factors of one rank, exact or truncated with the error known."""
+"""Deltas -> LoRA factors of one rank: exact, or truncated as far as an error bears."""
 
 from __future__ import annotations
 
@@ -33,31 +33,36 @@ class LoraFactors(NamedTuple):
 
 
 def lora_factors(
-    deltas: Deltas, names: Mapping[str, str], rank: int | None, default_rank: int
+    deltas: Deltas, names: Mapping[str, str], rank: int | None = None, tolerance: float | None = None
 ) -> LoraFactors:
     """Write every delta that is not zero as ``B A``.
 
-    Low-rank deltas of rank at most ``rank`` are exact. Others, and dense ones, are truncated
-    (Eckart-Young: the best approximation of that rank).
+    Low-rank deltas of rank at most ``rank`` are exact. Dense ones get the smallest rank, the same for all,
+    that meets the tolerance. What is cut off is the least possible (Eckart-Young).
 
     Args:
         deltas: templates -> delta with a leading layer axis.
         names: template -> template to write.
-        rank: largest rank; None: low-rank deltas exactly, dense ones at ``default_rank``.
-        default_rank: see ``rank``.
+        rank: largest rank, whatever the error; None: as high as need be.
+        tolerance: error that dense deltas may have, as ``LoraFactors.error`` counts it; None: as little
+            as ``rank`` allows.
 
     Raises:
-        UserError: NaN or Inf in a delta, or a rank below 1.
+        UserError: NaN or Inf in a delta, a rank below 1, or a tolerance that is negative or not finite.
     """
     if rank is not None and rank < 1:
         raise UserError(f"rank {rank}: it must be at least 1")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UserError(f"tolerance {tolerance}: it must be a number from 0, such as 0.01 for 1 %")
     modules: Modules = {}
     lost = whole = 0.0
-    for template, delta in jax.device_get(deltas).items():
-        layers = (delta.left if isinstance(delta, LowRank) else delta.weight).shape[0]
-        for layer in range(layers):
+    host: Deltas = jax.device_get(deltas)
+    dense_rank = _rank_within(host, tolerance, rank) if tolerance else rank
+    for template, delta in host.items():
+        limit = rank if isinstance(delta, LowRank) else dense_rank
+        for layer in range(_n_layers(delta)):
             path = names[template].replace("{}", str(layer))
-            a, b, missing, norm = _layer_factors(one_layer(delta, layer), rank, default_rank)
+            a, b, missing, norm = _layer_factors(one_layer(delta, layer), limit)
             if not math.isfinite(norm):
                 raise UserError(f"the merged delta of {path} has NaN or Inf in it")
             lost, whole = lost + missing**2, whole + norm**2
@@ -65,6 +70,32 @@ def lora_factors(
                 modules[path] = a, b
     largest = max((a.shape[0] for a, _ in modules.values()), default=0)
     return LoraFactors(modules, largest, math.sqrt(lost / whole) if whole else 0.0)
+
+
+def _n_layers(delta: Delta) -> int:
+    return (delta.left if isinstance(delta, LowRank) else delta.weight).shape[0]
+
+
+def _rank_within(deltas: Deltas, tolerance: float, limit: int | None) -> int | None:
+    """The smallest rank at which all dense deltas together meet the tolerance, at most ``limit``."""
+    energies = []
+    for delta in deltas.values():
+        for layer in range(_n_layers(delta)) if not isinstance(delta, LowRank) else ():
+            (weight,) = one_layer(delta, layer)
+            if not np.isfinite(weight).all():
+                return limit  # to be refused by name
+            wide = (weight if weight.shape[0] <= weight.shape[1] else weight.T).astype(np.float64)
+            # squared singular values, smallest first: a tenth of the time of the singular values themselves
+            energies.append(np.maximum(np.linalg.eigvalsh(wide @ wide.T), 0.0))
+    if not energies:
+        return limit
+    largest = max(map(len, energies))
+    # lost[r]: what truncating everything to rank r loses
+    lost = np.zeros(largest + 1)
+    for energy in energies:
+        lost[: len(energy)] += np.cumsum(energy)[::-1]
+    smallest = max(int(np.argmax(lost <= tolerance**2 * lost[0])), 1)
+    return smallest if limit is None else min(smallest, limit)
 
 
 def one_layer(delta: Delta, layer: int) -> tuple[np.ndarray, ...]:
@@ -92,7 +123,7 @@ def squared_norm(left: Float[np.ndarray, "m k"], right: Float[np.ndarray, "k n"]
 
 
 def _layer_factors(
-    delta: tuple[np.ndarray, ...], rank: int | None, default_rank: int
+    delta: tuple[np.ndarray, ...], rank: int | None
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
     """(A, B, norm of what is lost, norm of the whole)."""
     if len(delta) == 1:
@@ -100,7 +131,7 @@ def _layer_factors(
         norm = float(np.linalg.norm(weight.astype(np.float64)))
         if not norm or not math.isfinite(norm):
             return weight[:0], weight[:, :0], 0.0, norm
-        u, s, vt = _top(weight, rank or default_rank)
+        u, s, vt = _top(weight, rank or min(weight.shape))
         a, b = _balance(u, s, vt)
         missing = float(np.linalg.norm(weight - b @ a)) if len(s) < min(weight.shape) else 0.0
         return a, b, missing, norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,10 +10,11 @@ import yaml
 
 from enmp_jax.adapters.peft_import import LoadedAdapters
 from enmp_jax.adapters.recipe import Recipe, adapter_name, command, public_name, versions
+from enmp_jax.errors import one_line
 from enmp_jax.io.hub import hub_id
 
 Kind = Literal["adapters", "peft", "checkpoint"]
-_MAX_ROWS = 400  # dropped modules listed one by one
+_MAX_ROWS = 400  # modules listed one by one
 
 
 def model_card(
@@ -37,13 +39,15 @@ def model_card(
         options: as for ``recipe.config_yaml``.
     """
     dropped = [module for module in recipe.pruned if task is None or module[-1] == task]
-    subject = f"LoRA adapter: {task}" if task else "LoRA adapters"
+    weighted = [entry for entry in recipe.between if task is None or entry[-2] == task]
+    subject = f"LoRA adapter: {_escaped(task)}" if task else "LoRA adapters"
+    kind_of_mask = "Weighted " if weighted else "Pruned " if dropped else ""
     title = {
-        "adapters": f"Pruned {subject}" if dropped else subject,
+        "adapters": f"{kind_of_mask}{subject}",
         "peft": "Merged LoRA adapter",
         "checkpoint": "Merged model",
     }[kind]
-    lines = [f"# {title}", "", _what(kind, loaded, base, bool(dropped)), ""]
+    lines = [f"# {title}", "", _what(kind, loaded, base, bool(dropped), bool(weighted)), ""]
     for note in notes:
         lines += [note, ""]
     lines += ["## Adapters", "", "| task | adapter | rank | modules |", "|---|---|---|---|"]
@@ -52,9 +56,12 @@ def model_card(
             ranks = sorted({a.shape[0] for a, _ in adapter.modules.values()})
             text = ", ".join(map(str, ranks))
             lines.append(
-                f"| {_cell(name)} | {_cell(adapter_name(adapter))} | {text} | {len(adapter.modules)} |"
+                f"| {_escaped(name)} | {_escaped(adapter_name(adapter))} | {text} | {len(adapter.modules)} |"
             )
-    lines += ["", *_scores(recipe), *_dropped(dropped)]
+    lines += ["", *_scores(recipe), *_modules("Dropped modules", dropped)]
+    if weighted:
+        shown = [(*module, f"weight {weight:.6g}") for *module, weight in weighted]
+        lines += _modules("Weights of other modules", shown)
     merge = ", ".join(f"{key} {value}" for key, value in recipe.merge.items() if value is not None)
     lines += ["## How it was made", ""]
     if merge and kind != "adapters":
@@ -62,7 +69,9 @@ def model_card(
     if recipe.seed is not None:
         lines += [f"Seed of the search: {recipe.seed}.", ""]
     lines += [", ".join(f"{name} {version}" for name, version in versions().items()) + ".", ""]
-    lines += ["```", command(kind, loaded, recipe, **options), "```", ""]
+    words = command(kind, loaded, recipe, **options)
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", words)), 0)
+    lines += [fence, words, fence, ""]
     return f"---\n{_metadata(kind, base)}---\n\n" + "\n".join(lines)
 
 
@@ -78,16 +87,17 @@ def _metadata(kind: Kind, base: str | None) -> str:
     return yaml.safe_dump(data, sort_keys=False)
 
 
-def _what(kind: Kind, loaded: LoadedAdapters, base: str | None, pruned: bool) -> str:
-    of = f" of {public_name(base)}" if base else ""
+def _what(kind: Kind, loaded: LoadedAdapters, base: str | None, pruned: bool, weighted: bool) -> str:
+    of = f" of {_escaped(public_name(base))}" if base else ""
     if kind == "adapters":
         what = "with their negative modules removed" if pruned else "with nothing pruned"
+        what = "with a weight on every module" if weighted else what
         return (
             f"LoRA adapters{of} {what} (ENMP, arXiv 2604.17753), made to be merged. "
             "The scaling is in the weights: lora_alpha equals r."
         )
     whole = "One model" if kind == "checkpoint" else "One LoRA adapter"
-    return f"{whole}{of} for {len(loaded.adapters)} tasks: {', '.join(loaded.adapters)}."
+    return f"{whole}{of} for {len(loaded.adapters)} tasks: {', '.join(map(_escaped, loaded.adapters))}."
 
 
 def _scores(recipe: Recipe) -> list[str]:
@@ -95,34 +105,38 @@ def _scores(recipe: Recipe) -> list[str]:
     if not scores:
         return []
     columns = [c for c in ("reference", "merged", "enmp") if isinstance(scores.get(c), Mapping)]
-    if not recipe.pruned and "enmp" in columns and scores["enmp"] == scores.get("merged"):
+    if not (recipe.pruned or recipe.weights) and "enmp" in columns and scores["enmp"] == scores.get("merged"):
         columns.remove("enmp")  # the plain merge again
     tasks = list(dict.fromkeys(task for c in columns for task in scores[c]))
     titles = {
         "reference": "own adapter",
         "merged": "merged, nothing pruned",
-        "enmp": "merged, pruned" if recipe.pruned else "merged, as searched",
+        "enmp": "merged, weighted"
+        if recipe.weights
+        else "merged, pruned"
+        if recipe.pruned
+        else "merged, as searched",
     }
     lines = [f"## Accuracy ({scores.get('split', 'test')} split)", ""]
     lines += [f"| task | {' | '.join(titles[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for task in tasks:
         values = [scores[c].get(task) for c in columns]
         cells = ["" if value is None else f"{value:.4f}" for value in values]
-        lines.append(f"| {_cell(task)} | {' | '.join(cells)} |")
+        lines.append(f"| {_escaped(task)} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def _dropped(dropped: Sequence[Sequence[Any]]) -> list[str]:
-    if not dropped:
-        return ["## Dropped modules", "", "None.", ""]
-    lines = ["## Dropped modules", ""]
-    for module in dropped[:_MAX_ROWS]:
-        layer, *projection, name = module
-        lines.append(f"- layer {layer}, {', '.join([*projection, name])}")
-    if len(dropped) > _MAX_ROWS:
-        lines.append(f"- and {len(dropped) - _MAX_ROWS} more")
-    return [*lines, ""]
+def _modules(title: str, modules: Sequence[Sequence[Any]]) -> list[str]:
+    """A list of modules, and of their weights where they come last."""
+    lines = [f"## {title}", ""]
+    for layer, *words in modules[:_MAX_ROWS]:
+        lines.append(f"- layer {layer}, {', '.join(_escaped(word) for word in words)}")
+    if len(modules) > _MAX_ROWS:
+        lines.append(f"- and {len(modules) - _MAX_ROWS} more")
+    return [*lines, *([] if modules else ["None."]), ""]
 
 
-def _cell(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+def _escaped(text: object) -> str:
+    """A name as Markdown shows it: on one line, no markup. Underscores within words are no markup anyway."""
+    shown = re.sub(r"([\\`*\[\]<>|~#&])", r"\\\1", one_line(text))
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", shown)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
 
 from enmp_jax.adapters.lora_factors import lora_factors
 from enmp_jax.adapters.model_card import Kind, model_card
@@ -24,39 +23,55 @@ from enmp_jax.adapters.peft_files import (
     write_adapter_files,
 )
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters
-from enmp_jax.adapters.recipe import Recipe, config_yaml
+from enmp_jax.adapters.recipe import Recipe, config_yaml, mask_text
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import new_directory, write_tensors, write_text
+from enmp_jax.masks import Keep
 
-__all__ = ["export_adapters", "export_peft", "save_adapter", "write_heads"]
+__all__ = ["PeftExport", "export_adapters", "export_peft", "save_adapter", "write_heads"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``--max-lora-rank`` can be; an adapter may have any rank up to it."""
+TOLERANCE = 0.01
+"""Relative error that a merged adapter may have unless told otherwise."""
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT makes modules_to_save of their heads
 
 
-def export_adapters(
-    out: str | Path, loaded: LoadedAdapters, keep: Bool[np.ndarray, "*module"], recipe: Recipe
-) -> list[str]:
+class PeftExport(NamedTuple):
+    """What ``export_peft`` wrote.
+
+    Attributes:
+        rank: of the adapter.
+        error: Frobenius norm of what truncation lost over that of the merged deltas, 0 when exact.
+        line: both in words, to print.
+    """
+
+    rank: int
+    error: float
+    line: str
+
+
+def export_adapters(out: str | Path, loaded: LoadedAdapters, keep: Keep, recipe: Recipe) -> list[str]:
     """Write one pruned PEFT adapter per task: ``out/TASK``.
 
-    Factors keep their type where the scaling can be folded in exactly (powers of two), else they
+    Factors keep their type where scaling and weight can be folded in exactly (powers of two), else they
     are written in float32. A task with nothing left gets one module of zeros, so that PEFT loads it.
 
     Args:
         out: a new or empty directory.
         loaded: the adapters.
-        keep: [layer, task] or [layer, projection, task] in the stack's order.
+        keep: [layer, task] or [layer, projection, task] in the stack's order; of floats, weights.
         recipe: for the cards and ``enmp_config.yaml``.
 
     Returns:
         One line per adapter, to print.
 
     Raises:
-        UserError: the directory is in use or cannot be written; a task's name is no file name.
+        UserError: the directory is in use or cannot be written; a task's name is no file name; a weight
+            that makes B overflow.
     """
-    lines = []
+    lines, notes = [], _weight_notes(recipe)
     with new_directory(out) as directory:
         for i, (task, adapter) in enumerate(loaded.adapters.items()):
             kept = _kept(adapter, loaded, task, keep[..., i])
@@ -67,37 +82,48 @@ def export_adapters(
             folder = directory / _file_name(task)
             folder.mkdir()
             write_adapter_files(folder, kept, config, adapter.heads)
-            card = model_card("adapters", loaded, recipe, adapter.base_model, task=task)
+            card = model_card("adapters", loaded, recipe, adapter.base_model, task=task, notes=notes)
             write_text(folder / "README.md", card)
             lines.append(f"{task}: {len(kept)} of {len(adapter.modules)} modules, rank {rank}")
-        write_texts(directory, "adapters", loaded, recipe)
+        write_texts(directory, "adapters", loaded, recipe, notes=notes)
     return lines
 
 
 def export_peft(
-    out: str | Path, loaded: LoadedAdapters, deltas: Deltas, recipe: Recipe, rank: int | None = None
-) -> str:
+    out: str | Path,
+    loaded: LoadedAdapters,
+    deltas: Deltas,
+    recipe: Recipe,
+    rank: int | None = None,
+    tolerance: float | None = TOLERANCE,
+    *,
+    strict: bool = False,
+) -> PeftExport:
     """Write the merged deltas as one PEFT adapter, and the tasks' heads in ``heads/TASK.safetensors``.
 
-    Low-rank deltas are exact at their rank unless ``rank`` is smaller; dense ones are truncated by
-    SVD, to the sum of the adapters' ranks if ``rank`` is not given.
+    Low-rank deltas are exact at their rank unless ``rank`` is smaller; dense ones are truncated by SVD to
+    the smallest rank that meets the tolerance.
 
     Args:
         out: a new or empty directory.
         loaded: the adapters.
         deltas: merged deltas, scale included, with a leading layer axis.
         recipe: for the card and ``enmp_config.yaml``.
-        rank: largest rank.
-
-    Returns:
-        A line with the rank and the error of truncation, to print.
+        rank: largest rank, whatever the error.
+        tolerance: error (see ``PeftExport``) that dense deltas may have; None: as little as ``rank`` allows.
+        strict: refuse to write what misses the tolerance.
 
     Raises:
-        UserError: nothing is left to write, NaN or Inf in a delta, or the directory cannot be written.
+        UserError: nothing is left to write, NaN or Inf in a delta, the directory cannot be written, or,
+            if ``strict``, ``rank`` is too small for the tolerance.
     """
     check_spelling(loaded)
-    total = sum(max(a.shape[0] for a, _ in x.modules.values()) for x in loaded.adapters.values())
-    found = lora_factors(deltas, loaded.names, rank, total)
+    found = lora_factors(deltas, loaded.names, rank, tolerance)
+    if strict and tolerance is not None and found.error > tolerance:
+        raise UserError(
+            f"at rank {found.rank} the adapter misses the merged deltas by {found.error:.2e} (relative): the "
+            f"tolerance is {tolerance:g}; raise the rank or leave it out"
+        )
     error = f"relative error {found.error:.2e}" if found.error else "exact"
     fits = next((r for r in VLLM_RANKS if r >= found.rank), None)
     serve = f"vLLM: --max-lora-rank {fits}" if fits else "more than vLLM serves (512): use --rank"
@@ -113,8 +139,10 @@ def export_peft(
             config["task_type"] = kinds.pop()
         write_adapter_files(directory, found.modules, config)
         write_heads(directory, loaded)
-        write_texts(directory, "peft", loaded, recipe, notes=notes, rank=rank)
-    return f"{len(found.modules)} modules, rank {found.rank}, {error} ({serve})"
+        options = {"rank": rank, "tolerance": None if tolerance == TOLERANCE else tolerance or 0.0}
+        write_texts(directory, "peft", loaded, recipe, notes=notes, **options)
+    line = f"{len(found.modules)} modules, rank {found.rank}, {error} ({serve})"
+    return PeftExport(found.rank, found.error, line)
 
 
 def write_heads(directory: Path, loaded: LoadedAdapters) -> None:
@@ -150,13 +178,30 @@ def check_spelling(loaded: LoadedAdapters) -> None:
         )
 
 
-def _kept(adapter: Adapter, loaded: LoadedAdapters, task: str, keep: Bool[np.ndarray, "*module"]) -> Modules:
+def _weight_notes(recipe: Recipe) -> tuple[str, ...]:
+    if not recipe.between:
+        return ()
+    method = recipe.merge.get("method")
+    here = f" The model that was scored was merged by {method}." if method else ""
+    return (
+        "B of every module is multiplied by its weight. Only a plain sum (task arithmetic) of these adapters "
+        "is the sum under the weights; other methods also look at the size of what they merge, and give "
+        f"another model than a merge under the weights of mask.json.{here}",
+    )
+
+
+def _kept(adapter: Adapter, loaded: LoadedAdapters, task: str, keep: Keep) -> Modules:
     order = {name: j for j, name in enumerate(loaded.stack.projections)}
     kept: Modules = {}
     for path, (a, b) in adapter.modules.items():
         template, layer = loaded.templates[task][path]
-        if keep[layer] if keep.ndim == 1 else keep[layer, order[template]]:
-            kept[path] = _same_type(a, b)
+        weight = np.float32(keep[layer] if keep.ndim == 1 else keep[layer, order[template]])
+        if weight:
+            with np.errstate(over="ignore"):
+                weighted = b if weight == 1 else b * weight
+            if not np.isfinite(weighted).all():
+                raise UserError(f"{path}: B times its weight {weight:g} overflows float32")
+            kept[path] = _same_type(a, weighted)
     if not kept:
         path, (a, b) = next(iter(adapter.modules.items()))
         kept[path] = a[:1], np.zeros_like(b[:, :1])
@@ -190,10 +235,15 @@ def write_texts(
     notes: Sequence[str] = (),
     **options: Any,
 ) -> None:
-    """Write the model card and ``enmp_config.yaml``; arguments as in ``model_card``."""
+    """Write the model card, ``enmp_config.yaml`` and, where there are weights, ``mask.json``.
+
+    Arguments as in ``model_card``.
+    """
     base = loaded.base_model
     write_text(directory / "README.md", model_card(kind, loaded, recipe, base, notes=notes, **options))
     write_text(directory / "enmp_config.yaml", config_yaml(kind, loaded, recipe, base, **options))
+    if recipe.weights:
+        write_text(directory / "mask.json", mask_text(loaded, recipe))
 
 
 def _file_name(task: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ import yaml
 from enmp_jax.adapters.peft_files import WEIGHTS
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters
 from enmp_jax.io.hub import hub_id
+from enmp_jax.masks import MaskSpec
 from enmp_jax.version import __version__
 
 
@@ -28,12 +31,20 @@ class Recipe:
         pruned: modules left out, by name: (layer, task) or (layer, projection, task).
         seed: of the search; None when there was none.
         scores: as ``scores.json`` of a run, if the merge was evaluated.
+        weights: modules whose weight is not 1, pruned ones among them, as ``MaskSpec.weighted_modules``
+            lists them: (layer, task, weight) or (layer, projection, task, weight).
     """
 
     merge: Mapping[str, Any] = field(default_factory=dict)
     pruned: Sequence[Sequence[Any]] = ()
     seed: int | None = None
     scores: Mapping[str, Any] | None = None
+    weights: Sequence[Sequence[Any]] = ()
+
+    @property
+    def between(self) -> list[Sequence[Any]]:
+        """Those of ``weights`` that are not pruned."""
+        return [entry for entry in self.weights if entry[-1]]
 
 
 def config_yaml(kind: str, loaded: LoadedAdapters, recipe: Recipe, base: str | None, **options: Any) -> str:
@@ -58,19 +69,21 @@ def config_yaml(kind: str, loaded: LoadedAdapters, recipe: Recipe, base: str | N
         ],
         "merge": plain(recipe.merge),
         "pruned": plain(recipe.pruned),
+        **({"weights": plain(recipe.weights)} if recipe.weights else {}),
         "options": {key: value for key, value in options.items() if value is not None},
         "seed": recipe.seed,
         "scores": plain(recipe.scores),
         "versions": versions(),
     }
     line = command(kind, loaded, recipe, **options)
-    return f"# Written by enmp-jax {__version__}. To repeat it:\n#   {line}\n" + yaml.safe_dump(
+    comment = textwrap.indent(line, "#   ", lambda _: True)
+    return f"# Written by enmp-jax {__version__}. To repeat it:\n{comment}\n" + yaml.safe_dump(
         data, sort_keys=False, allow_unicode=True
     )
 
 
 def command(kind: str, loaded: LoadedAdapters, recipe: Recipe, **options: Any) -> str:
-    """The ``enmp merge`` command line that makes the same files."""
+    """The ``enmp merge`` command line that makes the same files; weights are in ``mask.json``."""
     words = ["enmp", "merge"]
     for task, adapter in loaded.adapters.items():
         words += ["--adapter", f"{task}={adapter_name(adapter)}"]
@@ -82,9 +95,24 @@ def command(kind: str, loaded: LoadedAdapters, recipe: Recipe, **options: Any) -
             words += [flag, *map(str, value)]
         elif value is not None and value is not False:
             words += [flag, str(value)]
-    for module in recipe.pruned:
-        words += ["--prune", ":".join(map(str, module))]
+    if recipe.weights:
+        words += ["--mask", "mask.json"]
+    else:
+        for module in recipe.pruned:
+            words += ["--prune", ":".join(map(str, module))]
     return shlex.join([*words, "--format", kind, "--out", "DIR"])
+
+
+def mask_text(loaded: LoadedAdapters, recipe: Recipe) -> str:
+    """``mask.json`` of a recipe, which ``enmp merge --mask`` takes."""
+    finer = any(len(module) == 3 for module in (*recipe.pruned, *(entry[:-1] for entry in recipe.weights)))
+    spec = MaskSpec.of(loaded.stack, "projection" if finer else "layer")
+    if recipe.weights:
+        keep = spec.keep_from_weights(recipe.weights, recipe.pruned)
+    else:
+        keep = spec.keep_from_pruned(recipe.pruned)
+    data = spec.to_json(keep, recipe.merge.get("scale"), plain(recipe.merge))
+    return json.dumps(data, indent=1) + "\n"
 
 
 def adapter_name(adapter: Adapter) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -12,26 +12,25 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 from enmp_jax import masks, merges
 from enmp_jax.adapters.delta_export import write_delta
 from enmp_jax.adapters.hf_export import export_checkpoint
-from enmp_jax.adapters.peft_export import export_adapters, export_peft
+from enmp_jax.adapters.peft_export import TOLERANCE, export_adapters, export_peft
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
-from enmp_jax.adapters.recipe import Recipe, config_yaml
+from enmp_jax.adapters.recipe import Recipe, config_yaml, mask_text
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import check_unused, new_directory, write_text
-from enmp_jax.masks import Module
+from enmp_jax.masks import Keep, Module
 from enmp_jax.merges.hyperparameters import Hyperparameter, hyperparameters
 from enmp_jax.runs import mask_file
 
 
 @dataclass(frozen=True)
 class Options:
-    """Merge PEFT LoRA adapters, all modules or under a mask. Needs no base model and no data
+    """Merge PEFT LoRA adapters, all modules or under a mask or weights. Needs no base model and no data
     (but for --format checkpoint)."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK=DIR")]
@@ -39,10 +38,16 @@ class Options:
     out: Path
     """Directory to make."""
     format: Literal["delta", "peft", "adapters", "checkpoint"] = "delta"
-    """``delta``: delta.safetensors; ``peft``: one merged adapter; ``adapters``: the pruned adapters;
-    ``checkpoint``: the base model with everything merged in."""
-    method: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(merges.METHODS)}.")] = "ties"
-    space: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(merges.SPACES)}.")] = "full"
+    """``delta``: delta.safetensors, exact; ``peft``: one merged adapter, exact where the merged deltas are of
+    low rank, else (ties, dare, dare_ties and breadcrumbs in full space: dense) within --tolerance;
+    ``adapters``: the pruned or weighted adapters, to be merged by others; ``checkpoint``: the base model with
+    everything merged in, exact but for the rounding of its type."""
+    method: Annotated[
+        str | None, tyro.conf.arg(help=f"One of {', '.join(merges.METHODS)}; default: the mask's, else ties.")
+    ] = None
+    space: Annotated[
+        str | None, tyro.conf.arg(help=f"One of {', '.join(merges.SPACES)}; default: the mask's, else full.")
+    ] = None
     scale: float | None = None
     """Merge coefficient; default: the mask's, else 1."""
     isotropize: bool = False
@@ -56,11 +61,16 @@ class Options:
     ] = ()
     """A module to leave out (``0:dtd`` or ``0:q_proj:dtd``); may be given many times."""
     mask: Path | None = None
-    """A mask.json of a search."""
+    """A mask.json of a search: modules, weights, scale and, unless told otherwise, the merge that it was
+    found for. Another --method starts from its own defaults."""
     base_model: str | None = None
     """Directory or hub id, for --format checkpoint."""
     rank: int | None = None
-    """peft: largest rank."""
+    """peft: largest rank, whatever the error."""
+    tolerance: float = TOLERANCE
+    """peft: relative error (Frobenius norm) that dense deltas may have; the rank is the smallest for it."""
+    strict: bool = False
+    """peft: refuse to write an adapter that misses the tolerance, instead of a warning."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """checkpoint: type of the weights; default: the base's."""
     allow_base_mismatch: bool = False
@@ -98,10 +108,9 @@ class Merged(NamedTuple):
     """What the writers of formats get."""
 
     loaded: LoadedAdapters
-    keep: np.ndarray
+    keep: Keep
     deltas: Callable[[], Deltas]  # merging is left to the formats that need it
     recipe: Recipe
-    mask: Mapping[str, Any]  # content of mask.json
 
 
 def run(args: Options) -> None:
@@ -113,25 +122,50 @@ def run(args: Options) -> None:
     if args.format == "checkpoint" and args.base_model is None:
         raise UserError("--format checkpoint needs --base-model DIR")
     check_unused(args.out)
-    names = ("seed", "task_weights", *_hyperparameters())
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    # bad methods and values are found before anything is read
-    method = merges.make(args.method, args.space, args.isotropize, **given)
+    if args.mask is None:
+        merges.make(**_merge(args, None))  # bad methods and values are found before anything is read
     loaded = load_adapters(adapter_sources(args.adapter), allow_base_mismatch=args.allow_base_mismatch)
-    spec, keep, scale = _mask(args, loaded)
-    options = {"isotropize": True} if args.isotropize else {}
+    spec, keep, scale, found_for = _mask(args, loaded)
+    chosen = _merge(args, found_for)
+    method = merges.make(**chosen)
+    if found_for is not None and chosen != _defaults(found_for):
+        print(
+            f"enmp merge: note: the mask was found for {_in_words(_defaults(found_for))}; "
+            f"merging with {_in_words(chosen)}",
+            file=sys.stderr,
+        )
     recipe = Recipe(
-        {"method": args.method, "space": args.space, "scale": scale, **options, **given},
+        {"method": chosen["method"], "space": chosen["space"], "scale": scale, **chosen},
         spec.pruned_modules(keep),
+        weights=() if keep.dtype == bool else spec.weighted_modules(keep),
     )
 
     def deltas() -> Deltas:
         return jax.jit(method.merge)(method.prepare(loaded.stack), jnp.asarray(keep), scale)
 
-    merged = Merged(loaded, keep, deltas, recipe, spec.to_json(keep, scale))
-    for line in FORMATS[args.format](args, merged):
+    for line in FORMATS[args.format](args, Merged(loaded, keep, deltas, recipe)):
         print(line)
     print(f"wrote {args.out}")
+
+
+def _merge(args: Options, found_for: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What ``merges.make`` takes: the merge that the mask was found for, changed as the command line says."""
+    names = ("method", "space", "seed", "task_weights", *_hyperparameters())
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given |= {"isotropize": True} if args.isotropize else {}
+    if found_for and given.get("method", found_for["method"]).replace("-", "_") == found_for["method"]:
+        given = {**found_for, **given}  # those of another method mean nothing
+    return _defaults(given)
+
+
+def _defaults(merge: Mapping[str, Any]) -> dict[str, Any]:
+    """The merge with its method and space in any case, and only what is switched on."""
+    return {"method": "ties", "space": "full"} | {k: v for k, v in merge.items() if v is not False}
+
+
+def _in_words(merge: Mapping[str, Any]) -> str:
+    others = [key if value is True else f"{key} {value}" for key, value in merge.items()]
+    return f"{merge['method']} in {merge['space']} space" + "".join(f", {text}" for text in others[2:])
 
 
 def adapter_sources(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -164,32 +198,44 @@ def parse_prune(text: str) -> Module:
     return (layer, parts[1]) if len(parts) == 2 else (layer, parts[1], parts[2])
 
 
-def _mask(args: Options, loaded: LoadedAdapters) -> tuple[masks.MaskSpec, np.ndarray, float]:
+def _mask(
+    args: Options, loaded: LoadedAdapters
+) -> tuple[masks.MaskSpec, Keep, float, Mapping[str, Any] | None]:
+    """Modules, mask or weights, merge coefficient, and the merge that the mask was found for."""
     if args.mask is not None:
         if args.prune:
             raise UserError("give --prune or --mask, not both")
         saved = mask_file.load(args.mask, loaded.stack)
         scale = args.scale if args.scale is not None else saved.scale
-        return saved.spec, saved.keep, 1.0 if scale is None else scale
+        return saved.spec, saved.keep, 1.0 if scale is None else scale, saved.merge
     modules = [parse_prune(text) for text in args.prune]
     finer = any(len(module) == 3 for module in modules)
     if finer and not all(len(module) == 3 for module in modules):
         raise UserError("--prune: give LAYER:TASK everywhere or LAYER:PROJECTION:TASK everywhere")
     spec = masks.MaskSpec.of(loaded.stack, "projection" if finer else "layer", max_pruned=1.0)
-    return spec, spec.keep_from_pruned(modules), 1.0 if args.scale is None else args.scale
+    return spec, spec.keep_from_pruned(modules), 1.0 if args.scale is None else args.scale, None
 
 
 def _delta(args: Options, merged: Merged) -> list[str]:
     with new_directory(args.out) as directory:
         count = write_delta(directory / "delta.safetensors", merged.deltas(), merged.loaded.names)
-        _write_mask(directory, merged)
+        write_text(directory / "mask.json", mask_text(merged.loaded, merged.recipe))
         recipe = config_yaml("delta", merged.loaded, merged.recipe, merged.loaded.base_model)
         write_text(directory / "enmp_config.yaml", recipe)
     return [f"{count} matrices in delta.safetensors"]
 
 
 def _peft(args: Options, merged: Merged) -> list[str]:
-    return [export_peft(args.out, merged.loaded, merged.deltas(), merged.recipe, args.rank)]
+    found = export_peft(
+        args.out, merged.loaded, merged.deltas(), merged.recipe, args.rank, args.tolerance, strict=args.strict
+    )
+    if found.error > args.tolerance:
+        print(
+            f"enmp merge: warning: the relative error {found.error:.2e} is above the tolerance "
+            f"{args.tolerance:g}: raise --rank or leave it out",
+            file=sys.stderr,
+        )
+    return [found.line]
 
 
 def _adapters(args: Options, merged: Merged) -> list[str]:
@@ -202,10 +248,6 @@ def _checkpoint(args: Options, merged: Merged) -> list[str]:
         args.out, merged.loaded, merged.deltas(), args.base_model, merged.recipe, dtype=args.dtype
     )
     return [line]
-
-
-def _write_mask(directory: Path, merged: Merged) -> None:
-    write_text(directory / "mask.json", json.dumps(merged.mask, indent=1) + "\n")
 
 
 FORMATS: dict[str, Callable[[Options, Merged], list[str]]] = {

@@ -8,19 +8,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
 
-from enmp_jax.errors import UserError
+from enmp_jax import merges
+from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.lora import LoraStack
-from enmp_jax.masks import MaskSpec
+from enmp_jax.masks import Keep, MaskSpec
 
 
 class SavedMask(NamedTuple):
-    """What ``mask.json`` says, on the modules of a stack."""
+    """What ``mask.json`` says, on the modules of a stack.
+
+    Attributes:
+        spec: the modules.
+        keep: bool, or float where the file has weights.
+        scale: the merge coefficient, if the file has one.
+        merge: what the mask was found for, as ``merges.make`` takes it, if the file says.
+    """
 
     spec: MaskSpec
-    keep: Bool[np.ndarray, "*module"]
+    keep: Keep
     scale: float | None
+    merge: dict[str, Any] | None = None
 
 
 def from_json(data: Any, stack: LoraStack) -> SavedMask:
@@ -29,7 +37,8 @@ def from_json(data: Any, stack: LoraStack) -> SavedMask:
     The tasks may come in another order: modules go by name.
 
     Raises:
-        UserError: not a mask, other tasks, another number of layers, or a module that the stack lacks.
+        UserError: not a mask, other tasks, another number of layers, a module that the stack lacks, or a
+            weight, scale or merge method that cannot be.
     """
     if not isinstance(data, Mapping):
         raise UserError("mask: expected a mapping with the keys granularity, pruned, tasks and layers")
@@ -38,11 +47,13 @@ def from_json(data: Any, stack: LoraStack) -> SavedMask:
             raise UserError(f"mask: the key {key!r} is missing; is this a mask.json?")
     if data["granularity"] not in ("layer", "projection"):
         raise UserError(f"mask: granularity {data['granularity']!r} is neither 'layer' nor 'projection'")
-    for key in ("pruned", "tasks"):
-        if not isinstance(data[key], list):
+    weights = data.get("weights")
+    for key, value in (("pruned", data["pruned"]), ("tasks", data["tasks"]), ("weights", weights)):
+        if not isinstance(value, list) and (key != "weights" or value is not None):
             raise UserError(f"mask: {key} must be a list")
-    if any(not isinstance(module, list) for module in data["pruned"]):
-        raise UserError("mask: every entry of pruned must be a list like [layer, task]")
+    for key, form, entries in (("pruned", "", data["pruned"]), ("weights", ", weight", weights or ())):
+        if not all(isinstance(entry, list) and entry for entry in entries):
+            raise UserError(f"mask: every entry of {key} must be a list like [layer, task{form}]")
     if sorted(map(str, data["tasks"])) != sorted(stack.tasks):
         raise UserError(
             f"the mask is for the tasks {', '.join(map(str, data['tasks']))}, "
@@ -51,11 +62,16 @@ def from_json(data: Any, stack: LoraStack) -> SavedMask:
     if data["layers"] != stack.n_layers:
         raise UserError(f"the mask is for {data['layers']} layers, but the adapters have {stack.n_layers}")
     scale = data.get("scale")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale is not None and not (number and abs(scale) < float(np.finfo(np.float32).max)):
         raise UserError(f"mask: scale must be a number or null, not {scale!r}")
     spec = MaskSpec.of(stack, data["granularity"], max_pruned=1.0)
-    keep = spec.keep_from_pruned(data["pruned"])
-    return SavedMask(spec, keep, None if scale is None else float(scale))
+    if weights is None:
+        keep = spec.keep_from_pruned(data["pruned"])
+    else:
+        keep = spec.keep_from_weights(weights, data["pruned"])
+    merge = _merge(data.get("merge"), data["tasks"], stack)
+    return SavedMask(spec, keep, None if scale is None else float(scale), merge)
 
 
 def load(path: str | Path, stack: LoraStack) -> SavedMask:
@@ -67,10 +83,34 @@ def load(path: str | Path, stack: LoraStack) -> SavedMask:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read mask {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"cannot read mask {path}: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
     try:
         return from_json(data, stack)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _merge(data: Any, tasks: list[str], stack: LoraStack) -> dict[str, Any] | None:
+    """The merge section, checked; factors of tasks in the stack's order."""
+    if data is None:
+        return None
+    if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
+        raise UserError("mask: merge must be a mapping with the key method")
+    merge = {key: value for key, value in data.items() if value is not None}
+    merge["method"] = merge["method"].replace("-", "_")
+    space, isotropize = merge.get("space", "full"), merge.get("isotropize", False)
+    if not isinstance(space, str) or not isinstance(isotropize, bool):
+        raise UserError("mask: merge.space must be a name and merge.isotropize true or false")
+    factors = merge.get("task_weights")
+    if factors is not None:
+        if not isinstance(factors, list) or len(factors) != len(tasks):
+            raise UserError("mask: merge.task_weights must be a list of one number for each task")
+        by_task = dict(zip(tasks, factors, strict=True))
+        merge["task_weights"] = tuple(by_task[task] for task in stack.tasks)
+    try:
+        merges.make(**merge)
+    except UserError as error:
+        raise UserError(f"mask: merge: {error}") from None
+    return merge
