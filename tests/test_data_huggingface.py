@@ -96,6 +96,17 @@ def test_images(root):
     assert made.class_names() == ()
 
 
+@pytest.mark.parametrize(
+    ("features", "label"), [({}, "label"), ({"label": Value("string")}, None)], ids=["none", "ignored"]
+)
+def test_without_labels(root, features, label):
+    columns = {"text": list("abc")} | {name: list("xyz") for name in features}
+    made, _ = source(root, {"text": Value("string")} | features, columns, label=label)
+    raw = made.read("train", [1, 2])
+    assert not made.labelled() and made.class_names() == ()
+    assert list(raw.values) == [("b",), ("c",)] and raw.labels.tolist() == [-1, -1]
+
+
 def test_several_labels_of_one_example(root):
     features = {"text": Value("string"), "label": ClassLabel(["yes", "no"])}
     made, _ = source(root, features, {"text": ["a"], "label": [[0, 1]]})

@@ -1,5 +1,6 @@
 """File sources, label maps, bad input and the cache."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -108,6 +109,75 @@ def test_unlabelled_examples_are_left_out(root):
     assert examples.notes == ("2 examples have no label (-1) and were left out",)
 
 
+def save_folder(path):
+    for i, name in enumerate("abc"):
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images()[i]).save(path / f"{name}.png")
+
+
+UNLABELLED = {
+    "npz, no array": DataConfig("npz:bare.npz", test="all"),
+    "npz, all -1": DataConfig("npz:none.npz", test="all", labels=(0, 1)),
+    "npz, ignored": DataConfig("npz:a.npz", test="all", label=None),
+    "npz, texts": DataConfig("npz:texts.npz", test="all"),
+    "npz, texts, ignored": DataConfig("npz:texts-named.npz", test="all", label=None),
+    "jsonl, no key": DataConfig("jsonl:bare.jsonl", test="all"),
+    "jsonl, null": DataConfig("jsonl:null.jsonl", test="all"),
+    "jsonl, ignored": DataConfig("jsonl:named.jsonl", test="all", label=None),
+    "folder, flat": DataConfig("folder:flat", test="all"),
+    "folder, ignored": DataConfig("folder:deep", test="all", label=None),
+}
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("case", UNLABELLED)
+def test_a_split_without_any_label_is_loaded(root, case, limit):
+    save_npz(root, 3)
+    np.savez(root / "bare.npz", image=images(3))
+    np.savez(root / "none.npz", image=images(3), label=np.full(3, -1))
+    np.savez(root / "texts.npz", text=np.asarray(list("xyz")))
+    np.savez(root / "texts-named.npz", text=np.asarray(list("xyz")), label=np.asarray(list("no!")))
+    for name, more in {"bare": {}, "null": {"label": None}, "named": {"label": "no"}}.items():
+        lines = [json.dumps({"text": text} | more) for text in "xyz"]
+        (root / f"{name}.jsonl").write_text("\n".join(lines))
+    save_folder(root / "flat")
+    save_folder(root / "deep" / "x")
+    examples = load_examples(UNLABELLED[case], "test", root, limit=limit)
+    assert examples.labels.tolist() == [-1] * (limit or 3) and examples.labels.dtype == np.int32
+    assert not examples.labelled and examples.notes == ("no example has a label",)
+    assert all(len(value) == len(examples.labels) for value in examples.inputs.values())
+    if limit is None:
+        content = next(iter(examples.inputs.values()))
+        expected = images(3)[..., None] if content.dtype == np.uint8 else [["x"], ["y"], ["z"]]
+        assert sorted(map(str, content.tolist())) == sorted(map(str, np.asarray(expected).tolist()))
+    with pytest.raises(UserError, match="no example has a label, and training needs them"):
+        config = dataclasses.replace(UNLABELLED[case], train="all")  # the same rows, from the cache or not
+        load_examples(config, "train", root, limit=limit)
+
+
+def test_ignored_labels_have_a_cache_entry_of_their_own(root):
+    config = save_npz(root, 6)
+    ignored = dataclasses.replace(config, label=None)
+    for _ in range(2):
+        assert load_examples(config, "test", root).labels.tolist() == [0, 1, 2, 0, 1, 2]
+        assert load_examples(ignored, "test", root).labels.tolist() == [-1] * 6
+    assert len(list(root.glob("cache/examples/*"))) == 2
+
+
+def test_lines_without_a_label_beside_others_are_left_out(root):
+    (root / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "label": 1}')
+    examples = load_examples(DataConfig("jsonl:a.jsonl", test="all"), "test", root)
+    assert examples.labels.tolist() == [1] and examples.labelled
+    assert examples.notes == ("1 examples have no label (-1) and were left out",)
+
+
+def test_a_pretext_needs_no_labels(root):
+    np.savez(root / "bare.npz", image=images(3))
+    config = DataConfig("npz:bare.npz", train="all", pretext="ink:0,0")
+    examples = load_examples(config, "train", root)
+    assert examples.labelled and set(examples.labels.tolist()) <= {0, 1, 2, 3} and not examples.notes
+
+
 def test_limit_is_a_fixed_choice_that_grows(root):
     config = save_npz(root, 300, label=np.arange(300) // 100)
     few, more = (load_examples(config, "test", root, limit=n) for n in (20, 60))
@@ -137,7 +207,7 @@ BAD = {
     "kind": (DataConfig("zip:a", test="all"), "write KIND:NAME with KIND one of npz, folder"),
     "no split": (DataConfig("npz:a.npz"), "names no test split; add `test:`"),
     "gone": (DataConfig("npz:b.npz", test="all"), "does not exist"),
-    "label key": (DataConfig("npz:a.npz", test="all", label="y"), "no array 'y'; the file has image, label"),
+    "label key": (DataConfig("npz:a.npz", test="all", label="y"), "no label key 'y'; it has image, label"),
     "image key": (DataConfig("npz:a.npz", test="all", image="x"), "no array 'x'; the file has image, label"),
     "map": (
         DataConfig("npz:a.npz", test="all", labels=(0, 1)),
@@ -161,9 +231,9 @@ BAD = {
     ),
     "json": (DataConfig("jsonl:bad.jsonl", test="all"), "bad.jsonl:2: not valid JSON"),
     "json label": (DataConfig("jsonl:t.jsonl", test="all", label="y"), "t.jsonl:1: no label key 'y'"),
-    "null label": (
-        DataConfig("jsonl:null.jsonl", test="all"),
-        "no examples are left .1 examples have no label",
+    "nothing to train on": (
+        DataConfig("jsonl:null.jsonl", test="all", train="all"),
+        "null.jsonl all: no example has a label, and training needs them",
     ),
     "no npz": (DataConfig("npz:t.jsonl", test="all"), "not a readable npz file"),
     "no images": (DataConfig("folder:empty", test="all"), "found no images"),
@@ -179,7 +249,7 @@ def test_bad_input_is_one_clear_line(root, case):
     (root / "empty").mkdir()
     config, message = BAD[case]
     with pytest.raises(UserError, match=message) as error:
-        load_examples(config, "test", root)
+        load_examples(config, "train" if config.train else "test", root)
     assert "\n" not in str(error.value)
     assert not list(root.glob("cache/examples/*"))
 
@@ -188,11 +258,11 @@ def test_bad_input_is_one_clear_line(root, case):
     ("arrays", "message"),
     [
         ({"image": images().astype(np.float32) / 255}, r"float32 \[30, 6, 4\]; expected uint8"),
-        ({"label": np.asarray(["a", "b"] * 14 + ["c"])}, "30 rows of 'image' but 29 labels"),
+        ({"label": np.asarray(["a", "b"] * 14 + ["c"])}, "30 rows of 'image' but 29 of 'label'"),
         ({"label": np.linspace(0, 2, 30)}, "neither a whole number nor a class name"),
-        ({"label": np.arange(29)}, "30 rows of 'image' but 29 labels"),
+        ({"label": np.arange(29)}, "30 rows of 'image' but 29 of 'label'"),
+        ({"label": None, "split": np.asarray(["a"] * 29)}, "29 rows of 'split' but 30 of 'image'"),
         ({"image": np.asarray([object()] * 30)}, "not a readable npz file of plain arrays"),
-        ({"label": np.full(30, -1)}, "no examples are left .30 examples have no label"),
         ({"label": np.full(30, -2)}, "label -2 of a.npz.0. is out of range"),
     ],
 )

@@ -33,6 +33,9 @@ def label(classes):
     }
 
 
+CLASSES = label(3)
+
+
 def prepare(directory, splits, features, names=()):
     """Write a TFDS directory: split -> list of examples (bytes, str or int)."""
     directory.mkdir(parents=True)
@@ -122,6 +125,15 @@ def test_text_pairs_of_a_configuration(root):
     assert examples.inputs["text"].tolist() == [[f"s é {i}", f"q {i}"] for i in (0, 2, 4)]
     assert examples.labels.tolist() == [0, 0, 0]
     assert examples.notes == ("3 examples have no label (-1) and were left out",)
+
+
+@pytest.mark.parametrize("label", ["label", None])
+def test_without_labels(root, label):
+    questions = [{"question": f"q {i}"} | ({} if label else {"label": i}) for i in range(3)]
+    features = {"question": TEXT} | ({} if label else {"label": CLASSES})
+    prepare(root / "tfds" / "bare" / "1.0.0", {"test": questions}, features)
+    examples = load_examples(config("bare", test="test", label=label), "test", root, limit=2)
+    assert examples.labels.tolist() == [-1, -1] and examples.class_names == ()
 
 
 @pytest.mark.parametrize(

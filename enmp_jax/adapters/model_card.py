@@ -117,7 +117,8 @@ def _scores(recipe: Recipe) -> list[str]:
         if recipe.pruned
         else "merged, as searched",
     }
-    lines = [f"## Accuracy ({scores.get('split', 'test')} split)", ""]
+    what = "Agreement with the own adapter" if scores.get("agreement") else "Accuracy"
+    lines = [f"## {what} ({scores.get('split', 'test')} split)", ""]
     lines += [f"| task | {' | '.join(titles[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for task in tasks:
         values = [scores[c].get(task) for c in columns]

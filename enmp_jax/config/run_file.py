@@ -67,7 +67,9 @@ class DataConfig:
     """Key of the image; default: found from the data."""
     text: tuple[str, ...] = ()
     """Keys of the text and, for pairs, the second text."""
-    label: str = "label"
+    label: str | None = "label"
+    """Key of the label. Data without one are unlabelled, unless another key than the default is named;
+    null: ignore the labels that there are. Scores on unlabelled splits are agreement with the experts."""
     pretext: str | None = None
     """Compute the label from the image: ``rotation`` or ``ink:ROW,COLUMN`` (``data.pretexts``)."""
     transforms: tuple[str, ...] = ()

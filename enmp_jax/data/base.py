@@ -29,7 +29,7 @@ class Raw(NamedTuple):
     Attributes:
         modality: what ``values`` are.
         values: images as uint8 ``[h, w, c]``, encoded bytes or a file path; texts as tuples of str.
-        labels: int64 ``[n]``; -1 means that the source gives no label.
+        labels: int64 ``[n]``; -1 where the source gives no label.
         names: what to call each example in messages.
     """
 
@@ -52,6 +52,10 @@ class Source(Protocol):
 
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, or empty when the source has none."""
+        ...
+
+    def labelled(self) -> bool:
+        """False: the data have no labels, or the run file says to ignore them; all are -1."""
         ...
 
     def read(self, split: str, rows: Sequence[int]) -> Raw:
@@ -83,7 +87,7 @@ class Examples(NamedTuple):
         inputs: name -> array ``[n, ...]``: ``image`` uint8 ``[n, h, w, c]``, or ``input_ids``,
             ``attention_mask`` (and ``token_type_ids``) int32 ``[n, length]``, right-padded. Without a
             preprocess, texts are ``text``, an object array ``[n, parts]`` of str.
-        labels: int32 ``[n]``, after the label map.
+        labels: int32 ``[n]``, after the label map; all -1 where no example has a label.
         class_names: names of the classes the labels count, or empty.
         keys: ``S32 [n]``, hash of each example's content before transforms.
         source: identity of the source.
@@ -98,6 +102,11 @@ class Examples(NamedTuple):
     source: str = ""
     spans: tuple[Span, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels: of every example or of none."""
+        return bool((self.labels != -1).all())
 
     def take(self, rows: np.ndarray) -> Examples:
         """The examples at the given rows (indices or booleans)."""

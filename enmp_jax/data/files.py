@@ -13,10 +13,10 @@ import numpy as np
 
 from enmp_jax.config.run_file import DataConfig
 from enmp_jax.data.base import Raw, file_identity
+from enmp_jax.data.labels import label_key, number_labels
 from enmp_jax.errors import UserError, one_line
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-_MAX_LABEL = 2**31 - 1  # labels become int32
 TEXT_PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"))
 """Looked for when a run file names no text keys."""
 
@@ -59,34 +59,9 @@ def text_keys(config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def number_labels(values: Sequence[Any], config: DataConfig) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels as int64 numbers, and the class names when the labels are names.
-
-    Names are numbered in the order of ``config.class_names`` if it has them all, else sorted. None
-    becomes -1: no label.
-
-    Raises:
-        UserError: labels that are neither integers nor names.
-    """
-    given = [v for v in values if v is not None]
-    if all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in given):
-        large = next((v for v in given if not -_MAX_LABEL <= v <= _MAX_LABEL), None)
-        if large is not None:
-            raise UserError(f"{config.source}: the label {large} is too large to number a class")
-        return np.asarray([-1 if v is None else v for v in values], np.int64), ()
-    for v in given:
-        if not isinstance(v, str):
-            shown = one_line(repr(v), 80)
-            raise UserError(f"{config.source}: the label {shown} is neither a whole number nor a class name")
-    found = sorted(set(given))
-    names = config.class_names if set(found) <= set(config.class_names) else tuple(found)
-    number = {None: -1} | {name: i for i, name in enumerate(names)}
-    return np.asarray([number[v] for v in values], np.int64), names
-
-
 class NpzSource:
     """Arrays of an ``.npz`` file: ``image`` uint8 [n, h, w] or [n, h, w, c] (or str arrays, the text keys),
-    ``label`` [n] (numbers or names), and optionally ``split`` [n] (names; default: one split ``all``) and
+    and optionally ``label`` [n] (numbers or names), ``split`` [n] (names; default: one split ``all``) and
     ``class_names``.
     """  # fmt: skip
 
@@ -107,17 +82,16 @@ class NpzSource:
             raise UserError(
                 f"{self._config.source}: not a readable npz file of plain arrays ({one_line(error)})"
             ) from None
-        label = self._config.label
-        if label not in arrays:
-            raise UserError(f"{self._config.source}: no array {label!r}; the file has {', '.join(arrays)}")
-        if arrays[label].ndim != 1:
+        label, keys = label_key(self._config, arrays), self._value_keys(arrays)
+        if label is not None and arrays[label].ndim != 1:
             found = f"{label!r} is {arrays[label].dtype} {list(arrays[label].shape)}"
             raise UserError(f"{self._config.source}: {found}; expected one label an example, [n]")
-        n = len(arrays[label])
-        for name in sorted({*self._value_keys(arrays), "split"} & set(arrays)):
-            rows = len(arrays[name]) if arrays[name].ndim else 0
-            if rows != n:
-                raise UserError(f"{self._config.source}: {rows} rows of {name!r} but {n} labels")
+        first = label or keys[0]
+        n = _n_rows(arrays[first])
+        for name in sorted({*keys, "split"} & set(arrays)):
+            if _n_rows(arrays[name]) != n:
+                rows = f"{_n_rows(arrays[name])} rows of {name!r} but {n} of {first!r}"
+                raise UserError(f"{self._config.source}: {rows}")
         return arrays
 
     def _value_keys(self, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
@@ -129,7 +103,7 @@ class NpzSource:
                     "expected uint8 [n, h, w] or [n, h, w, c] in 0..255"
                 )
             return (image,)
-        special = (self._config.label, "split", "class_names")
+        special = (self._config.label or DataConfig.label, "split", "class_names")
         texts = [name for name, a in arrays.items() if a.dtype.kind == "U" and name not in special]
         keys = text_keys(self._config, texts)
         if self._config.image or not keys:
@@ -138,11 +112,13 @@ class NpzSource:
 
     @functools.cached_property
     def _labels(self) -> tuple[np.ndarray, tuple[str, ...]]:
-        return number_labels(self._arrays[self._config.label].tolist(), self._config)
+        label = label_key(self._config, self._arrays)
+        n = _n_rows(self._arrays[self._value_keys(self._arrays)[0]])
+        return number_labels([None] * n if label is None else self._arrays[label].tolist(), self._config)
 
     @functools.cached_property
     def _rows(self) -> dict[str, np.ndarray]:
-        n = len(self._arrays[self._config.label])
+        n = len(self._labels[0])
         if "split" not in self._arrays:
             return {"all": np.arange(n)}
         split = self._arrays["split"].astype(str)
@@ -157,6 +133,10 @@ class NpzSource:
         given = self._arrays.get("class_names")
         return tuple(given.astype(str).tolist()) if given is not None else self._labels[1]
 
+    def labelled(self) -> bool:
+        """See ``Source``."""
+        return label_key(self._config, self._arrays) is not None
+
     def read(self, split: str, rows: Sequence[int]) -> Raw:
         """See ``Source``."""
         index = self._rows[split][np.asarray(rows, np.int64)]
@@ -169,8 +149,13 @@ class NpzSource:
         return Raw("text", texts, self._labels[0][index], names)
 
 
+def _n_rows(array: np.ndarray) -> int:
+    return len(array) if array.ndim else 0
+
+
 class FolderSource:
-    """A directory of images: ``split/class/file`` or, with the one split ``all``, ``class/file``.
+    """A directory of images: ``split/class/file`` or, with the one split ``all``, ``class/file``; without
+    labels ``file``.
 
     Classes are the directory names, sorted (or in the order of ``class_names``). Files are ordered by a
     hash of their names, so that a slice such as ``all[:80%]`` holds every class.
@@ -188,9 +173,10 @@ class FolderSource:
     def _files(self) -> dict[str, list[Path]]:
         files = [p for p in self._path.glob("**/*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
         depths = {len(p.relative_to(self._path).parts) for p in files}
-        if not depths or not depths <= {2, 3} or len(depths) > 1:
+        if not depths or not depths <= {1, 2, 3} or len(depths) > 1:
             raise UserError(
-                f"{self._config.source}: expected image files as class/file or split/class/file, all alike; "
+                f"{self._config.source}: expected image files as class/file or split/class/file, or all "
+                "without a directory where there are no labels; "
                 + (f"found depths {sorted(depths)}" if depths else "found no images")
             )
         found: dict[str, list[Path]] = {}
@@ -204,6 +190,8 @@ class FolderSource:
 
     @functools.cached_property
     def _classes(self) -> tuple[str, ...]:
+        if not self.labelled():
+            return ()
         files = [file for files in self._files.values() for file in files]
         found = sorted({file.parent.name for file in files})
         return self._config.class_names if set(found) <= set(self._config.class_names) else tuple(found)
@@ -216,16 +204,21 @@ class FolderSource:
         """Directory names."""
         return self._classes
 
+    def labelled(self) -> bool:
+        """See ``Source``."""
+        some = next(iter(self._files.values()))[0]
+        return self._config.label is not None and some.parent != self._path
+
     def read(self, split: str, rows: Sequence[int]) -> Raw:
         """See ``Source``."""
         files = [self._files[split][i] for i in rows]
         number = {name: i for i, name in enumerate(self._classes)}
-        labels = np.asarray([number[file.parent.name] for file in files], np.int64)
+        labels = np.asarray([number.get(file.parent.name, -1) for file in files], np.int64)
         return Raw("image", files, labels, [str(file.relative_to(self._path)) for file in files])
 
 
 class JsonlSource:
-    """One JSON object a line: the text keys (or ``image``, a path relative to the file) and a label.
+    """One JSON object a line: the text keys (or ``image``, a path relative to the file) and maybe a label.
 
     Splits are the values of an optional ``split`` key (default: one split ``all``); a directory of
     ``SPLIT.jsonl`` files serves too.
@@ -262,16 +255,14 @@ class JsonlSource:
                     raise UserError(f"{where}: not valid JSON ({one_line(error)})") from None
                 if not isinstance(record, dict):
                     raise UserError(f"{where}: expected an object, got {type(record).__name__}")
-                if self._config.label not in record:
-                    raise UserError(
-                        f"{where}: no label key {self._config.label!r}; the line has {', '.join(record)}"
-                    )
+                label_key(self._config, record, where)  # one that the run file names must be in every line
                 found.setdefault(str(record.get("split", default)), []).append((where, record))
         return found
 
     @functools.cached_property
     def _labels(self) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-        values = [r[self._config.label] for records in self._records.values() for _, r in records]
+        key = self._config.label
+        values = [r.get(key) if key else None for records in self._records.values() for _, r in records]
         labels, names = number_labels(values, self._config)
         ends = np.cumsum([len(records) for records in self._records.values()])[:-1]
         return dict(zip(self._records, np.split(labels, ends))), names
@@ -284,14 +275,17 @@ class JsonlSource:
         """The labels, when they are names."""
         return self._labels[1]
 
+    def labelled(self) -> bool:
+        """See ``Source``; lines may still all lack the key."""
+        return self._config.label is not None
+
     def read(self, split: str, rows: Sequence[int]) -> Raw:
         """See ``Source``."""
         chosen = [self._records[split][i] for i in rows]
         labels = self._labels[0][split][np.asarray(rows, np.int64)]
         names = [where for where, _ in chosen]
-        first = {
-            k: v for k, v in self._records[split][0][1].items() if k not in (self._config.label, "split")
-        }
+        special = (self._config.label or DataConfig.label, "split")
+        first = {k: v for k, v in self._records[split][0][1].items() if k not in special}
         image = self._config.image or ("image" if "image" in first and not self._config.text else "")
         texts = () if image else text_keys(self._config, [k for k, v in first.items() if isinstance(v, str)])
         if not texts and not image:

@@ -11,7 +11,8 @@ import numpy as np
 
 from enmp_jax.config.run_file import DataConfig, resolve_path
 from enmp_jax.data.base import Raw, file_identity
-from enmp_jax.data.files import number_labels, text_keys
+from enmp_jax.data.files import text_keys
+from enmp_jax.data.labels import label_key, number_labels
 from enmp_jax.errors import UserError, one_line
 
 _STRING = ("string", "large_string")
@@ -51,29 +52,27 @@ class HuggingFaceSource:
 
     @functools.cached_property
     def _splits(self) -> Mapping[str, Any]:
-        splits = self._load(*self._arguments)
-        features = next(iter(splits.values())).features
-        if self._config.label not in features:
-            raise UserError(
-                f"{self._config.source}: no label key {self._config.label!r}; it has {', '.join(features)}"
-            )
-        return splits
+        return self._load(*self._arguments)
 
     @property
     def _features(self) -> Mapping[str, Any]:
         return next(iter(self._splits.values())).features
 
     @functools.cached_property
+    def _label(self) -> str | None:
+        return label_key(self._config, self._features)
+
+    @functools.cached_property
     def _names(self) -> tuple[str, ...]:
-        names = getattr(self._features[self._config.label], "names", None)
+        if self._label is None:
+            return ()
+        names = getattr(self._features[self._label], "names", None)
         if names:
             return tuple(names)
-        if getattr(self._features[self._config.label], "dtype", None) not in _STRING:
+        if getattr(self._features[self._label], "dtype", None) not in _STRING:
             return ()
         # class names as plain strings: number them over all splits
-        return number_labels([v for d in self._splits.values() for v in d[self._config.label]], self._config)[
-            1
-        ]
+        return number_labels([v for d in self._splits.values() for v in d[self._label]], self._config)[1]
 
     def splits(self) -> dict[str, int]:
         """As the data set has them."""
@@ -82,6 +81,10 @@ class HuggingFaceSource:
     def class_names(self) -> tuple[str, ...]:
         """Names of the label feature, or the labels themselves when they are names."""
         return self._names
+
+    def labelled(self) -> bool:
+        """See ``Source``."""
+        return self._label is not None
 
     @functools.cached_property
     def _columns(self) -> tuple[bool, tuple[str, ...]]:
@@ -95,7 +98,8 @@ class HuggingFaceSource:
         if self._config.image or (images and not self._config.text):
             return True, (self._config.image or images[0],)
         strings = [n for n, f in self._features.items() if getattr(f, "dtype", None) in _STRING]
-        keys = text_keys(self._config, [n for n in strings if n != self._config.label])
+        label = self._config.label or DataConfig.label
+        keys = text_keys(self._config, [n for n in strings if n != label])
         if not keys:
             raise UserError(
                 f"{self._config.source}: found neither images nor texts among {', '.join(features)}"
@@ -104,9 +108,9 @@ class HuggingFaceSource:
 
     def read(self, split: str, rows: Sequence[int]) -> Raw:
         """See ``Source``."""
-        is_image, keys = self._columns
+        label, (is_image, keys) = self._label, self._columns
         columns = self._splits[split].select(list(map(int, rows)))[:]
-        values = columns[self._config.label]
+        values = columns[label] if label else [None] * len(rows)
         number = {name: i for i, name in enumerate(self._names)}
         labels, _ = number_labels(
             [number.get(value, value) if isinstance(value, str) else value for value in values], self._config

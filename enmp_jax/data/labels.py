@@ -1,14 +1,61 @@
-"""Label maps and class names."""
+"""Where labels are, label maps and class names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from enmp_jax.config.run_file import DataConfig
 from enmp_jax.data.base import Source
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line
+
+_MAX_LABEL = 2**31 - 1  # labels become int32
+
+
+def label_key(config: DataConfig, available: Iterable[str], where: str = "") -> str | None:
+    """The key of the labels; None: the data have none, or the run file says to ignore them (``label: null``).
+
+    Args:
+        config: the run file's data.
+        available: all keys of the data.
+        where: what to call the data in messages; default: the source.
+
+    Raises:
+        UserError: the run file names a key of its own, and it is not there.
+    """
+    if config.label is None or config.label in available:
+        return config.label
+    if config.label == DataConfig.label:  # not asked for in particular: such data are unlabelled
+        return None
+    has = ", ".join(available)
+    raise UserError(f"{where or config.source}: no label key {config.label!r}; it has {has}")
+
+
+def number_labels(values: Sequence[Any], config: DataConfig) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as int64 numbers, and the class names when the labels are names.
+
+    Names are numbered in the order of ``config.class_names`` if it has them all, else sorted. None
+    becomes -1: no label.
+
+    Raises:
+        UserError: labels that are neither integers nor names.
+    """
+    given = [v for v in values if v is not None]
+    if all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in given):
+        large = next((v for v in given if not -_MAX_LABEL <= v <= _MAX_LABEL), None)
+        if large is not None:
+            raise UserError(f"{config.source}: the label {large} is too large to number a class")
+        return np.asarray([-1 if v is None else v for v in values], np.int64), ()
+    for v in given:
+        if not isinstance(v, str):
+            shown = one_line(repr(v), 80)
+            raise UserError(f"{config.source}: the label {shown} is neither a whole number nor a class name")
+    found = sorted(set(given))
+    names = config.class_names if set(found) <= set(config.class_names) else tuple(found)
+    number = {None: -1} | {name: i for i, name in enumerate(names)}
+    return np.asarray([number[v] for v in values], np.int64), names
 
 
 def apply(

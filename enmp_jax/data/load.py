@@ -71,6 +71,8 @@ def load_examples(
 ) -> Examples:
     """Load one split of a task, from the cache when nothing it depends on has changed.
 
+    Examples without a label are left out, unless none has one: then all labels are -1.
+
     Args:
         config: the task's data.
         which: the field of ``config`` that holds the split expression.
@@ -81,8 +83,8 @@ def load_examples(
         progress: called with (done, total) while reading.
 
     Raises:
-        UserError: no such split, nothing left in it, labels out of range, images that do not decode
-            (unless ``skip_bad``), or text for an image model and the other way round.
+        UserError: no such split, nothing left in it, labels out of range, no labels to train on, images
+            that do not decode (unless ``skip_bad``), or text for an image model and the other way round.
     """
     expression = getattr(config, which)
     if expression is None:
@@ -94,14 +96,15 @@ def load_examples(
     identity = source.identity()
     relevant = {k: v for k, v in to_dict(config).items() if k not in get_args(Split)}
     entry = cache_key(identity, relevant, expression, limit, preprocess.identity if preprocess else None)
-    cached = cache.read(entry)
-    if cached is not None:
-        return cached
-    spans = slices.resolve(expression, source.splits(), config.source)
-    reader = _Reader(config, source, transform, preprocess, f"{config.source} {expression}")
-    examples = reader.run(spans, limit, progress)._replace(source=identity, spans=spans)
-    if preprocess is not None or reader.modality == "image":
-        cache.write(entry, examples)
+    examples = cache.read(entry)
+    if examples is None:
+        spans = slices.resolve(expression, source.splits(), config.source)
+        reader = _Reader(config, source, transform, preprocess, f"{config.source} {expression}")
+        examples = reader.run(spans, limit, progress)._replace(source=identity, spans=spans)
+        if preprocess is not None or reader.modality == "image":
+            cache.write(entry, examples)
+    if which == "train" and not examples.labelled:
+        raise UserError(f"{config.source} {expression}: no example has a label, and training needs them")
     return examples
 
 
@@ -121,6 +124,7 @@ class _Reader:
         self.pretext = pretexts.parse(config.pretext, config.source) if config.pretext else None
         if self.pretext and config.labels is not None:
             raise UserError(f"{config.source}: pretext makes the labels, so a label map has nothing to map")
+        self.labelled = self.pretext is not None or source.labelled()
         self.class_names = () if self.pretext else label_map.class_names(config, source)
         self.modality: Modality | None = None
         self.bad: list[str] = []
@@ -147,6 +151,10 @@ class _Reader:
             count, start = count + len(good), start + size
             if progress is not None:
                 progress(min(count, total) if limit is not None else min(start, len(rows)), total)
+        if not count and self.labelled and self.unlabelled == len(rows):
+            # no example has a label: then that is no reason to leave one out
+            self.labelled, self.unlabelled = False, 0
+            return self.run(spans, limit, progress)
         if not count:
             raise UserError(
                 f"{self.where}: no examples are left ({'; '.join(self._notes()) or 'the split is empty'})"
@@ -192,7 +200,7 @@ class _Reader:
         good: list[int] = []
         keys: list[bytes] = []
         for i, value in enumerate(value for part in parts for value in part.values):
-            if labels[i] < 0:
+            if labels[i] < 0 and self.labelled:
                 continue
             try:
                 value = images.decode(value) if self.modality == "image" else value
@@ -235,7 +243,9 @@ class _Reader:
         if self.bad:
             shown = ", ".join(self.bad[:5]) + (" ..." if len(self.bad) > 5 else "")
             notes.append(f"{len(self.bad)} images did not decode and were left out: {shown}")
-        if self.unlabelled:
+        if not self.labelled:
+            notes.append("no example has a label")
+        elif self.unlabelled:
             notes.append(f"{self.unlabelled} examples have no label (-1) and were left out")
         if self.unmapped:
             notes.append(f"{self.unmapped} examples were left out by the label map")

@@ -16,7 +16,8 @@ import numpy as np
 
 from enmp_jax.config.run_file import DataConfig, resolve_path
 from enmp_jax.data.base import Raw, file_identity
-from enmp_jax.data.files import number_labels, text_keys
+from enmp_jax.data.files import text_keys
+from enmp_jax.data.labels import label_key, number_labels
 from enmp_jax.errors import UserError, one_line
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -57,12 +58,11 @@ class TfdsSource:
 
     @functools.cached_property
     def _features(self) -> dict[str, Any]:
-        features = dict(sorted(self._builder.info.features.items()))  # their own order is random
-        if self._config.label not in features:
-            raise UserError(
-                f"{self._config.source}: no label key {self._config.label!r}; it has {', '.join(features)}"
-            )
-        return features
+        return dict(sorted(self._builder.info.features.items()))  # their own order is random
+
+    @functools.cached_property
+    def _label(self) -> str | None:
+        return label_key(self._config, self._features)
 
     def splits(self) -> dict[str, int]:
         """As TFDS records them."""
@@ -70,15 +70,21 @@ class TfdsSource:
 
     def class_names(self) -> tuple[str, ...]:
         """Names of the label feature; numbers where neither the files nor TFDS's own code name them."""
-        names = tuple(getattr(self._features[self._config.label], "names", None) or ())
+        if self._label is None:
+            return ()
+        names = tuple(getattr(self._features[self._label], "names", None) or ())
         if names != tuple(map(str, range(len(names)))) or not _known(self._builder.name):
             return names
         # prepared without a file of label names
         import tensorflow_datasets as tfds
 
         registered: Any = tfds.builder(self._builder.name, data_dir=self._directory.parent.parent)
-        feature = dict(registered.info.features).get(self._config.label)
+        feature = dict(registered.info.features).get(self._label)
         return tuple(getattr(feature, "names", None) or names)
+
+    def labelled(self) -> bool:
+        """See ``Source``."""
+        return self._label is not None
 
     @functools.cached_property
     def _columns(self) -> tuple[str, ...]:
@@ -119,7 +125,8 @@ class TfdsSource:
             records = self._open(split).__getitems__([int(row) for row in rows])
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             raise UserError(f"{self._directory}: {split} cannot be read ({one_line(error)})") from None
-        labels, _ = number_labels([_plain(r[self._config.label]) for r in records], self._config)
+        values = [_plain(r[self._label]) if self._label else None for r in records]
+        labels, _ = number_labels(values, self._config)
         names = [f"{split}[{row}]" for row in rows]
         columns = self._columns
         if type(self._features[columns[0]]).__name__ in ("Image", "Tensor"):

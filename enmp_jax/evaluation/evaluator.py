@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Num
 
-from enmp_jax.data import batch
+from enmp_jax.data import Examples, batch
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
 from enmp_jax.errors import UserError
@@ -50,6 +50,14 @@ class Evaluator:
         """What the merge method made of the adapters, once."""
         return self.merge.prepare(self.loaded.stack)
 
+    def examples(self, split: Split) -> Sequence[Examples]:
+        """The tasks' examples of a split; where it has no labels, the experts' choices stand in for them."""
+        found = self.loaded.examples[split]
+        if self.loaded.labelled(split):
+            return found
+        answers = self.expert_answers(split)
+        return [e._replace(labels=a.argmax(1).astype(np.int32)) for e, a in zip(found, answers, strict=True)]
+
     def inputs(self, split: Split, ingredients: Ingredients | None = None) -> EvalInputs:
         """What all members share, on the devices: weights, prepared adapters, batches of a split.
 
@@ -59,7 +67,7 @@ class Evaluator:
         """
         loaded = self.loaded
         expert = self.expert_answers(split) if self.kind.needs_expert else None
-        batches = batch(loaded.examples[split], loaded.run.evaluation.batch_size, expert=expert)
+        batches = batch(self.examples(split), loaded.run.evaluation.batch_size, expert=expert)
         prepared = self.ingredients if ingredients is None else ingredients
         return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh, loaded.backbone)
 
@@ -177,19 +185,19 @@ class Evaluator:
         return Counts(*(np.asarray(x)[0] for x in counts))
 
     def expert_accuracies(self, split: Split) -> Float[np.ndarray, " task"]:
-        """Accuracy of every adapter alone."""
-        return experts.accuracies(self.expert_answers(split), self.loaded.examples[split])
+        """Accuracy of every adapter alone; 1 where there are no labels."""
+        return experts.accuracies(self.expert_answers(split), self.examples(split))
 
     def scoring(self, split: Split) -> Scoring:
         """What turns counts on a split into accuracies and fitness.
 
-        Reference accuracies are those of the run file, else measured here.
+        Reference accuracies are those of the run file, else measured here; 1 where there are no labels.
 
         Raises:
             UserError: an adapter that alone gets nothing right.
         """
         loaded = self.loaded
-        given = [task.reference for task in loaded.run.tasks]
+        given = [task.reference if loaded.labelled(split) else None for task in loaded.run.tasks]
         reference = np.asarray([g or 0.0 for g in given], np.float32)
         if not all(given):
             reference = np.where(reference > 0, reference, self.expert_accuracies(split))
@@ -205,7 +213,7 @@ class Evaluator:
     def _expert_values(self, split: Split) -> Float[np.ndarray, " task"]:
         """Mean value of the fitness of every adapter alone."""
         values = []
-        for answers, examples in zip(self.expert_answers(split), self.loaded.examples[split], strict=True):
+        for answers, examples in zip(self.expert_answers(split), self.examples(split), strict=True):
             rows = jnp.asarray(answers)
             total = self.kind.value(rows, jnp.asarray(examples.labels), rows).sum(axis=0)
             values.append(fitness.task_values(total[None], jnp.asarray([float(len(answers))]), self.kind)[0])

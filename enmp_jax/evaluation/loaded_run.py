@@ -19,6 +19,7 @@ from enmp_jax.data import Examples, check_splits, load_examples, preprocess_for
 from enmp_jax.devices.mesh import AXES, choose_shape, make_mesh
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import budget
+from enmp_jax.evaluation.fitness import Fitness
 from enmp_jax.evaluation.heads import load_heads
 from enmp_jax.evaluation.scoring import Heads
 from enmp_jax.io.progress import SILENT, Reporter
@@ -77,6 +78,32 @@ class LoadedRun:
     def sizes(self, split: Split) -> Float[np.ndarray, " task"]:
         """Number of examples of every task in a split."""
         return np.asarray([len(e.labels) for e in self.examples[split]], np.float32)
+
+    def labelled(self, split: Split) -> bool:
+        """Whether a split has labels, for all tasks; scores without are agreement with the experts.
+
+        Raises:
+            UserError: only some tasks have.
+        """
+        return _labelled(self.tasks, split, self.examples[split])
+
+    def check_fitness(self, key: str, kind: Fitness, splits: Sequence[Split]) -> None:
+        """Refuse a fitness that needs labels where there are none.
+
+        Args:
+            key: what sets it in the run file.
+            kind: the fitness.
+            splits: where it will be computed.
+
+        Raises:
+            UserError: the first split without labels, if the fitness needs them.
+        """
+        for split in splits:
+            if kind.needs_labels and not self.labelled(split):
+                raise UserError(
+                    f"{key} {kind.name} needs labels, and the {split} split has none: take expert_margin, "
+                    "which asks the experts instead"
+                )
 
 
 def load(
@@ -179,13 +206,15 @@ def load_splits(
 
 
 def check_labels(run: RunConfig, heads: Heads, examples: Mapping[Split, list[Examples]]) -> None:
-    """Every label must be a class that the task's head can answer.
+    """Every label must be a class that the task's head can answer; splits without labels have none to check.
 
     Raises:
-        UserError: the first label that is not.
+        UserError: the first label that is not, or a split in which only some tasks have labels.
     """
     allowed = np.asarray(heads.allowed)
     for split, per_task in examples.items():
+        if not _labelled([task.name for task in run.tasks], split, per_task):
+            continue
         for i, (task, e) in enumerate(zip(run.tasks, per_task, strict=True)):
             answerable = np.flatnonzero(allowed[i])
             wrong = e.labels[~np.isin(e.labels, answerable)]
@@ -195,3 +224,14 @@ def check_labels(run: RunConfig, heads: Heads, examples: Mapping[Split, list[Exa
                     f"{', '.join(map(str, answerable[:10]))}{' ...' if len(answerable) > 10 else ''}; "
                     "set data.labels to map them"
                 )
+
+
+def _labelled(tasks: Sequence[str], split: Split, examples: Sequence[Examples]) -> bool:
+    having = [task for task, e in zip(tasks, examples, strict=True) if e.labelled]
+    lacking = [task for task in tasks if task not in having]
+    if having and lacking:
+        raise UserError(
+            f"the {split} split has labels for {', '.join(having)} but none for {', '.join(lacking)}: set "
+            "data.label: null for those that have, so that all scores mean the same"
+        )
+    return not lacking

@@ -9,7 +9,17 @@ from typing import Any
 
 from enmp_jax.report.data import RunData
 from enmp_jax.report.plots import DARK, LIGHT, Plot, plots_of, render
-from enmp_jax.report.tables import changed, percent, points, pruned_lines, score_rows, seed_sentence, verdict
+from enmp_jax.report.tables import (
+    changed,
+    mean_measure,
+    measure,
+    percent,
+    points,
+    pruned_lines,
+    score_rows,
+    seed_sentence,
+    verdict,
+)  # fmt: skip
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#1f2430;--muted:#667085;--line:#e4e7ec;
@@ -51,9 +61,10 @@ dd{margin:0;overflow-wrap:anywhere}
 def page(data: RunData) -> str:
     """The report of a run as one HTML document."""
     scores, plots = data.scores, plots_of(data)
+    what = measure(scores).capitalize()
     modules = [name for name in ("mask", "weights") if name in plots]
     sections = [
-        _section("Accuracy by task", _picture(data, plots["accuracies"]), _score_table(scores)),
+        _section(f"{what} by task", _picture(data, plots["accuracies"]), _score_table(scores)),
         _section("Pruned modules", *(_picture(data, plots[name]) for name in modules), _pruned_table(scores)),
         _section("Search", _picture(data, plots["convergence"]), _search_notes(data), _seed_table(scores)),
         _section("How the data was used", *_splits(data)),
@@ -126,10 +137,13 @@ def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:
 
 
 def _score_table(scores: Mapping[str, Any]) -> str:
-    note = (
-        f"Accuracy on the {escape(str(scores.get('split', 'test')))} split in per cent; in brackets "
-        "normalised: divided by the accuracy of the task's own expert, not merged."
+    meaning = (
+        "how often a model answers as the task's own adapter does; the data have no labels."
+        if scores.get("agreement")
+        else "in brackets normalised: divided by the accuracy of the task's own expert, not merged."
     )
+    split = escape(str(scores.get("split", "test")))
+    note = f"{measure(scores).capitalize()} on the {split} split in per cent; {meaning}"
     return _table(*score_rows(scores), last_is_total=True) + f"<p class='muted'>{note}</p>"
 
 
@@ -167,7 +181,7 @@ def _seed_table(scores: Mapping[str, Any]) -> str:
         )
         for s in seeds
     ]
-    return _table(["seed", "modules pruned", "mean normalised accuracy, test", "gain, points"], rows)
+    return _table(["seed", "modules pruned", f"{mean_measure(scores)}, test", "gain, points"], rows)
 
 
 def _splits(data: RunData) -> list[str]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from enmp_jax.report.data import Generation, RunData
+from enmp_jax.report.tables import measure
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def weights(data: RunData, theme: Theme = LIGHT) -> Figure:
 
 
 def accuracies(data: RunData, theme: Theme = LIGHT) -> Figure:
-    """Draw the accuracy of every task under its expert and both merges."""
+    """Draw the accuracy (or agreement) of every task under its expert and both merges."""
     tasks = data.tasks
     figure, axes = _axes(max(6.0, 1.15 * len(tasks) + 1.5), 4.0, theme)
     x, width = np.arange(len(tasks)), 0.26
@@ -181,7 +182,8 @@ def accuracies(data: RunData, theme: Theme = LIGHT) -> Figure:
     crowded = max(map(len, tasks)) > 11
     axes.set_xticks(x, tasks, rotation=25 if crowded else 0, ha="right" if crowded else "center",
                     rotation_mode="anchor")  # fmt: skip
-    axes.set_ylabel(f"accuracy on the {data.scores.get('split', 'test')} split, %", color=theme.ink)
+    split = data.scores.get("split", "test")
+    axes.set_ylabel(f"{measure(data.scores)} on the {split} split, %", color=theme.ink)
     axes.set_ylim(0, 105)
     axes.set_yticks(range(0, 101, 20))
     axes.margins(x=0.02)
@@ -198,7 +200,7 @@ class Plot(NamedTuple):
 
 _ACCURACIES = Plot(
     accuracies,
-    "Test accuracy of every task: its own expert, the plain merge, the merge that the search chose.",
+    "Every task on the test split: its own expert, the plain merge, the merge that the search chose.",
 )
 _CONVERGENCE = Plot(
     convergence,

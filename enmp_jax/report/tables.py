@@ -9,14 +9,25 @@ from typing import Any
 COLUMNS = {"base": "base", "reference": "expert", "merged": "merged", "enmp": "merged + ENMP"}
 
 
+def measure(scores: Mapping[str, Any]) -> str:
+    """What the scores of a result are: without labels, how often a model answers as the expert does."""
+    return "agreement with the expert" if scores.get("agreement") else "accuracy"
+
+
+def mean_measure(scores: Mapping[str, Any]) -> str:
+    """What ``mean_normalised`` is; agreement needs no normalising, the expert's own is 1."""
+    return f"mean {measure(scores)}" if scores.get("agreement") else "mean normalised accuracy"
+
+
 def score_rows(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of accuracies: a row per task and the mean.
 
     Takes the content of ``scores.json``, or of an evaluation that lacks some columns. Accuracies in
-    per cent; in brackets normalised by the task's own expert.
+    per cent; in brackets normalised by the task's own expert. Agreement with the expert is so already.
     """
     present = [key for key in COLUMNS if key in scores]
     change = "merged" in present and "enmp" in present
+    bracketed = () if scores.get("agreement") else ("merged", "enmp")
     header = ["task", *(COLUMNS[key] for key in present), *(["change"] if change else [])]
     rows = []
     for task in scores["tasks"]:
@@ -24,16 +35,14 @@ def score_rows(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         row = [str(task)]
         for key in present:
             accuracy = scores[key][task]
-            row.append(
-                percent(accuracy) + (_bracket(accuracy, reference) if key in ("merged", "enmp") else "")
-            )
+            row.append(percent(accuracy) + (_bracket(accuracy, reference) if key in bracketed else ""))
         if change:
             row.append(points(scores["enmp"][task] - scores["merged"][task]))
         rows.append(row)
     mean = ["mean"]
     for key in present:
         values = [scores[key][task] for task in scores["tasks"]]
-        normalised = scores.get("mean_normalised", {}).get(key)
+        normalised = scores.get("mean_normalised", {}).get(key) if key in bracketed else None
         mean.append(
             percent(sum(values) / len(values)) + ("" if normalised is None else f" ({percent(normalised)})")
         )
@@ -48,10 +57,11 @@ def verdict(scores: Mapping[str, Any]) -> str:
     before, after = scores["mean_normalised"]["merged"], scores["mean_normalised"]["enmp"]
     count, total = len(scores["pruned"]), scores.get("modules")
     head = f"{count}{f' of {total}' if total else ''} module{'' if (total or count) == 1 else 's'} pruned"
+    mean = mean_measure(scores)
     if not changed(scores):
-        return f"{head}: no mask beat the plain merge ({percent(before)} % mean normalised accuracy)."
+        return f"{head}: no mask beat the plain merge ({percent(before)} % {mean})."
     return (
-        f"{head}: mean normalised accuracy on the {scores.get('split', 'test')} split goes from "
+        f"{head}: {mean} on the {scores.get('split', 'test')} split goes from "
         f"{percent(before)} % to {percent(after)} % ({points(after - before)} points)."
     )
 

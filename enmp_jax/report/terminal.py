@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from enmp_jax.report.tables import pruned_lines, score_rows, seed_sentence, verdict
+from enmp_jax.report.tables import measure, pruned_lines, score_rows, seed_sentence, verdict
 
 
 def final_table(scores: Mapping[str, Any]) -> Table:
-    """The table of accuracies for a terminal."""
+    """The table of accuracies, or of agreement, for a terminal."""
     header, rows = score_rows(scores)
-    title = f"accuracy on the {scores.get('split', 'test')} split, % (normalised by the expert)"
+    normalised = "" if scores.get("agreement") else " (normalised by the expert)"
+    title = f"{measure(scores)} on the {scores.get('split', 'test')} split, %{normalised}"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)

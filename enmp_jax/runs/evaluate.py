@@ -51,6 +51,7 @@ def evaluate_run(
     alone = evaluator.expert_accuracies(split)
     result: dict[str, Any] = {
         "split": split,
+        "agreement": not loaded.labelled(split),
         "tasks": list(tasks),
         "examples": by_task(tasks, sizes),
         "reference": by_task(tasks, alone),
@@ -76,4 +77,5 @@ def evaluate_run(
 
 
 def _tuned(evaluator: Evaluator) -> float:
+    evaluator.loaded.check_fitness("search.fitness", evaluator.kind, ["search"])
     return choose_scale(evaluator, evaluator.inputs("search"), evaluator.scoring("search"))[0]

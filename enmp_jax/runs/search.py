@@ -17,6 +17,7 @@ from enmp_jax.config.run_file import RunConfig
 from enmp_jax.devices.distributed import all_or_none, barrier
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.fitness import get as fitness_kind
 from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring, by_task
@@ -78,9 +79,15 @@ def check_search(evaluator: Evaluator) -> None:
     """Refuse settings of the search that cannot work, before anything is paid for.
 
     Raises:
-        UserError: an unknown strategy, one that does not fit, or a budget below one evaluation.
+        UserError: an unknown strategy, one that does not fit, a budget below one evaluation, or a fitness
+            that needs labels where there are none.
     """
     search, sizes = evaluator.loaded.run.search, evaluator.loaded.sizes("search")
+    kinds = {"search.fitness": evaluator.kind}
+    if search.refine is not None:
+        kinds["search.refine.fitness"] = fitness_kind(search.refine.fitness)
+    for key, kind in kinds.items():
+        evaluator.loaded.check_fitness(key, kind, ("search", "selection"))
     if search.strategy != "gradient":
         make_strategy(evaluator, 1.0)
         generation = int(search.population * search.generations_per_dispatch * sizes.sum())
@@ -186,6 +193,7 @@ def test(
     row = 2 + list(winners).index(best.seed)
     found = {
         "split": "test",
+        "agreement": not loaded.labelled("test"),
         "tasks": list(loaded.tasks),
         "reference": by_task(loaded.tasks, np.asarray(scoring.reference)),
         "base": by_task(loaded.tasks, accuracy[1]),
