@@ -67,7 +67,7 @@ def test_gradients_are_finite_differences(name, method):
     for index in np.ndindex(*weights.shape):
         up, down = value(weights.at[index].add(step)), value(weights.at[index].add(-step))
         expected = float(up - down) / (2 * step)
-        assert got[index] == pytest.approx(expected, abs=2e-3 + 0.02 * np.abs(got).max())
+        assert got[index] == pytest.approx(expected, abs=2e-3 + 0.02 * float(np.abs(got).max()))
     assert np.abs(got).max() > 1e-3  # and there is something to follow
 
 

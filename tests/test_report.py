@@ -10,11 +10,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 import yaml
+from matplotlib.legend import Legend
 
 from enmp_jax.errors import UserError
+from enmp_jax.evaluation.fitness import FITNESS
 from enmp_jax.io.progress import make_reporter
 from enmp_jax.report import data as report_data
-from enmp_jax.report import tables, terminal, write
+from enmp_jax.report import plots, tables, terminal, write
 
 TASKS = ("cars", "dtd", "sun397", "a <very> long task & name")
 
@@ -125,9 +127,9 @@ class Page(HTMLParser):
 def test_plots_and_report_end_to_end(tmp_path, seeds, granularity):
     run = make_run(tmp_path / "run", seeds, granularity)
     before = {p.name: p.read_bytes() for p in run.iterdir()}
-    plots = write.write_plots(run)
-    assert sorted(p.name for p in plots) == ["accuracies.png", "convergence.png", "mask.png"]
-    for plot in plots:
+    written = write.write_plots(run)
+    assert sorted(p.name for p in written) == ["accuracies.png", "convergence.png", "mask.png"]
+    for plot in written:
         image = matplotlib.image.imread(plot)
         assert image.shape[0] > 200
         assert image.shape[1] > 500
@@ -184,7 +186,7 @@ def test_printed_tables_are_whole_in_a_pipe(capsys, tmp_path):
     assert "…" not in out
     for words in (
         "a <very> long task & name", "4 of 48 modules pruned", "pruned  dtd: layers 0, 3", "Over 3 seeds",
-        "960 masks evaluated, 300 of them distinct, 41.5 masks per second",
+        "960 masks evaluated, 300 distinct masks, 41.5 masks per second",
     ):  # fmt: skip
         assert words in out, words
     terminal.print_evaluation(
@@ -215,8 +217,10 @@ def test_history_is_read_as_written(tmp_path):
     [
         ("scores.json", {"pruned": 3}, "scores.json is damaged"),
         ("scores.json", {"pruned": [[]]}, "scores.json is damaged"),
-        ("scores.json", {"seeds": [{"seed": 0}, {"seed": 1}]}, "scores.json is damaged: KeyError"),
-        ("scores.json", {"scale_grid": {"0.4": None}}, "scores.json is damaged"),
+        ("scores.json", {"seeds": [{"gain": 0.1}]}, "scores.json is damaged: KeyError"),
+        ("scores.json", {"scale_grid": {"0.4": "much"}}, "scores.json is damaged"),
+        ("scores.json", {"weighted": [1]}, "scores.json is damaged"),
+        ("scores.json", {"seeds": [{"seed": 0, "gain": "much"}]}, "scores.json is damaged"),
         ("scores.json", {"splits": {"test": 4}}, "scores.json is damaged"),
         ("scores.json", {"gain": [1]}, "scores.json is damaged"),
         ("mask.json", {"granularity": "head"}, "granularity 'head'"),
@@ -231,6 +235,7 @@ def test_history_is_read_as_written(tmp_path):
         ("mask.json", {"weights": [[0, "cars", "much"]]}, "mask.json is damaged"),
         ("mask.json", {"weights": [[0, "boats", 0.5]]}, "module 0:boats"),
         ("mask.json", {"weights": [[0, "cars", float("nan")]]}, "weight nan"),
+        ("mask.json", {"weights": [[0, "cars", -1]]}, "weight -1"),
     ],
 )
 def test_run_files_with_wrong_content(tmp_path, name, change, message):
@@ -303,9 +308,95 @@ def test_weights_of_modules_are_drawn(tmp_path, granularity):
 
 def test_a_fitness_of_no_known_name_goes_by_its_own(tmp_path):
     run = make_run(tmp_path / "run", fitness="smooth_margin")
-    assert report_data.read(run).fitness == ("smooth margin", False)
+    assert report_data.read(run).fitness_label == "smooth margin"
     assert "smooth margin on the search split" in Page(write.write_report(run).read_text()).text
-    assert report_data.read(make_run(tmp_path / "other")).fitness.is_share
+    other = make_run(tmp_path / "other", fitness="expert_margin")
+    assert "the margin of the expert's class" in report_data.read(other).fitness_label
+    scores = json.loads((other / "scores.json").read_text())
+    (other / "scores.json").write_text(json.dumps(scores | {"fitness": "margin"}))
+    assert report_data.read(other).fitness_label == "normalised sigmoid of the margin"
+
+
+def test_every_fitness_has_a_label():
+    assert set(report_data.FITNESS_LABELS) == set(FITNESS)
+
+
+def make_weighted_run(path, seeds=1):
+    """A run directory of a gradient search, which finds weights."""
+    run = make_run(path)
+    lines = [
+        {"seed": seed, "step": step, "fitness": [None if step == 3 else 0.7 + 0.01 * step], "best": best,
+         "mean": None, "example_evaluations": 3600.0 * step, "selection": None if step % 2 else 0.8}
+        for seed in range(seeds)
+        for step, best in enumerate([None, *np.linspace(0.7, 0.8, 9 - seed)])
+    ]  # fmt: skip
+    (run / "history.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    mask = json.loads((run / "mask.json").read_text())
+    mask["weights"] = [*([*module, 0.0] for module in mask["pruned"]), [2, "cars", 2.75], [7, "dtd", 0.5]]
+    mask["merge"] = {"method": "tsv", "space": "full"}
+    (run / "mask.json").write_text(json.dumps(mask))
+    scores = json.loads((run / "scores.json").read_text())
+    for key in ("masks_evaluated", "distinct_masks", "masks_per_second", "gain"):
+        del scores[key]
+    scores |= {"weighted": 6, "example_evaluations": 32400.0, "fitness": "margin", "rungs": [{"a": 1}],
+               "seeds": [{"seed": seed, "mean_normalised": 0.9, "gain": None, "weighted": 6}
+                         for seed in range(seeds)], "scale_grid": {"0.4": None, "0.5": 0.71}}  # fmt: skip
+    (run / "scores.json").write_text(json.dumps(scores))
+    return run
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_gradient_search_is_reported(tmp_path, capsys, seeds):
+    run = make_weighted_run(tmp_path / "run", seeds)
+    data = report_data.read(run)
+    assert data.plain_fitness == 0.71
+    first, second = data.history[:2]
+    assert (first.step, first.masks_evaluated, first.selection) == (0, None, 0.8)
+    assert np.isnan(first.best) and np.isnan(second.selection) and np.isnan(data.history[3].fitness).all()
+    count, of = data.pruned_share()
+    assert (count.sum(), of) == (4, 1)  # in both lists, counted once
+    axes = plots.convergence(data).axes[0]
+    assert axes.get_xlabel().startswith("steps")
+    (legend,) = axes.findobj(Legend)
+    assert isinstance(legend, Legend)
+    assert "selection split" in [text.get_text() for text in legend.get_texts()]
+    cells, bar = plots.weights(data).axes
+    assert [text.get_text() for text in cells.texts].count("×") == 4
+    assert {"2.8", "0.5"} <= {text.get_text() for text in cells.texts}
+    assert bar.get_ylim() == (0.0, 2.75)
+    norm = cells.collections[0].norm
+    assert np.allclose(np.asarray(norm(np.array([0.0, 1.0, 2.75]))), [0, 0.5, 1])
+    write.write_plots(run)
+    text = Page(write.write_report(run).read_text(encoding="utf-8")).text
+    for words in ("points with 6 modules weighted", "6 of 48 modules weighted, 4 of them pruned",
+                  "32,400", "Weights of modules", "each step of the gradient search"):  # fmt: skip
+        assert words in text, words
+    assert ("modules weighted mean normalised" in text) == (seeds == 2)
+    terminal.print_scores(data.scores)
+    out = capsys.readouterr().out
+    assert "6 of 48 modules weighted" in out and "32,400 example evaluations" in out
+
+
+def test_weights_are_called_weights():
+    scores = {
+        "tasks": ["a"], "reference": {"a": 0.9}, "merged": {"a": 0.5}, "enmp": {"a": 0.5},
+        "mean_normalised": {"merged": 0.5, "enmp": 0.5}, "modules": 8, "weighted": 0,
+    }  # fmt: skip
+    assert tables.verdict(scores).startswith("0 of 8 modules weighted: no weights beat the plain merge")
+    better = {**scores, "weighted": 5, "enmp": {"a": 0.6}, "mean_normalised": {"merged": 0.5, "enmp": 0.6}}
+    assert tables.verdict(better).startswith("5 of 8 modules weighted: mean normalised accuracy")
+    assert tables.verdict(better | {"pruned": [[0, "a"]]}).startswith(
+        "5 of 8 modules weighted, 1 of them pruned: mean"
+    )
+
+
+def test_a_history_counts_one_thing(tmp_path):
+    run = make_weighted_run(tmp_path / "run")
+    with open(run / "history.jsonl", "a") as file:
+        file.write('{"seed": 0, "masks_evaluated": 8, "fitness": [0.5]}\n')
+    with pytest.raises(UserError, match="different things"):
+        write.write_plots(run)
+    assert not (run / "plots").exists()
 
 
 def test_a_gain_without_pruning_is_called_one():

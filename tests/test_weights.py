@@ -179,7 +179,7 @@ def test_a_mask_brings_its_weights_scale_and_merge(loaded, weights, mask, tmp_pa
     [
         (["--method", "sum"], "sum", {}, 0.7, "for ties in full space, density 0.4; merging with sum in"),
         (["--density", "0.9"], "ties", {"density": 0.9}, 0.7, "merging with ties in full space, density 0.9"),
-        (["--isotropize"], "ties", {"density": 0.4, "isotropize": True}, 0.7, "merging with ties in full space, isotropize"),
+        (["--isotropize"], "ties", {"density": 0.4, "isotropize": True}, 0.7, "in full space, isotropize"),
         (["--scale", "0.2", "--method", "ties"], "ties", {"density": 0.4}, 0.2, None),
     ],
 )  # fmt: skip

@@ -85,7 +85,7 @@ def _rank_within(deltas: Deltas, tolerance: float, limit: int | None) -> int | N
             if not np.isfinite(weight).all():
                 return limit  # to be refused by name
             wide = (weight if weight.shape[0] <= weight.shape[1] else weight.T).astype(np.float64)
-            # squared singular values, smallest first: a tenth of the time of the singular values themselves
+            # squared singular values, smallest first; float64, as their squares span twice the digits
             energies.append(np.maximum(np.linalg.eigvalsh(wide @ wide.T), 0.0))
     if not energies:
         return limit

@@ -7,36 +7,49 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
 
 from enmp_jax.errors import UserError, one_line, reason
 
-
-class Fitness(NamedTuple):
-    """How to call a kind of fitness, and whether its values are shares of 1 (shown in per cent)."""
-
-    label: str
-    is_share: bool = False
-
-
-FITNESS = {
-    "accuracy": Fitness("mean normalised accuracy", is_share=True),
-    "log_likelihood": Fitness("mean log-likelihood"),
+FITNESS_LABELS = {
+    "accuracy": "normalised accuracy",
+    "probability": "normalised expected accuracy",
+    "margin": "normalised sigmoid of the margin",
+    "log_likelihood": "normalised likelihood",
+    "calibrated": "normalised likelihood at the best temperature",
+    "expert_margin": "normalised sigmoid of the margin of the expert's class",
+    "expert_probability": "normalised probability of the expert's class",
+    "expert_kl": "exp(-KL) from the expert",
+    "entropy": "normalised exp(-entropy)",
 }
-"""Names for people; a kind that is not here goes by its own name."""
+"""Names for people; a kind that is not here goes by its own name. All are relative to the tasks' own experts:
+1 is as good as they are."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A line of ``history.jsonl``."""
+    """A line of ``history.jsonl``: a generation of masks, or a step of a gradient search.
+
+    Attributes:
+        seed: of the search.
+        masks_evaluated: so far; None where the line does not say.
+        example_evaluations: forward passes of one example so far, likewise.
+        step: of a gradient search.
+        best: fitness so far, NaN if none is finite.
+        fitness: of the members, NaN where an evaluation failed; of a gradient search its one point.
+        selection: fitness of a gradient search on the selection split, NaN where it did not look.
+    """
 
     seed: int
-    masks_evaluated: int
-    best: float  # so far
-    fitness: np.ndarray  # of the members, NaN where an evaluation failed
+    masks_evaluated: int | None
+    example_evaluations: float | None
+    step: int | None
+    best: float
+    fitness: np.ndarray
+    selection: float
 
 
 @dataclass(frozen=True)
@@ -56,16 +69,16 @@ class RunData:
         return list(self.scores["tasks"])
 
     @property
-    def fitness(self) -> Fitness:
-        """What the search maximised."""
-        kind = str((self.config.get("search") or {}).get("fitness", "accuracy"))
-        return FITNESS.get(kind) or Fitness(kind.replace("_", " "))
+    def fitness_label(self) -> str:
+        """What the search maximised, in words."""
+        kind = self.scores.get("fitness") or (self.config.get("search") or {}).get("fitness", "accuracy")
+        return FITNESS_LABELS.get(str(kind)) or str(kind).replace("_", " ")
 
     @property
     def plain_fitness(self) -> float | None:
         """Fitness of the plain merge on the search split, at the best scale tried; None if not recorded."""
-        grid = self.scores.get("scale_grid")
-        return max(grid.values()) if isinstance(grid, Mapping) and grid else None
+        grid = self.scores.get("scale_grid") or {}
+        return max((value for value in grid.values() if value is not None), default=None)
 
     def by_seed(self) -> dict[int, list[Generation]]:
         """The history of every search, in order."""
@@ -77,7 +90,7 @@ class RunData:
     @property
     def has_weights(self) -> bool:
         """Whether modules have weights in the merge, not only in or out."""
-        return bool(self.mask.get("weights"))
+        return any(weight for *_, weight in self.mask.get("weights") or ())
 
     @property
     def projections(self) -> int:
@@ -88,7 +101,9 @@ class RunData:
         """How many modules are pruned in each [layer, task], and how many a cell stands for."""
         tasks = list(self.mask["tasks"])
         count = np.zeros((int(self.mask["layers"]), len(tasks)), int)
-        for layer, *_, task in self.mask["pruned"]:
+        # once where both lists have it
+        zero = {tuple(module) for *module, weight in self.mask.get("weights") or () if not weight}
+        for layer, *_, task in zero | {tuple(module) for module in self.mask["pruned"]}:
             count[layer, tasks.index(task)] += 1
         return count, self.projections
 
@@ -139,14 +154,23 @@ def read(run_dir: Path) -> RunData:
 
 
 def _generation(record: Mapping[str, Any]) -> Generation:
-    fitness = np.array([math.nan if f is None else float(f) for f in record["fitness"]])
-    best = record.get("best")
+    masks, examples, step = (record.get(key) for key in ("masks_evaluated", "example_evaluations", "step"))
+    if masks is None and examples is None and step is None:
+        raise KeyError("masks_evaluated")
     return Generation(
         int(record.get("seed", 0)),
-        int(record["masks_evaluated"]),
-        math.nan if best is None else float(best),
-        fitness,
+        None if masks is None else int(masks),
+        None if examples is None else float(examples),
+        None if step is None else int(step),
+        _number(record.get("best")),
+        np.array([_number(value) for value in record["fitness"]]),
+        _number(record.get("selection")),
     )
+
+
+def _number(value: Any) -> float:
+    """JSON has no NaN, but null."""
+    return math.nan if value is None else float(value)
 
 
 def _text(path: Path) -> str:
@@ -184,15 +208,17 @@ def _check_scores(scores: Mapping[str, Any]) -> None:
             float(scores[column][task])
     for column in ("merged", "enmp"):
         float(scores["mean_normalised"][column])
-    for _layer, *_, _task in scores["pruned"]:
+    for _layer, *_, _task in scores.get("pruned") or []:
         pass
     for seed in scores.get("seeds") or []:
-        for key in ("seed", "pruned", "mean_normalised", "gain"):
-            float(seed[key])
-    for value in dict(scores.get("gain") or {}).values():
-        float(value or 0)
-    for value in dict(scores.get("scale_grid") or {}).values():
-        float(value)
+        int(seed["seed"])
+        for key in ("pruned", "weighted", "mean_normalised", "gain"):
+            _number(seed.get(key))
+    for key in ("weighted", "modules", "masks_evaluated", "example_evaluations", "masks_per_second"):
+        _number(scores.get(key))
+    for key in ("gain", "scale_grid"):
+        for value in dict(scores.get(key) or {}).values():
+            _number(value)
     for sizes in dict(scores.get("splits") or {}).values():
         for size in sizes.values():
             float(size)
@@ -204,7 +230,7 @@ def _check_mask(mask: Mapping[str, Any]) -> None:
     known = list(mask["projections"]) if mask["granularity"] == "projection" else []
     weighted = mask.get("weights") or []
     for *_, weight in weighted:
-        if not math.isfinite(weight):
+        if not 0 <= weight < math.inf:
             raise ValueError(f"weight {weight}")
     for module in (*mask["pruned"], *(module for *module, _ in weighted)):
         layer, *projection, task = module

@@ -11,6 +11,7 @@ from enmp_jax.report.data import RunData
 from enmp_jax.report.plots import DARK, LIGHT, Plot, plots_of, render
 from enmp_jax.report.tables import (
     changed,
+    cost_lines,
     mean_measure,
     measure,
     percent,
@@ -65,7 +66,11 @@ def page(data: RunData) -> str:
     modules = [name for name in ("mask", "weights") if name in plots]
     sections = [
         _section(f"{what} by task", _picture(data, plots["accuracies"]), _score_table(scores)),
-        _section("Pruned modules", *(_picture(data, plots[name]) for name in modules), _pruned_table(scores)),
+        _section(
+            "Weights of modules" if data.has_weights else "Pruned modules",
+            *(_picture(data, plots[name]) for name in modules),
+            _pruned_table(scores),
+        ),
         _section("Search", _picture(data, plots["convergence"]), _search_notes(data), _seed_table(scores)),
         _section("How the data was used", *_splits(data)),
         _section("Settings", *_settings(data)),
@@ -87,12 +92,15 @@ def page(data: RunData) -> str:
 
 
 def _headline(scores: Mapping[str, Any]) -> str:
+    weighted = scores.get("weighted")
     gain = scores["mean_normalised"]["enmp"] - scores["mean_normalised"]["merged"]
     if not changed(scores):
-        return "No negative modules found"
-    if gain <= 0:
-        return "Pruning did not help on the test split"
-    if not scores["pruned"]:
+        return "No weights beat the plain merge" if weighted is not None else "No negative modules found"
+    if not gain > 0:
+        return f"{'Pruning' if weighted is None else 'Weighting'} did not help on the test split"
+    if weighted:
+        return f"{points(gain)} points with {weighted} modules weighted"
+    if not scores.get("pruned"):
         return f"{points(gain)} points over the plain merge"
     return f"{points(gain)} points without {len(scores['pruned'])} negative modules"
 
@@ -157,31 +165,31 @@ def _pruned_table(scores: Mapping[str, Any]) -> str:
 
 
 def _search_notes(data: RunData) -> str:
-    scores = data.scores
+    scale = data.scores.get("scale")
     notes = [
-        ("masks evaluated", scores.get("masks_evaluated")),
-        ("distinct masks", scores.get("distinct_masks")),
-        ("masks per second", scores.get("masks_per_second")),
-        ("fitness", f"{data.fitness.label} on the search split"),
-        ("merge coefficient", scores.get("scale")),
+        *cost_lines(data.scores).items(),
+        ("fitness", f"{data.fitness_label} on the search split"),
+        *([] if scale is None else [("merge coefficient", scale)]),
     ]
-    return _pairs((key, value) for key, value in notes if value is not None)
+    return _pairs(notes)
 
 
 def _seed_table(scores: Mapping[str, Any]) -> str:
     seeds = scores.get("seeds") or []
     if len(seeds) < 2:
         return ""
+    counts = [key for key in ("weighted", "pruned") if any(s.get(key) is not None for s in seeds)]
     rows = [
         (
             f"{s['seed']}{' (chosen)' if s['seed'] == scores.get('seed') else ''}",
-            s["pruned"],
-            percent(s["mean_normalised"]),
-            points(s["gain"]),
+            *("–" if s.get(key) is None else s[key] for key in counts),
+            percent(s.get("mean_normalised")),
+            points(s.get("gain")),
         )
         for s in seeds
     ]
-    return _table(["seed", "modules pruned", f"{mean_measure(scores)}, test", "gain, points"], rows)
+    header = [f"modules {key}" for key in counts]
+    return _table(["seed", *header, f"{mean_measure(scores)}, test", "gain, points"], rows)
 
 
 def _splits(data: RunData) -> list[str]:

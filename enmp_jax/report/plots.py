@@ -14,6 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from enmp_jax.errors import UserError
 from enmp_jax.report.data import Generation, RunData
 from enmp_jax.report.tables import measure
 
@@ -67,38 +68,56 @@ def _legend(axes: Axes, theme: Theme, columns: int) -> None:
 
 
 def convergence(data: RunData, theme: Theme = LIGHT) -> Figure:
-    """Draw fitness against masks evaluated."""
+    """Draw fitness against what was evaluated, or against the steps of a gradient search."""
     figure, axes = _axes(8.0, 4.0, theme)
     seeds = list(data.by_seed().values())
-    several = len(seeds) > 1
+    several, (x_name, x_label) = len(seeds) > 1, _progress(data)
+    gradient = x_name == "step"
+    point, mean = ("point", "each step") if gradient else ("mask", "mean of a generation")
     for history in seeds:
-        x = np.array([g.masks_evaluated for g in history])
+        x = np.array([getattr(g, x_name) for g in history], float)
         middle, low, high = _spread(history)
         axes.plot(
             x, [g.best for g in history], color=theme.enmp, lw=1 if several else 2.2,
-            alpha=0.5 if several else 1, label=None if several else "best mask so far",
+            alpha=0.5 if several else 1, label=None if several else f"best {point} so far",
         )  # fmt: skip
         axes.plot(
             x, middle, color=theme.muted, lw=0.8 if several else 1.4, alpha=0.6 if several else 1,
-            label="mean of a generation" if history is seeds[0] else None,
+            label=mean if history is seeds[0] else None,
         )  # fmt: skip
-        if not several:
+        selection = np.array([g.selection for g in history])
+        if np.isfinite(selection).any():
+            axes.plot(
+                x, selection, ls="none", marker="o", ms=3.5, color=theme.expert,
+                label="selection split" if history is seeds[0] else None,
+            )  # fmt: skip
+        if not (several or gradient):
             axes.fill_between(x, low, high, color=theme.muted, alpha=0.15, lw=0, label="worst to best")
     if several:
         shortest = min(map(len, seeds))
-        x = [g.masks_evaluated for g in seeds[0][:shortest]]
+        x = [getattr(g, x_name) for g in seeds[0][:shortest]]
         best = np.mean([[g.best for g in history[:shortest]] for history in seeds], axis=0)
-        axes.plot(x, best, color=theme.enmp, lw=2.4, label=f"best mask so far, mean of {len(seeds)} seeds")
+        axes.plot(x, best, color=theme.enmp, lw=2.4, label=f"best {point} so far, mean of {len(seeds)} seeds")
     if data.plain_fitness is not None:
         axes.axhline(data.plain_fitness, color=theme.merged, lw=1.8, ls=(0, (5, 3)), label="plain merge")
-    axes.set_xlabel("masks evaluated (per seed)" if several else "masks evaluated", color=theme.ink)
-    axes.set_ylabel(f"{data.fitness.label}\non the search split", color=theme.ink)
-    if data.fitness.is_share:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel(f"{x_label} (per seed)" if several else x_label, color=theme.ink)
+    axes.set_ylabel(f"{data.fitness_label}\non the search split, % of the experts", color=theme.ink)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.01)
     _legend(axes, theme, 4)
     return figure
+
+
+def _progress(data: RunData) -> tuple[str, str]:
+    """What all lines of the history count: the field of ``Generation`` and how to call it."""
+    masks = ("masks_evaluated", "masks evaluated")
+    if not data.history:
+        return masks
+    for name, label in (("step", "steps"), masks, ("example_evaluations", "example evaluations")):
+        if all(getattr(generation, name) is not None for generation in data.history):
+            return name, label
+    raise UserError("history.jsonl mixes searches that count different things")
 
 
 def _spread(history: list[Generation]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,13 +127,13 @@ def _spread(history: list[Generation]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return middle, low, high
 
 
-def _cells(values: np.ndarray, names: list[str], theme: Theme, **colours: Any) -> Axes:
+def _cells(values: np.ndarray, names: list[str], theme: Theme, scale: bool = False, **colours: Any) -> Axes:
     """A coloured cell for each of ``values [layer, row]``, layers from left to right."""
     layers, rows = values.shape
     cell = min(0.5, max(0.19, 6.4 / layers))
     width = layers * cell + 0.09 * max(map(len, names)) + 1
-    _, axes = _axes(max(4.5, width), max(2.2, rows * 0.42 + 1.3), theme)
-    axes.pcolormesh(values.T, edgecolors=theme.background, linewidth=2.5, **colours)
+    figure, axes = _axes(max(4.5, width), max(2.2, rows * 0.42 + 1.3), theme)
+    cells = axes.pcolormesh(values.T, edgecolors=theme.background, linewidth=2.5, **colours)
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
     axes.set_aspect("auto")
@@ -123,6 +142,10 @@ def _cells(values: np.ndarray, names: list[str], theme: Theme, **colours: Any) -
     axes.set_xticks([n + 0.5 for n in ticks], [str(n) for n in ticks], fontsize=9)
     axes.set_yticks(np.arange(rows) + 0.5, names, fontsize=9.5)
     axes.set_xlabel("layer", color=theme.ink)
+    if scale:
+        bar = figure.colorbar(cells, ax=axes, pad=0.02, aspect=12, spacing="proportional")
+        bar.ax.tick_params(colors=theme.muted, labelcolor=theme.ink, length=0, labelsize=9)
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     return axes
 
 
@@ -155,12 +178,14 @@ def mask(data: RunData, theme: Theme = LIGHT) -> Figure:
 
 
 def weights(data: RunData, theme: Theme = LIGHT) -> Figure:
-    """Draw the weight that each module has in the merge."""
+    """Draw the weight that each module has in the merge; cells with nothing left have a cross."""
     values = data.weights()
-    low, high = min(0.0, float(values.min())), max(2.0, float(values.max()))
+    pruned, of = data.pruned_share()
     colours = LinearSegmentedColormap.from_list("weights", [theme.enmp, theme.kept, theme.merged])
-    norm = TwoSlopeNorm(1.0, low, high)
-    axes = _cells(values, list(data.mask["tasks"]), theme, cmap=colours, norm=norm)
+    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, float(values.max())))
+    axes = _cells(values, list(data.mask["tasks"]), theme, scale=True, cmap=colours, norm=norm)
+    for layer, row in np.argwhere(pruned == of):
+        axes.text(layer + 0.5, row + 0.5, "×", ha="center", va="center", fontsize=11, color=theme.background)
     if len(values) <= 16:  # more layers make cells too narrow for figures
         _in_cells(axes, values, ".1f", np.abs(norm(values) - 0.5) > 0.25, theme)
     title = f"weights from {values.min():.2g} to {values.max():.2g}; {_pruned_title(data)}"
@@ -205,7 +230,14 @@ _ACCURACIES = Plot(
 _CONVERGENCE = Plot(
     convergence,
     "Fitness on the search split against masks evaluated: best so far and mean of each generation, with the "
-    "plain merge as a line. Several seeds: one thin line each, and their mean.",
+    "plain merge as a line. 100 % is as good as the tasks' own experts. Several seeds: one thin line each, "
+    "and their mean.",
+)
+_STEPS = Plot(
+    convergence,
+    "Fitness on the search split at each step of the gradient search, and on the selection split where it "
+    "looked, with the plain merge as a line. 100 % is as good as the tasks' own experts. Several seeds: one "
+    "thin line each, and their mean.",
 )
 _MASK = Plot(
     mask,
@@ -214,12 +246,13 @@ _MASK = Plot(
 )
 _WEIGHTS = Plot(
     weights,
-    "The weight of each module in the merge: a cell per (layer, task), layers from left to right; 0 is "
-    "pruned, 1 as in the plain merge. With single projections, their mean.",
+    "The weight of each module in the merge: a cell per (layer, task), layers from left to right; 1 is "
+    "as in the plain merge, a cross pruned (weight 0). With single projections, their mean.",
 )
 
 
 def plots_of(data: RunData) -> dict[str, Plot]:
     """The pictures that a run has, by name."""
     modules = {"weights": _WEIGHTS} if data.has_weights else {"mask": _MASK}
-    return {"convergence": _CONVERGENCE, **modules, "accuracies": _ACCURACIES}
+    search = _STEPS if _progress(data)[0] == "step" else _CONVERGENCE
+    return {"convergence": search, **modules, "accuracies": _ACCURACIES}

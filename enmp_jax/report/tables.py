@@ -53,28 +53,37 @@ def score_rows(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict(scores: Mapping[str, Any]) -> str:
-    """One sentence: what pruning did on data that the search never saw."""
+    """One sentence: what pruning or weighting did on data that the search never saw."""
     before, after = scores["mean_normalised"]["merged"], scores["mean_normalised"]["enmp"]
-    count, total = len(scores["pruned"]), scores.get("modules")
-    head = f"{count}{f' of {total}' if total else ''} module{'' if (total or count) == 1 else 's'} pruned"
-    mean = mean_measure(scores)
+    head, mean = how_many(scores), mean_measure(scores)
     if not changed(scores):
-        return f"{head}: no mask beat the plain merge ({percent(before)} % {mean})."
+        what = "weights" if "weighted" in scores else "mask"
+        return f"{head}: no {what} beat the plain merge ({percent(before)} % {mean})."
     return (
         f"{head}: {mean} on the {scores.get('split', 'test')} split goes from "
         f"{percent(before)} % to {percent(after)} % ({points(after - before)} points)."
     )
 
 
+def how_many(scores: Mapping[str, Any]) -> str:
+    """``4 of 48 modules pruned``, or ``40 of 48 modules weighted, 4 of them pruned`` (with weight 0)."""
+    pruned, weighted, total = len(scores.get("pruned") or []), scores.get("weighted"), scores.get("modules")
+    count = pruned if weighted is None else weighted
+    modules = f"{count}{f' of {total}' if total else ''} module{'' if (total or count) == 1 else 's'}"
+    if weighted is None:
+        return f"{modules} pruned"
+    return f"{modules} weighted" + (f", {pruned} of them pruned" if pruned else "")
+
+
 def changed(scores: Mapping[str, Any]) -> bool:
     """Whether the search chose another merge than the plain one (by pruning, by weights or by the scale)."""
-    return bool(scores["pruned"]) or scores["enmp"] != scores["merged"]
+    return bool(scores.get("pruned") or scores.get("weighted")) or scores["enmp"] != scores["merged"]
 
 
 def seed_sentence(scores: Mapping[str, Any]) -> str | None:
     """Mean and standard deviation of the gain over several searches; None for a single one."""
     gain, seeds = scores.get("gain") or {}, scores.get("seeds") or []
-    if len(seeds) < 2 or gain.get("std") is None:
+    if len(seeds) < 2 or gain.get("std") is None or gain.get("mean") is None:
         return None
     return f"Over {len(seeds)} seeds the gain is {points(gain['mean'])} ± {100 * gain['std']:.1f} points."
 
@@ -94,14 +103,25 @@ def pruned_lines(scores: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def percent(value: float) -> str:
-    """A share as per cent, a dash for NaN."""
+def percent(value: float | None) -> str:
+    """A share as per cent, a dash for NaN and None."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
-def points(value: float) -> str:
-    """A difference of shares as signed percentage points."""
-    return f"{100 * value:+.1f}"
+def points(value: float | None) -> str:
+    """A difference of shares as signed percentage points, a dash for NaN and None."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:+.1f}"
+
+
+def cost_lines(scores: Mapping[str, Any]) -> dict[str, str]:
+    """What a search cost, by name, as far as it is recorded."""
+    forms = {"masks_evaluated": "", "distinct_masks": "", "example_evaluations": ",.0f",
+             "masks_per_second": ".1f"}  # fmt: skip
+    return {
+        key.replace("_", " "): format(value, form)
+        for key, form in forms.items()
+        if (value := scores.get(key)) is not None
+    }
 
 
 def _bracket(accuracy: float, reference: float) -> str:

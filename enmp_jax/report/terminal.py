@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from enmp_jax.report.tables import measure, pruned_lines, score_rows, seed_sentence, verdict
+from enmp_jax.report.tables import cost_lines, measure, pruned_lines, score_rows, seed_sentence, verdict
 
 
 def final_table(scores: Mapping[str, Any]) -> Table:
@@ -37,13 +37,8 @@ def print_scores(scores: Mapping[str, Any]) -> None:
     if sentence := seed_sentence(scores):
         console.print(sentence)
     _print_pruned(console, scores)
-    cost = f"{scores['masks_evaluated']} masks evaluated" if "masks_evaluated" in scores else ""
-    if scores.get("distinct_masks") is not None:
-        cost += f", {scores['distinct_masks']} of them distinct"
-    if scores.get("masks_per_second"):
-        cost += f", {scores['masks_per_second']:.1f} masks per second"
-    if cost:
-        console.print(cost)
+    if costs := cost_lines(scores):
+        console.print(", ".join(f"{value} {name}" for name, value in costs.items()))
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:

@@ -210,10 +210,11 @@ def test(
         ],
         "gain": {"mean": float(gains.mean()), "std": float(gains.std(ddof=1)) if len(gains) > 1 else None},
         "pruned": [list(module) for module in spec.pruned_modules(best.keep != 0)],
-        "weighted": int((best.keep[spec.present()] != 1).sum()) if best.keep.dtype != bool else 0,
         "scale": best.scale,
         "seed": best.seed,
     }  # fmt: skip
+    if best.keep.dtype != bool:
+        found["weighted"] = len(spec.weighted_modules(best.keep))
     return found if refined is None else with_refined(found, test_refined(evaluator, refined))
 
 
@@ -229,10 +230,11 @@ def export(
 
     What an interrupted export left whole is kept.
     """
-    merge = evaluator.loaded.run.merge
+    merge, spec = evaluator.loaded.run.merge, evaluator.loaded.mask_spec
     recipe = Recipe(
         merge={**merge.recipe(), "scale": best.scale},
         pruned=scores["pruned"],
+        weights=spec.weighted_modules(best.keep) if "weighted" in scores else (),
         seed=best.seed,
         scores=scores,
     )  # fmt: skip
