@@ -61,7 +61,8 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}, {jax.devices()[0].device_kind} ({os.cpu_count()} cores, load "
         f"{os.getloadavg()[0]:.1f}), python {platform.python_version()}, jax {jax.__version__}; "
         f"{args.model}, {backbone.n_layers} layers, {args.dtype}, {args.method} in {args.space}, "
-        f"{len(keep)} masks, {args.tasks} tasks x {args.examples} examples, batch {args.batch}, chunks of {chunk}"
+        f"{len(keep)} masks, {args.tasks} tasks x {args.examples} examples, batch {args.batch}, "
+        f"chunks of {chunk}"
     )
     # a call of the shape that will be timed, all its masks the parent: that one runs hardly a layer
     for name, masks in (("whole passes", keep[:chunk]), ("reused hidden states", keep | True)):
@@ -80,7 +81,7 @@ def main() -> None:
         "\n| masks | whole passes s | reused s | ratio | largest relative difference |"
         "\n|---|---|---|---|---|\n"
         f"| {len(keep)} | {full:.1f} | {reused:.1f} | {reused / full:.2f} "
-        f"| {np.max(np.abs(ours / theirs - 1)):.1g} |"
+        f"| {np.max(np.abs(ours / theirs - 1)):.2g} |"
     )
 
 

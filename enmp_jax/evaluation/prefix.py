@@ -144,9 +144,9 @@ def pays(first: Int[np.ndarray, " member"], n_layers: int, most: int, shards: in
         shards: devices that members are divided over.
         chunk: members that one device evaluates together.
     """
-    chunk = min(chunk, math.ceil(len(first) / shards))
-    if most < shards * chunk:
+    if not most:
         return False
+    chunk = min(chunk, math.ceil(len(first) / shards))
     starts = np.sort(first)[:: shards * chunk]
     parent = math.ceil(len(first) / most) * n_layers
     return parent + chunk * int((n_layers - starts).sum()) < chunk * n_layers * len(starts)
