@@ -19,6 +19,7 @@ from enmp_jax.data.batches import Batches
 from enmp_jax.devices.mesh import choose_shape, make_mesh
 from enmp_jax.evaluation import budget
 from enmp_jax.evaluation.population import EvalInputs, make_evaluate, place
+from enmp_jax.evaluation.prefix import make_evaluate_from
 from enmp_jax.evaluation.scoring import Heads
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.masks import MaskSpec
@@ -79,6 +80,19 @@ def test_dense_deltas_in_chunks_on_a_mesh():
     one = jax.jit(make_evaluate(backbone, merge, len(TASKS), member_chunk=1))
     expected = one(inputs, *(jnp.asarray(x[:16]) for x in masks(64)))
     assert_scores(scores_on(problem, (2, 2, 2), 16, member_chunk=3), expected, 16)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 2, 2)], ids=str)
+def test_scores_from_a_parent_do_not_depend_on_the_mesh(problem, shape):
+    """9 masks that start at every layer, on meshes that do not divide them."""
+    backbone, merge, _, inputs = problem
+    parent = masks(1)[0][0]
+    keep = np.concatenate([parent[None], parent ^ np.eye(6, dtype=bool).reshape(6, 2, 3), masks(2)[0]])
+    whole = jax.jit(make_evaluate(backbone, merge, len(TASKS), member_chunk=1))
+    expected = whole(inputs, keep, np.full(9, 0.5, np.float32))
+    mesh = make_mesh(*shape)
+    evaluate = jax.jit(make_evaluate_from(backbone, merge, len(TASKS), mesh, member_chunk=2))
+    assert_scores(evaluate(place(inputs, mesh, backbone), parent, 0.5, keep), expected, 9)
 
 
 def compiled_text(problem, shape):

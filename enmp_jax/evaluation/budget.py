@@ -45,6 +45,11 @@ def device_memory(device: Any = None) -> int:
     return machine // 2 // jax.local_device_count()
 
 
+def free_bytes(inputs: Any) -> int:
+    """Bytes of a device that are planned with and that the inputs (arrays on it) leave free."""
+    return int(USABLE * device_memory()) - n_bytes(inputs)
+
+
 def n_bytes(tree: Any) -> int:
     """Bytes of a pytree on one device: of sharded arrays, one shard."""
 
@@ -147,6 +152,14 @@ def matmul_rate(dtype: Any, size: int | None = None, repeats: int = 5) -> float:
 def largest_activations(backbone: Backbone, batches: Any) -> int:
     """Activations of one member for the largest batch, in bytes on a device."""
     return max(activation_bytes(backbone, _one_batch(bucket)) for bucket in batches)
+
+
+def largest_states(backbone: Backbone, batches: Any) -> int:
+    """Hidden states of one member after every layer, for the largest batch, in bytes on a device."""
+    params = jax.eval_shape(backbone.init, jax.random.key(0))
+    return max(
+        n_bytes(jax.eval_shape(backbone.hidden_states, params, _one_batch(bucket))) for bucket in batches
+    )
 
 
 def tokens_and_batches(backbone: Backbone, batches: Any) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from enmp_jax.data import Examples, batch
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
 from enmp_jax.errors import UserError
-from enmp_jax.evaluation import budget, delta_format, experts, fitness
+from enmp_jax.evaluation import budget, delta_format, experts, fitness, prefix
 from enmp_jax.evaluation.loaded_run import LoadedRun, Split, make_merge
 from enmp_jax.evaluation.population import EvalInputs, EvaluateMasks, count_all, make_evaluate, place
 from enmp_jax.evaluation.scoring import Counts, Scoring
@@ -44,6 +44,7 @@ class Evaluator:
         self._answers: dict[Split, experts.LogProbabilities] = {}
         self._plans: dict[Any, ExecutionPlan] = {}
         self._compiled: dict[ExecutionPlan, Callable[..., Counts]] = {}
+        self._compiled_from: dict[ExecutionPlan, Callable[..., Counts]] = {}
 
     @functools.cached_property
     def ingredients(self) -> Ingredients:
@@ -90,7 +91,7 @@ class Evaluator:
         population, shape = loaded.run.search.population, loaded.mask_spec.shape
         members = math.ceil(population / self.mesh.shape["population"])
         activations = budget.largest_activations(loaded.backbone, inputs.batches)
-        free = int(budget.USABLE * budget.device_memory()) - budget.n_bytes(inputs)
+        free = budget.free_bytes(inputs)
         chosen = merge
         if self.mesh.shape["model"] == 1:  # else base weights are divided, and so would these have to be
             tokens, batches = budget.tokens_and_batches(loaded.backbone, inputs.batches)
@@ -161,6 +162,39 @@ class Evaluator:
             return count_all(loaded.backbone, inputs, deltas, len(loaded.tasks), self.kind)
 
         return jax.jit(counted)(self.spread(inputs), deltas)
+
+    def score_from(
+        self,
+        inputs: EvalInputs,
+        parent: Num[np.ndarray, "*module"],
+        keep: Num[np.ndarray, "member *module"],
+        scale: float,
+        plan: ExecutionPlan | None = None,
+    ) -> Counts:
+        """Score masks that are variations of one: their layers before the first changed one run once for all.
+
+        Where that saves nothing, or memory cannot hold it, this is ``score``.
+
+        Args:
+            inputs: of a split.
+            parent: the mask that is varied; to have its score too, make it one of ``keep``.
+            keep: masks or relaxed masks.
+            scale: merge coefficient of all.
+            plan: default: that of the run's merge method.
+        """
+        plan, loaded = plan or self.plan(inputs), self.loaded
+        merge, chunk = plan
+        most = prefix.most_members(loaded.backbone, merge, inputs, parent.shape, self.mesh, chunk)
+        first = np.asarray(prefix.first_changed(parent, keep))
+        if not prefix.pays(first, loaded.backbone.n_layers, most, self.mesh.shape["population"], chunk):
+            return self.score(inputs, keep, np.full(len(keep), scale, np.float32), plan)
+        if plan not in self._compiled_from:
+            evaluate = prefix.make_evaluate_from(
+                loaded.backbone, merge, len(loaded.tasks), self.mesh, chunk, self.kind
+            )
+            self._compiled_from[plan] = jax.jit(evaluate)
+        score = functools.partial(self._compiled_from[plan], inputs, parent, scale)
+        return prefix.in_calls(score, parent, keep, most)
 
     def expert_answers(self, split: Split) -> experts.LogProbabilities:
         """Class log-probabilities of every adapter alone on its own task's examples.

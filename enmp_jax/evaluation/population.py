@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ class EvalInputs(NamedTuple):
     batches: tuple[Batches, ...]  # one per bucket of input lengths
 
 
+MEMBERS = PartitionSpec("population")
+SHARED = PartitionSpec()
 EvaluateMasks = Callable[[EvalInputs, Num[Array, "member ..."], Float[Array, " member"]], Counts]
 
 
@@ -60,7 +62,6 @@ def make_evaluate(
     Any P works on any mesh: it is padded with copies of the last member, which are dropped.
     """
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    manual = {"population", "data"}
     n_shards = mesh.shape["population"]
 
     def member(inputs: EvalInputs, keep: Array, scale: Array) -> Counts:
@@ -70,8 +71,7 @@ def make_evaluate(
 
     def shard(inputs: EvalInputs, keep: Array, scale: Array, chunk: int) -> Counts:
         # One chunk is a plain vmap: shared base weights, one batched matmul over all members.
-        counts = jax.lax.map(lambda args: member(inputs, *args), (keep, scale), batch_size=chunk)
-        return jax.lax.psum(counts, "data") if mesh.shape["data"] > 1 else counts
+        return jax.lax.map(lambda args: member(inputs, *args), (keep, scale), batch_size=chunk)
 
     def evaluate(
         inputs: EvalInputs, keep: Num[Array, "member ..."], scale: Float[Array, " member"]
@@ -81,21 +81,39 @@ def make_evaluate(
         rounds = math.ceil(share / (member_chunk or share))
         chunk = math.ceil(share / rounds)  # equal chunks: a remainder would compile all of it again
         keep, scale = (_pad(x, n_shards * rounds * chunk - size) for x in (keep, scale))
-        members, replicated = PartitionSpec("population"), PartitionSpec()
-        specs = EvalInputs(replicated, replicated, replicated, PartitionSpec(None, "data"))  # type: ignore[arg-type]
-        # No check of varying axes: merges and models, which know no mesh, have scans of their own.
-        counts = jax.shard_map(
-            partial(shard, chunk=chunk),
-            mesh=mesh,
-            in_specs=(specs, members, members),
-            out_specs=members,
-            axis_names=manual,
-            check_vma=False,
-        )(inputs, keep, scale)
-        counts = jax.lax.with_sharding_constraint(counts, NamedSharding(mesh, replicated))
+        counts = on_mesh(partial(shard, chunk=chunk), mesh, (MEMBERS, MEMBERS))(inputs, keep, scale)
         return jax.tree.map(lambda x: x[:size], counts)
 
     return evaluate
+
+
+def on_mesh(
+    shard: Callable[..., Counts], mesh: Mesh, arguments: tuple[PartitionSpec, ...]
+) -> Callable[..., Counts]:
+    """``(inputs, *arguments) -> Counts`` from what one device does: members over ``population``, rows
+    over ``data``, the sum over rows and the gathering of members at the end.
+
+    Args:
+        shard: the same function of one device's part of the inputs and arguments.
+        mesh: the devices.
+        arguments: how each argument after the inputs is divided.
+    """
+    specs = EvalInputs(SHARED, SHARED, SHARED, PartitionSpec(None, "data"))  # type: ignore[arg-type]
+
+    def summed(*args: Any) -> Counts:
+        counts = shard(*args)
+        return jax.lax.psum(counts, "data") if mesh.shape["data"] > 1 else counts
+
+    # No check of varying axes: merges and models, which know no mesh, have scans of their own.
+    divided = jax.shard_map(
+        summed,
+        mesh=mesh,
+        in_specs=(specs, *arguments),
+        out_specs=MEMBERS,
+        axis_names={"population", "data"},
+        check_vma=False,
+    )
+    return lambda *args: jax.lax.with_sharding_constraint(divided(*args), NamedSharding(mesh, SHARED))
 
 
 def count_all(
@@ -112,17 +130,27 @@ def count_all(
         remat: keep no activations of a batch for the backward pass but compute them again.
     """
 
-    def step(total: Counts, batch: Batches) -> tuple[Counts, None]:
+    def one(batch: Batches) -> Counts:
         features = backbone.features(inputs.params, batch.inputs, deltas)
-        scores = class_log_probabilities(inputs.heads, features, batch.task)
-        counts = count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert)
-        return jax.tree.map(jnp.add, total, counts), None
+        return count_features(inputs, batch, features, n_tasks, kind)
 
-    one = jax.tree.map(lambda x: x[0], inputs.batches[0])
-    shapes = jax.eval_shape(lambda b: step(Counts(0.0, 0.0, 0.0), b)[0], one)  # type: ignore[arg-type]
+    return sum_over_batches(jax.checkpoint(one) if remat else one, inputs.batches)
+
+
+def count_features(
+    inputs: EvalInputs, batch: Batches, features: Float[Array, "row width"], n_tasks: int, kind: Fitness
+) -> Counts:
+    """Counts of one batch (no leading axis) from the features of its rows."""
+    scores = class_log_probabilities(inputs.heads, features, batch.task)
+    return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert)
+
+
+def sum_over_batches(counts: Callable[[Batches], Counts], batches: tuple[Batches, ...]) -> Counts:
+    """The sum of the counts of every batch, one batch at a time."""
+    shapes = jax.eval_shape(counts, jax.tree.map(lambda x: x[0], batches[0]))
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    for bucket in inputs.batches:
-        total, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, total, bucket)
+    for bucket in batches:
+        total, _ = jax.lax.scan(lambda t, b: (jax.tree.map(jnp.add, t, counts(b)), None), total, bucket)
     return total
 
 
