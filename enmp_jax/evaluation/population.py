@@ -66,7 +66,6 @@ def make_evaluate(
 
     def member(inputs: EvalInputs, keep: Array, scale: Array) -> Counts:
         deltas = merge.merge(inputs.ingredients, keep, scale)
-
         return count_all(backbone, inputs, deltas, n_tasks, kind)
 
     def shard(inputs: EvalInputs, keep: Array, scale: Array, chunk: int) -> Counts:
@@ -100,8 +99,8 @@ def on_mesh(
     """
     specs = EvalInputs(SHARED, SHARED, SHARED, PartitionSpec(None, "data"))  # type: ignore[arg-type]
 
-    def summed(*args: Any) -> Counts:
-        counts = shard(*args)
+    def summed(*args: Any) -> Array:
+        counts = shard(*args).packed()  # one array, so one sum and one gather
         return jax.lax.psum(counts, "data") if mesh.shape["data"] > 1 else counts
 
     # No check of varying axes: merges and models, which know no mesh, have scans of their own.
@@ -113,7 +112,12 @@ def on_mesh(
         axis_names={"population", "data"},
         check_vma=False,
     )
-    return lambda *args: jax.lax.with_sharding_constraint(divided(*args), NamedSharding(mesh, SHARED))
+
+    def gathered(inputs: EvalInputs, *args: Any) -> Counts:
+        counts = jax.lax.with_sharding_constraint(divided(inputs, *args), NamedSharding(mesh, SHARED))
+        return Counts.unpacked(counts, inputs.heads.logit_scale.shape[0])
+
+    return gathered
 
 
 def count_all(

@@ -35,6 +35,17 @@ class Counts(NamedTuple):
     value: Float[Array | np.ndarray, "*member task"] | Float[Array | np.ndarray, "*member task temperature"]
     """Of the fitness kind that was asked for (see ``fitness``)."""
 
+    def packed(self) -> Float[Array, "member column"]:
+        """All of it in one array, to be sent at once."""
+        return jnp.concatenate([jnp.reshape(x, (len(x), -1)) for x in self], axis=1)
+
+    @classmethod
+    def unpacked(cls, columns: Float[Array, "member column"], tasks: int) -> Counts:
+        """The inverse of ``packed``."""
+        correct, log_likelihood, value = jnp.split(columns, [tasks, 2 * tasks], axis=1)
+        several = value.shape[1] > tasks
+        return cls(correct, log_likelihood, value.reshape(len(value), tasks, -1) if several else value)
+
 
 def stack_heads(
     heads: Sequence[tuple[np.ndarray, np.ndarray | None]],

@@ -141,7 +141,7 @@ def known_effects(
     objective = evaluator.loaded.run.search.objective
 
     def score(masks: np.ndarray) -> np.ndarray:
-        counts = evaluator.score(inputs, masks, np.full(len(masks), scale, np.float32))
+        counts = evaluator.score_from(inputs, spec.all_kept(), masks, scale)
         return np.asarray(scoring.fitness(counts, evaluator.kind, objective))
 
     return controls.leave_one_out(score, spec)[0]
