@@ -26,7 +26,7 @@ def write(tmp_path, data):
     return path
 
 
-def test_defaults_are_those_of_the_papers_code(tmp_path):
+def test_defaults(tmp_path):
     search = run_file.load(write(tmp_path, MINIMAL)).search
     assert (search.strategy, search.population, search.generations) == ("cma_es", 8, 30)
     assert (search.x0, search.sigma0, search.threshold, search.max_pruned) == (-1.0, 0.5, 0.0, 0.2)

@@ -35,16 +35,18 @@ class Counts(NamedTuple):
     value: Float[Array | np.ndarray, "*member task"] | Float[Array | np.ndarray, "*member task temperature"]
     """Of the fitness kind that was asked for (see ``fitness``)."""
 
-    def packed(self) -> Float[Array, "member column"]:
+    def packed(self) -> Float[Array, "*member column"]:
         """All of it in one array, to be sent at once."""
-        return jnp.concatenate([jnp.reshape(x, (len(x), -1)) for x in self], axis=1)
+        members = self.correct.shape[:-1]
+        return jnp.concatenate([jnp.reshape(x, (*members, -1)) for x in self], axis=-1)
 
     @classmethod
-    def unpacked(cls, columns: Float[Array, "member column"], tasks: int) -> Counts:
+    def unpacked(cls, columns: Float[Array, "*member column"], tasks: int) -> Counts:
         """The inverse of ``packed``."""
-        correct, log_likelihood, value = jnp.split(columns, [tasks, 2 * tasks], axis=1)
-        several = value.shape[1] > tasks
-        return cls(correct, log_likelihood, value.reshape(len(value), tasks, -1) if several else value)
+        correct, log_likelihood, value = jnp.split(columns, [tasks, 2 * tasks], axis=-1)
+        if value.shape[-1] > tasks:  # of every temperature
+            value = value.reshape(*value.shape[:-1], tasks, -1)
+        return cls(correct, log_likelihood, value)
 
 
 def stack_heads(
