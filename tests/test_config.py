@@ -29,7 +29,8 @@ def write(tmp_path, data):
 def test_defaults(tmp_path):
     search = run_file.load(write(tmp_path, MINIMAL)).search
     assert (search.strategy, search.population, search.generations) == ("cma_es", 8, 30)
-    assert (search.x0, search.sigma0, search.threshold, search.max_pruned) == (-1.0, 0.5, 0.0, 0.2)
+    assert (search.x0, search.sigma0, search.threshold, search.max_pruned) == ("auto", 0.5, 0.0, 0.2)
+    assert (search.fitness, search.objective, search.start) == ("margin", "mean", "none")
 
 
 @pytest.mark.parametrize("name", packaged_names())

@@ -34,6 +34,14 @@ class MemberScores(NamedTuple):
     """False where the memo knew the mask: no model was run for it."""
 
 
+class WarmStart(NamedTuple):
+    """What a search of masks knows beforehand: what pruning each module alone does to the fitness (NaN where
+    there is none), and how many forward passes of the search split that cost."""
+
+    effects: Float[np.ndarray, "*module"]
+    passes: int
+
+
 def make_score(evaluator: Evaluator, plan: ExecutionPlan) -> loop.ScoreGenomes:
     """The evaluation of a search, all of it compiled with it.
 
@@ -68,7 +76,7 @@ def evolve(
     inputs: EvalInputs,
     scoring: Scoring,
     scale: float,
-    effects: Float[np.ndarray, "*module"] | None = None,
+    known: WarmStart | None = None,
 ) -> Searched:
     """Search masks with every seed of the run at once; resumes from the newest checkpoint.
 
@@ -79,20 +87,20 @@ def evolve(
         inputs: of the search split.
         scoring: of the search split.
         scale: merge coefficient (where it is not searched).
-        effects: what pruning each module alone does to the fitness, for a warm start; NaN where none is.
+        known: for a warm start.
 
     Returns:
         The best distinct masks of every seed, and what they cost.
     """
     search = evaluator.loaded.run.search
-    strategy, mean = make_strategy(evaluator, scale, effects)
+    strategy, mean = make_strategy(evaluator, scale, known)
     sharding = NamedSharding(evaluator.mesh, PartitionSpec())
     score = make_score(evaluator, evaluator.plan(inputs))
     step = loop.make_step(strategy, score, search.generations_per_dispatch, sharding)
     keys = jnp.stack([jax.random.key(search.seed + i) for i in range(search.seeds)])
     operands = (inputs, *put((scoring, np.float32(scale)), sharding))
     with Checkpoints(directory.path / "checkpoints", directory.fingerprint, say=reporter.say) as checkpoints:
-        record = _Record(evaluator, directory, reporter, checkpoints)
+        record = _Record(evaluator, directory, reporter, checkpoints, known.passes if known else 0)
         resume = record.restore(step.init(*put((keys, mean), sharding)))
         loop.run(
             step, keys, mean, search.generations,
@@ -102,7 +110,7 @@ def evolve(
 
 
 def make_strategy(
-    evaluator: Evaluator, scale: float, effects: Float[np.ndarray, "*module"] | None = None
+    evaluator: Evaluator, scale: float, known: WarmStart | None = None
 ) -> tuple[strategies.Strategy, Float[np.ndarray, " gene"]]:
     """The strategy of a run for all its seeds, and the genome that it starts from.
 
@@ -110,14 +118,14 @@ def make_strategy(
         UserError: an unknown strategy, or settings that it cannot work with.
     """
     search, spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
-    known = None if effects is None else effects.reshape(-1)[list(spec.slots)]
+    effects = None if known is None else known.effects.reshape(-1)[list(spec.slots)]
     free = int(search.search_scale)
     space = strategies.Space(
-        spec.genome_size, search.population, search.sigma0, search.threshold, free, spec.max_count, known
+        spec.genome_size, search.population, search.sigma0, search.threshold, free, spec.max_count, effects
     )
     built = strategies.build(
         search.strategy, spec.genome_size, search.population, search.sigma0,
-        threshold=search.threshold, free=free, max_count=spec.max_count, effects=known,
+        threshold=search.threshold, free=free, max_count=spec.max_count, effects=effects,
     )  # fmt: skip
     start = spec.start(strategies.start_mean(space, search.x0), scale)
     return strategies.several(built, search.seeds), start
@@ -127,10 +135,16 @@ class _Record:
     """What the host keeps of the searches while the device goes on: archive, memos, history, checkpoints."""
 
     def __init__(
-        self, evaluator: Evaluator, directory: RunDirectory, reporter: Reporter, checkpoints: Checkpoints
+        self,
+        evaluator: Evaluator,
+        directory: RunDirectory,
+        reporter: Reporter,
+        checkpoints: Checkpoints,
+        passes: int,
     ):
         self.search, self.spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
         self.examples = int(evaluator.loaded.sizes("search").sum())
+        self.before = passes * self.examples  # what each search paid for its warm start
         self.directory, self.reporter, self.checkpoints = directory, reporter, checkpoints
         self.seeds = range(self.search.seed, self.search.seed + self.search.seeds)
         members = len(self.seeds) * self.search.population
@@ -188,7 +202,7 @@ class _Record:
                 "distinct_masks": sum(len(memo) for memo in self.memos),
                 "masks_run": int(self.archive["evaluated"].sum()),
                 "masks_per_second": self.masks / self.seconds if self.masks else None,
-                "example_evaluations": sum(len(memo) for memo in self.memos) * self.examples,
+                "example_evaluations": sum(map(self._spent, self.memos)),
             },
         )
 
@@ -214,7 +228,7 @@ class _Record:
             some = ~np.isnan(fitness)
             self.directory.append_history({
                 "seed": seed, "generation": generation, "masks_evaluated": memo.evaluated,
-                "distinct_masks": len(memo), "example_evaluations": len(memo) * self.examples,
+                "distinct_masks": len(memo), "example_evaluations": self._spent(memo),
                 "best": memo.best if np.isfinite(memo.best) else None,
                 "mean": float(fitness[some].mean()) if some.any() else None,
                 "fitness": [float(f) if np.isfinite(f) else None for f in fitness],
@@ -243,4 +257,8 @@ class _Record:
         if search.budget is None:
             return False
         most = search.population * search.generations_per_dispatch
-        return (max(map(len, self.memos)) + most) * self.examples > search.budget
+        return max(map(self._spent, self.memos)) + most * self.examples > search.budget
+
+    def _spent(self, memo: Memo) -> int:
+        """Example-evaluations of one seed so far: each distinct mask once, and its warm start."""
+        return self.before + len(memo) * self.examples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from enmp_jax.adapters.peft_export import export_adapters, export_peft
 from enmp_jax.adapters.recipe import Recipe
@@ -22,9 +22,9 @@ from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring, by_task
 from enmp_jax.io.progress import Reporter
-from enmp_jax.runs.climb import climb
+from enmp_jax.runs.climb import STEP_COST, climb
 from enmp_jax.runs.directory import RunDirectory
-from enmp_jax.runs.evolve import evolve, make_strategy
+from enmp_jax.runs.evolve import WarmStart, evolve, make_strategy
 from enmp_jax.runs.finalists import Finalist, Searched, rank, select, with_plain
 from enmp_jax.runs.refine import export_refined, merged_deltas, refine_winner, test_refined, with_refined
 from enmp_jax.search import controls
@@ -129,7 +129,7 @@ def search(
 
 def known_effects(
     evaluator: Evaluator, inputs: EvalInputs, scoring: Scoring, scale: float
-) -> Float[np.ndarray, "*module"] | None:
+) -> WarmStart | None:
     """What pruning each module alone does to the fitness, as far as ``search.start`` asks for it."""
     start, spec = evaluator.loaded.run.search.start, evaluator.loaded.mask_spec
     if start == "none":
@@ -137,14 +137,18 @@ def known_effects(
     if start == "first_order":
         fitness = jax.jit(evaluator.relaxed_fitness())
         spread = evaluator.spread(inputs)
-        return controls.first_order(lambda keep: -fitness(keep, spread, scoring, jnp.float32(scale)), spec)
+        effects = controls.first_order(lambda keep: -fitness(keep, spread, scoring, jnp.float32(scale)), spec)
+        return WarmStart(effects, STEP_COST)
     objective = evaluator.loaded.run.search.objective
 
     def score(masks: np.ndarray) -> np.ndarray:
         counts = evaluator.score_from(inputs, spec.all_kept(), masks, scale)
         return np.asarray(scoring.fitness(counts, evaluator.kind, objective))
 
-    return controls.leave_one_out(score, spec)[0]
+    layers = spec.n_layers
+    # the passes of masks that differ from layer l on begin there, and one is the plain merge
+    passes = 1 + sum((layers - slot // math.prod(spec.shape[1:])) / layers for slot in spec.slots)
+    return WarmStart(controls.leave_one_out(score, spec)[0], math.ceil(passes))
 
 
 def choose_scale(
