@@ -18,9 +18,10 @@ from enmp_jax import merges, models
 from enmp_jax.data.batches import Batches
 from enmp_jax.devices.mesh import choose_shape, make_mesh
 from enmp_jax.evaluation import budget
-from enmp_jax.evaluation.population import EvalInputs, make_evaluate, place
+from enmp_jax.evaluation.fitness import FITNESS
+from enmp_jax.evaluation.population import EvalInputs, count_all, make_evaluate, place
 from enmp_jax.evaluation.prefix import make_evaluate_from
-from enmp_jax.evaluation.scoring import Heads
+from enmp_jax.evaluation.scoring import Heads, Scoring
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.masks import MaskSpec
 from enmp_jax.models.sharding import shard_params
@@ -194,6 +195,26 @@ def test_llama_3_8b_on_eight_devices():
     assert memory.argument_size_in_bytes == pytest.approx(whole / 4 + shared, rel=0.01)
     # nor does it make copies of its own: a layer at a time is read, and multiplied as bfloat16
     assert memory.temp_size_in_bytes < 0.5 * whole / 4
+
+
+def test_a_gradient_of_llama_3_8b_fits_what_the_plan_says():
+    """1 x 2 x 4: the derivative of a fitness with respect to weights of 32 x 6 modules."""
+    mesh = make_mesh(1, 2, 4)
+    backbone, merge, inputs = abstract_problem(mesh, "bfloat16")
+
+    def value(weights, inputs, scoring):
+        deltas = merge.merge(inputs.ingredients, weights, 0.5)
+        counts = count_all(backbone, inputs, deltas, 6, FITNESS["margin"], remat=True)
+        return scoring.fitness(counts, FITNESS["margin"])
+
+    weights = jax.ShapeDtypeStruct((backbone.n_layers, 6), jnp.float32)
+    scoring = Scoring(*[jax.ShapeDtypeStruct((6,), jnp.float32)] * 4)
+    memory = jax.jit(jax.grad(value)).lower(weights, inputs, scoring).compile().memory_analysis()
+    own, _ = budget.delta_bytes(merge, inputs.ingredients, (backbone.n_layers, 6))
+    planned = budget.backward_bytes(backbone, inputs.batches) + 2 * own
+    assert memory.temp_size_in_bytes < 1.05 * planned
+    # and the plan is no wild overestimate
+    assert planned < 2 * memory.temp_size_in_bytes
 
 
 def test_members_add_their_cores_and_no_weights():

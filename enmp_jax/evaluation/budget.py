@@ -162,6 +162,16 @@ def largest_states(backbone: Backbone, batches: Any) -> int:
     )
 
 
+def backward_bytes(backbone: Backbone, batches: Any) -> int:
+    """Activations of the gradient of one merged model, in bytes on a device.
+
+    Those of every layer are kept for the largest batch (other batches compute theirs again), and their
+    derivatives beside them: twice the activations of all layers. Against XLA's ``memory_analysis`` this is
+    an upper bound at Llama-3-8B shapes (tests/eight_devices.py).
+    """
+    return 2 * backbone.n_layers * largest_activations(backbone, batches)
+
+
 def tokens_and_batches(backbone: Backbone, batches: Any) -> tuple[int, int]:
     """Tokens that one member sees on a device, of all batches together, and the number of batches."""
     tokens = count = 0

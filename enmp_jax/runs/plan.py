@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from enmp_jax.evaluation.budget import (
+    backward_bytes,
     delta_bytes,
     device_memory,
     largest_activations,
@@ -13,11 +14,12 @@ from enmp_jax.evaluation.budget import (
     n_bytes,
 )
 from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.runs.climb import STEP_COST
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``enmp search --plan`` prints. Bytes are those of one device."""
+    """What ``enmp search --plan`` prints. Bytes are those of one device; ``masks`` counts forward passes."""
 
     mesh: dict[str, int]
     member_chunk: int
@@ -31,6 +33,7 @@ class Plan:
     masks: int
     matmul_rate: float
     devices: int
+    gradient: bool = False
 
     @property
     def total(self) -> int:
@@ -45,12 +48,16 @@ class Plan:
     def lines(self) -> list[str]:
         """For people."""
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+        of = "one model and its gradient" if self.gradient else f"{self.member_chunk} members"
         parts = {
             "base weights": self.base, "adapters and heads": self.adapters, "batches": self.batches,
-            f"deltas of {self.member_chunk} members": self.deltas,
-            f"activations of {self.member_chunk} members": self.activations,
-            "total": self.total,
+            f"deltas of {of}": self.deltas, f"activations of {of}": self.activations, "total": self.total,
         }  # fmt: skip
+        work = (
+            f"the price of at most {self.masks} masks ({STEP_COST} a step of the gradient)"
+            if self.gradient
+            else f"at most {self.masks} masks (repeated ones cost nothing)"
+        )
         wide = max(map(len, parts)) + 2
         return [
             f"mesh: {mesh} ({self.devices} device{'s' * (self.devices > 1)})",
@@ -59,7 +66,7 @@ class Plan:
             *(f"  {name:<{wide}}{_bytes(value):>10}" for name, value in parts.items()),
             *(["  MORE THAN THERE IS: set evaluation.mesh, batch_size or member_chunk"] * self.too_large),
             f"one mask: {self.flops_per_mask / 1e9:,.1f} GFLOP",
-            f"the search: at most {self.masks} masks (repeated ones cost nothing)",
+            f"the search: {work}",
             f"measured matrix products: {self.matmul_rate / 1e9:,.0f} GFLOP/s a device",
             f"time at that rate: {_seconds(self.seconds)}; no pass is faster, and compiling comes on top",
         ]
@@ -80,6 +87,14 @@ def make_plan(evaluator: Evaluator, rate: float | None = None) -> Plan:
     loaded, inputs = evaluator.loaded, evaluator.inputs("search")
     search, shape, backbone = loaded.run.search, loaded.mask_spec.shape, loaded.backbone
     merge, chunk = evaluator.plan(inputs)
+    gradient = search.strategy == "gradient"
+    if gradient:  # one merged model, its deltas as the method makes them, and their derivatives
+        merge, chunk = evaluator.merge, 1
+        activations = backward_bytes(backbone, evaluator.spread(inputs).batches)
+        masks = STEP_COST * search.generations * search.seeds
+    else:
+        activations = chunk * largest_activations(backbone, inputs.batches)
+        masks = search.population * search.generations * search.seeds
     own, _ = delta_bytes(evaluator.merge, inputs.ingredients, shape, merge)
     return Plan(
         mesh=dict(evaluator.mesh.shape),
@@ -88,12 +103,13 @@ def make_plan(evaluator: Evaluator, rate: float | None = None) -> Plan:
         base=n_bytes(inputs.params),
         adapters=n_bytes((inputs.ingredients, inputs.heads)),
         batches=n_bytes(inputs.batches),
-        deltas=chunk * own,
-        activations=chunk * largest_activations(backbone, inputs.batches),
+        deltas=(2 if gradient else chunk) * own,
+        activations=activations,
         flops_per_mask=mask_flops(backbone, merge, inputs, shape),
-        masks=search.population * search.generations * search.seeds,
+        masks=masks,
         matmul_rate=rate or matmul_rate(backbone.config.block.dtype),
         devices=evaluator.mesh.size,
+        gradient=gradient,
     )
 
 
