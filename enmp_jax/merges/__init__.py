@@ -1,6 +1,6 @@
 """Merge methods: ``ties(space="knots", density=0.2)``, or by name: ``make("ties", "knots", density=0.2)``.
 
-Imports ``lora``, ``deltas`` and what is below; knows nothing of models, data and files.
+May import ``lora``, ``deltas`` and all below them; knows nothing of models, data and files.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Method(Protocol[P]):
     ) -> Merge: ...
 
 
-def _method(name: str, factory: Callable[P, LayerMethod]) -> Method[P]:
+def public(name: str, factory: Callable[P, LayerMethod]) -> Method[P]:
     """The public function of a method: ``make`` with the signature and the docstring of its factory."""
 
     def method(space: str = "full", *, isotropize: bool = False, **given: Any) -> Merge:
@@ -151,14 +151,14 @@ def _method(name: str, factory: Callable[P, LayerMethod]) -> Method[P]:
 
 
 # these names are also those of the modules that the factories live in: the functions win
-sum = _method("sum", _sum)
-mean = _method("mean", _mean)
-ties = _method("ties", _ties)
-dare = _method("dare", _dare)
-dare_ties = _method("dare_ties", _dare_ties)
-breadcrumbs = _method("breadcrumbs", _breadcrumbs)
-tsv = _method("tsv", _tsv)
-cart = _method("cart", _cart)
-iso = _method("iso", _iso)
-iso_cts = _method("iso_cts", _iso_cts)
-lego = _method("lego", _lego)
+sum = public("sum", _sum)
+mean = public("mean", _mean)
+ties = public("ties", _ties)
+dare = public("dare", _dare)
+dare_ties = public("dare_ties", _dare_ties)
+breadcrumbs = public("breadcrumbs", _breadcrumbs)
+tsv = public("tsv", _tsv)
+cart = public("cart", _cart)
+iso = public("iso", _iso)
+iso_cts = public("iso_cts", _iso_cts)
+lego = public("lego", _lego)
