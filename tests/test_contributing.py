@@ -85,6 +85,7 @@ def test_a_strategy(execute):
         state = strategy.tell(jax.random.key(i), genomes, -((genomes - 1) ** 2).sum(axis=1), state)
         assert state[1] >= best
         best = float(state[1])
+        np.testing.assert_allclose(best, -((state[0] - 1) ** 2).sum(), rtol=1e-5)
     assert -3 < best < 0  # from -6 at the start
 
 

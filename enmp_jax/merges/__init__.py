@@ -56,7 +56,7 @@ __all__ = [
     "lego", "make", "mean", "merge_population", "sum", "ties", "tsv",
 ]  # fmt: skip
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 
 
 def make(method: str, space: str = "full", isotropize: bool = False, **given: Any) -> Merge:
@@ -111,11 +111,11 @@ def _weighted(merge: Merge, weights: Sequence[float]) -> Merge:
     return Merge(prepare, merge.merge)
 
 
-class Method(Protocol[P]):
+class Method(Protocol[_P]):
     """A merge method under its own name: the parameters of its factory, and those that all methods take."""
 
     @overload
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Merge: ...
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Merge: ...
     @overload
     def __call__(
         self,
@@ -128,7 +128,7 @@ class Method(Protocol[P]):
     ) -> Merge: ...
 
 
-def public(name: str, factory: Callable[P, LayerMethod]) -> Method[P]:
+def public(name: str, factory: Callable[_P, LayerMethod]) -> Method[_P]:
     """The public function of a method: ``make`` with the signature and the docstring of its factory."""
 
     def method(space: str = "full", *, isotropize: bool = False, **given: Any) -> Merge:
@@ -147,7 +147,7 @@ def public(name: str, factory: Callable[P, LayerMethod]) -> Method[P]:
         f"Raises:\n    UserError: as ``make``.\n\n"
         f"Example:\n    >>> import enmp_jax as enmp\n    >>> method = enmp.merges.{name}({arguments})\n"
     )
-    return cast(Method[P], method)
+    return cast(Method[_P], method)
 
 
 # these names are also those of the modules that the factories live in: the functions win
