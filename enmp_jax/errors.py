@@ -7,7 +7,16 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input: one line that says what is wrong and what to do. The command line exits with code 2."""
+    """Bad input: one line that says what is wrong and what to do. The command line exits with code 2.
+
+    Example:
+        >>> import enmp_jax as enmp
+        >>> try:
+        ...     enmp.merges.ties(densty=0.4)
+        ... except enmp.UserError as error:
+        ...     print(error)
+        merge method 'ties' has no hyperparameter 'densty': did you mean 'density'?
+    """
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str = "known") -> str:

@@ -45,6 +45,16 @@ class MaskSpec:
         max_pruned: largest share of the existing modules that may be pruned, 0..1.
         threshold: genes strictly above it may be pruned.
         search_scale: whether the last gene is the merge coefficient.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> import enmp_jax as enmp
+        >>> demo = files("enmp_jax") / "suites/demo/adapters"
+        >>> loaded = enmp.load_adapters({"digit": demo / "digit", "even": demo / "even"})
+        >>> spec = enmp.MaskSpec.of(loaded.stack)
+        >>> keep = spec.keep_from_pruned([(0, "even"), (5, "digit")])
+        >>> keep.shape, spec.pruned_modules(keep)
+        ((6, 2), [(0, 'even'), (5, 'digit')])
     """
 
     n_layers: int

@@ -18,7 +18,7 @@ ROOMS = (
     ("evaluation",),
     ("training",),
     ("runs",),
-    ("cli",),
+    ("cli", "api"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # deltas are made of LoRA pairs, masks choose among them; downloads are told by progress bars

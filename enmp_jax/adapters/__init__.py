@@ -1,4 +1,7 @@
-"""Adapters in, adapters and models out: PEFT, transformers and vLLM."""
+"""Adapters in, adapters and models out: PEFT, transformers and vLLM.
+
+May import ``models``, ``lora``, ``deltas``, ``masks`` and all below them.
+"""
 
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters, load_adapters, read_adapter, save_adapter
 

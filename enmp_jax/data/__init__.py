@@ -1,4 +1,7 @@
-"""Data: sources, preprocessing, disjoint splits and fixed-shape batches."""
+"""Data: sources, preprocessing, disjoint splits and fixed-shape batches.
+
+May import ``models`` and all below it; knows nothing of adapters and masks.
+"""
 
 from enmp_jax.data.base import Examples, Preprocess, Raw, Source, Span, Split
 from enmp_jax.data.batches import Batches, batch

@@ -1,0 +1,4 @@
+"""Mesh, processes, matrix products and FLOPs.
+
+May import ``io``, ``errors`` and ``version``.
+"""

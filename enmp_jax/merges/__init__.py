@@ -1,40 +1,47 @@
-"""Merge methods. ``make("ties", space="knots", density=0.2)`` builds one by name."""
+"""Merge methods: ``ties(space="knots", density=0.2)``, or by name: ``make("ties", "knots", density=0.2)``.
+
+May import ``lora``, ``deltas`` and all below them; knows nothing of models, data and files.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, Protocol, cast, overload
 
 import jax.numpy as jnp
 
 from enmp_jax.errors import UserError, suggestion
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.merges.base import LayerMethod, Merge, lift, merge_population
-from enmp_jax.merges.breadcrumbs import breadcrumbs
-from enmp_jax.merges.cart import cart
-from enmp_jax.merges.dare import dare, dare_ties
-from enmp_jax.merges.hyperparameters import check, check_seed
-from enmp_jax.merges.iso import iso, isotropized
-from enmp_jax.merges.iso_cts import iso_cts
-from enmp_jax.merges.lego import lego
+from enmp_jax.merges.breadcrumbs import breadcrumbs as _breadcrumbs
+from enmp_jax.merges.cart import cart as _cart
+from enmp_jax.merges.dare import dare as _dare
+from enmp_jax.merges.dare import dare_ties as _dare_ties
+from enmp_jax.merges.hyperparameters import check, check_seed, hyperparameters
+from enmp_jax.merges.iso import iso as _iso
+from enmp_jax.merges.iso import isotropized
+from enmp_jax.merges.iso_cts import iso_cts as _iso_cts
+from enmp_jax.merges.lego import lego as _lego
 from enmp_jax.merges.spaces import SPACES
-from enmp_jax.merges.sum import mean, sum_
-from enmp_jax.merges.ties import ties
-from enmp_jax.merges.tsv import tsv
+from enmp_jax.merges.sum import mean as _mean
+from enmp_jax.merges.sum import sum_ as _sum
+from enmp_jax.merges.ties import ties as _ties
+from enmp_jax.merges.tsv import tsv as _tsv
 
 METHODS: dict[str, Callable[..., LayerMethod]] = {
-    "sum": sum_,
-    "mean": mean,
-    "ties": ties,
-    "dare": dare,
-    "dare_ties": dare_ties,
-    "breadcrumbs": breadcrumbs,
-    "tsv": tsv,
-    "cart": cart,
-    "iso": iso,
-    "iso_cts": iso_cts,
-    "lego": lego,
+    "sum": _sum,
+    "mean": _mean,
+    "ties": _ties,
+    "dare": _dare,
+    "dare_ties": _dare_ties,
+    "breadcrumbs": _breadcrumbs,
+    "tsv": _tsv,
+    "cart": _cart,
+    "iso": _iso,
+    "iso_cts": _iso_cts,
+    "lego": _lego,
 }
 
 REFUSED: dict[tuple[str, str], str] = {
@@ -44,22 +51,31 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 _ISOTROPIC = ("iso", "iso_cts")
 
-__all__ = ["METHODS", "REFUSED", "SPACES", "Merge", "make", "merge_population"]
+__all__ = [
+    "METHODS", "REFUSED", "SPACES", "Merge", "breadcrumbs", "cart", "dare", "dare_ties", "iso", "iso_cts",
+    "lego", "make", "mean", "merge_population", "sum", "ties", "tsv",
+]  # fmt: skip
+
+_P = ParamSpec("_P")
 
 
-def make(method: str, space: str = "full", isotropize: bool = False, **hyperparameters: Any) -> Merge:
+def make(method: str, space: str = "full", isotropize: bool = False, **given: Any) -> Merge:
     """Build a merge method by name.
 
     Args:
         method: a key of ``METHODS`` (``-`` and ``_`` are the same).
         space: one of ``SPACES``.
         isotropize: make the merged delta isotropic afterwards (Iso-C after any method).
-        hyperparameters: those of the method (see its factory); ``task_weights`` for all: each task's
+        given: hyperparameters: those of the method (see its factory); ``task_weights`` for all: each task's
             delta is multiplied by its weight before anything else (a weight of 0 is not pruning: the
             task still counts); ``seed`` for random methods.
 
     Raises:
         UserError: an unknown method, space, pair of them or hyperparameter, or a value out of range.
+
+    Example:
+        >>> import enmp_jax as enmp
+        >>> method = enmp.merges.make("ties", space="knots", density=0.4)
     """
     name = method.replace("-", "_")
     if name not in METHODS:
@@ -70,10 +86,10 @@ def make(method: str, space: str = "full", isotropize: bool = False, **hyperpara
         raise UserError(f"{name} makes no sense in {space} space: {REFUSED[name, space]}")
     if isotropize and name in _ISOTROPIC:
         raise UserError(f"{name} is isotropic already: leave out isotropize")
-    weights = hyperparameters.pop("task_weights", None)
+    weights = given.pop("task_weights", None)
     # random methods alone use the seed; others accept it, as run files set it for a whole run
-    seed = check_seed(hyperparameters.pop("seed", 0))
-    built = METHODS[name](space, **check(name, METHODS[name], hyperparameters))
+    seed = check_seed(given.pop("seed", 0))
+    built = METHODS[name](space, **check(name, METHODS[name], given))
     merge = lift(isotropized(built) if isotropize else built, seed)
     return merge if weights is None else _weighted(merge, weights)
 
@@ -93,3 +109,56 @@ def _weighted(merge: Merge, weights: Sequence[float]) -> Merge:
         return merge.prepare(LoraStack(pairs, stack.tasks))
 
     return Merge(prepare, merge.merge)
+
+
+class Method(Protocol[_P]):
+    """A merge method under its own name: the parameters of its factory, and those that all methods take."""
+
+    @overload
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Merge: ...
+    @overload
+    def __call__(
+        self,
+        space: str = "full",
+        *,
+        isotropize: bool = False,
+        seed: int = 0,
+        task_weights: Sequence[float] | None = None,
+        **given: float | str,
+    ) -> Merge: ...
+
+
+def public(name: str, factory: Callable[_P, LayerMethod]) -> Method[_P]:
+    """The public function of a method: ``make`` with the signature and the docstring of its factory."""
+
+    def method(space: str = "full", *, isotropize: bool = False, **given: Any) -> Merge:
+        return make(name, space, isotropize, **given)
+
+    own = hyperparameters(factory).values()
+    keyword = [inspect.Parameter(h.name, inspect.Parameter.KEYWORD_ONLY, default=h.default) for h in own]
+    general = inspect.signature(method).parameters
+    parameters = [general["space"], *keyword, general["isotropize"], general["given"]]
+    method.__signature__ = inspect.Signature(parameters, return_annotation=Merge)  # type: ignore[attr-defined]
+    arguments = ", ".join(f"{h.name}={h.default!r}" for h in own if h.default is not None)
+    method.__name__ = method.__qualname__ = name
+    method.__doc__ = (
+        f"{inspect.getdoc(factory)}\n\n"
+        "Every method also takes isotropize, seed and task_weights (see ``make``). Returns a ``Merge``.\n\n"
+        f"Raises:\n    UserError: as ``make``.\n\n"
+        f"Example:\n    >>> import enmp_jax as enmp\n    >>> method = enmp.merges.{name}({arguments})\n"
+    )
+    return cast(Method[_P], method)
+
+
+# these names are also those of the modules that the factories live in: the functions win
+sum = public("sum", _sum)
+mean = public("mean", _mean)
+ties = public("ties", _ties)
+dare = public("dare", _dare)
+dare_ties = public("dare_ties", _dare_ties)
+breadcrumbs = public("breadcrumbs", _breadcrumbs)
+tsv = public("tsv", _tsv)
+cart = public("cart", _cart)
+iso = public("iso", _iso)
+iso_cts = public("iso_cts", _iso_cts)
+lego = public("lego", _lego)

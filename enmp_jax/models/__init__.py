@@ -1,4 +1,7 @@
-"""Backbones: base models as pure functions that take deltas, read from and written to Hugging Face files."""
+"""Backbones: base models as pure functions that take deltas, read from and written to Hugging Face files.
+
+May import ``deltas``, ``devices``, ``io`` and all below them; knows nothing of merge methods.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""Search over masks: evolution strategies, the loop, the archive, and the controls to compare with."""
+"""Search over masks: evolution strategies, the loop, the archive, and the controls to compare with.
+
+May import ``masks``, ``devices``, ``io`` and ``errors``; knows genomes and fitness, no models.
+"""

@@ -16,23 +16,25 @@ from enmp_jax.search.evolution import cma_es, de, random, sep_cma_es, snes
 from enmp_jax.search.greedy import greedy
 from enmp_jax.search.swap import swap
 
-__all__ = ["STRATEGIES", "Genomes", "Space", "State", "Strategy", "build", "several", "start_mean"]
+__all__ = ["STRATEGIES", "Entry", "Genomes", "Space", "State", "Strategy", "build", "several", "start_mean"]
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """A strategy, and the smallest population that it works with."""
+
     make: Callable[[Space], Strategy]
     smallest_population: int
 
 
-STRATEGIES: dict[str, _Entry] = {
-    "cma_es": _Entry(cma_es, 2),
-    "sep_cma_es": _Entry(sep_cma_es, 2),
-    "snes": _Entry(snes, 2),
-    "de": _Entry(de, 4),
-    "bit_flip": _Entry(bit_flip, 1),
-    "swap": _Entry(swap, 1),
-    "greedy": _Entry(greedy, 1),
-    "random": _Entry(random, 1),
+STRATEGIES: dict[str, Entry] = {
+    "cma_es": Entry(cma_es, 2),
+    "sep_cma_es": Entry(sep_cma_es, 2),
+    "snes": Entry(snes, 2),
+    "de": Entry(de, 4),
+    "bit_flip": Entry(bit_flip, 1),
+    "swap": Entry(swap, 1),
+    "greedy": Entry(greedy, 1),
+    "random": Entry(random, 1),
 }
 
 
