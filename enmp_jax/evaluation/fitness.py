@@ -3,7 +3,7 @@
 Accuracy on a few hundred examples is learnt by heart, and the log-likelihood measures confidence as
 much as rightness. Smooth accuracies (``probability``, ``margin``) rank masks better on data that the
 search never saw, and so do those that need no labels: they ask for the class that the task's own,
-unmerged expert would choose. benchmarks/results/fitness.md has the comparison.
+unmerged expert would choose. benchmarks/results/search.md has figures.
 """
 
 from __future__ import annotations

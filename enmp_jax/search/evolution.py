@@ -17,7 +17,7 @@ from enmp_jax.search.base import Genomes, Space, State, Strategy, warm_mean
 
 
 def _ordinal_weights(population: Any, fitness: Array, state: Any, params: Any) -> Array:
-    # evosax gives tied members one shared weight, and sigma collapses (STACK.md): rank ordinally
+    # evosax gives tied members one shared weight, and sigma collapses: rank ordinally
     ranks = jnp.argsort(jnp.argsort(jnp.where(jnp.isnan(fitness), jnp.inf, fitness)))
     return jnp.where(jnp.all(jnp.isnan(fitness)), 0.0, params.weights[ranks])
 
@@ -52,7 +52,7 @@ def _distribution_based(
 
 def _symmetric_sample(key: PRNGKeyArray, state: Any, shape: tuple[int, int]) -> Genomes:
     # N(mean, std^2 C) through the symmetric root of C: eigenvectors of equal eigenvalues are arbitrary,
-    # and with evosax's own B D z a loop and a scan would draw different members (STACK.md)
+    # and with evosax's own B D z a loop and a scan would draw different members
     z = jax.random.normal(key, shape)
     return state.mean + state.std * ((z @ state.B) * state.D) @ state.B.T
 

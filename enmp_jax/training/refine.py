@@ -1,7 +1,7 @@
 """Refining: one LoRA for all tasks, trained from a merged model on the data of a search.
 
 A merge is a far better start than the base model, and the experts' own answers on unlabelled inputs are
-better teachers than labels on few examples (benchmarks/results/evidence.md). From the base alone this is
+better teachers than labels on few examples (benchmarks/results/search.md). From the base alone this is
 the joint LoRA that sceptics of merging ask about (arXiv 2602.12323).
 """
 
