@@ -32,6 +32,9 @@ Z = 3.0
 LEAST_EXAMPLES = 8
 """Of every task that has more, before anything drops out: a standard error of fewer says little."""
 
+ROUNDING = 1e-5
+"""Relative difference of two sums that may be equal."""
+
 
 class Details(NamedTuple):
     """What a search records of masks beside their fitness."""
@@ -102,8 +105,8 @@ def make_race(
                 return jax.tree.map(lambda x, new: x.at[rows.place].add(new, mode="drop"), values, found)
 
             values = in_chunks(step, wanted, chunk, values)
-            seen = _Seen.of(inputs.batches, bounds[1], n_tasks)
-            before = _Seen.of(inputs.batches, bounds[0], n_tasks)
+            seen = Seen.of(inputs.batches, bounds[1], n_tasks)
+            before = Seen.of(inputs.batches, bounds[0], n_tasks)
             examples = examples + wanted * (seen.examples.sum() - before.examples.sum())
             rows = jnp.concatenate([v[new.first].reshape(size, -1) for v in values], axis=1)
             total = seen.totals(rows)
@@ -111,15 +114,18 @@ def make_race(
             estimate = objective(own, "mean", scoring.importance)
             stays = alive & ~jnp.isnan(total).any(1)
             leader = _leaders(jnp.where(stays, estimate, -jnp.inf), groups, searches)
-            error = _standard_errors(rows, total, own, leader, seen, scoring, kind)
-            behind = estimate - estimate[leader] < -z * error
+            error = standard_errors(rows, total, own, leader, seen, scoring, kind)
+            # nothing drops out for what rounding makes of equals; not even a leader that is rounded twice
+            equal = (new.first == new.first[leader]) | jnp.isclose(estimate, estimate[leader], ROUNDING)
+            behind = ~equal & (estimate - estimate[leader] < -z * error)
             enough = ((seen.examples >= LEAST_EXAMPLES) | (seen.share == 1)).all()
             stays &= ~(behind & enough)
             return (values, stays, examples), (alive, estimate, own)
 
         values = tuple(jnp.zeros((size, *bucket.label.shape), jnp.float32) for bucket in inputs.batches)
         begin = values, new.wanted, jnp.zeros(size, jnp.float32)
-        (_, _, examples), (alive, estimate, own) = jax.lax.scan(rung, begin, (jnp.asarray(start), jnp.asarray(stop)))
+        bounds = jnp.asarray(start), jnp.asarray(stop)
+        (_, _, examples), (alive, estimate, own) = jax.lax.scan(rung, begin, bounds)
         through = jnp.zeros(size, bool).at[new.first].max(alive[-1])[new.first]
         fitness = _ranked(estimate, alive, through, groups, searches)
         # no number on some examples is none on all
@@ -170,7 +176,7 @@ def _make_run(backbone: Backbone, merge: Merge, mesh: Mesh, kind: Fitness) -> Ca
     return run
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """The examples of the first batches."""
 
     member: Float[Array, "row task"]
@@ -180,7 +186,7 @@ class _Seen(NamedTuple):
     """Of all examples of the task."""
 
     @staticmethod
-    def of(batches: Sequence[Batches], stop: Int[Array, " bucket"], n_tasks: int) -> _Seen:
+    def of(batches: Sequence[Batches], stop: Int[Array, " bucket"], n_tasks: int) -> Seen:
         """The examples of batches before ``stop``."""
         member, run = [], []
         for bucket, end in zip(batches, stop, strict=True):
@@ -190,19 +196,19 @@ class _Seen(NamedTuple):
             run.append(jnp.repeat(jnp.arange(len(bucket.label)) < end, bucket.label.shape[1]))
         every, ran = jnp.concatenate(member), jnp.concatenate(run)[:, None]
         examples = (every * ran).sum(0)
-        return _Seen(every * ran, examples, examples / every.sum(0))
+        return Seen(every * ran, examples, examples / every.sum(0))
 
     def totals(self, rows: Float[Array, "member row"]) -> Float[Array, "member task"]:
         """Sums per task; accelerators would round the values in an ordinary product."""
         return jnp.matmul(rows, self.member, precision="highest")
 
 
-def _standard_errors(
+def standard_errors(
     rows: Float[Array, "member row"],
     total: Float[Array, "member task"],
     own: Float[Array, "member task"],
     leader: Int[Array, " member"],
-    seen: _Seen,
+    seen: Seen,
     scoring: Scoring,
     kind: Fitness,
 ) -> Float[Array, " member"]:

@@ -134,7 +134,8 @@ def once(score: Callable[..., Scored], chunk: int) -> Evaluate:
             return traced_once(keep[members], scale[members], *operands)
 
         run = new.wanted & (new.first == jnp.arange(len(keep)))
-        shapes = jax.eval_shape(call, jnp.zeros(chunk, jnp.int32))
+        # members taken from an array of the search: of the same mesh, or the score were traced again
+        shapes = jax.eval_shape(lambda: call(new.first[jnp.zeros(chunk, jnp.int32)]))
         empty = jax.tree.map(lambda x: jnp.zeros((len(keep), *x.shape[1:]), x.dtype), shapes)
         found = in_chunks(lambda rows, scored: _put(scored, rows, call(rows.members)), run, chunk, empty)
         return jax.tree.map(lambda x: x[new.first], found)
