@@ -21,6 +21,7 @@ from enmp_jax.evaluation.scoring import Scoring, stack_heads
 from enmp_jax.io.progress import SILENT
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import evolve
+from enmp_jax.search import device_memo
 from enmp_jax.search.device_memo import New
 from enmp_jax.search.memo import Memo, front
 
@@ -191,9 +192,9 @@ def test_every_search_has_its_own_race_and_copies_are_run_once():
 
 @pytest.mark.parametrize("logarithmic", [False, True])
 def test_standard_errors_are_those_of_repeated_samples(logarithmic):
-    """The spread of the difference of two members over many random samples of a quarter of the examples."""
+    """The spread of the difference of two members over many random samples of half of the examples."""
     table, kind = tables(2, spread=0.5), TABLE._replace(logarithmic=logarithmic)
-    expert, importance, n = np.asarray([0.9, 0.7]), np.asarray([1.0, 3.0]), EACH // 4
+    expert, importance, n = np.asarray([0.9, 0.7]), np.asarray([1.0, 3.0]), EACH // 2
     scoring = Scoring(*(jnp.asarray(x, jnp.float32) for x in ((EACH,) * 2, expert, expert, importance)))
     random, task = np.random.default_rng(1), np.repeat(np.arange(TASKS), EACH)
     differences, errors = [], []
@@ -205,7 +206,7 @@ def test_standard_errors_are_those_of_repeated_samples(logarithmic):
         if i < 20:
             member = np.zeros((len(task), TASKS), np.float32)
             member[chosen, task[chosen]] = 1
-            seen = racing.Seen(jnp.asarray(member), jnp.full(TASKS, n * 1.0), jnp.full(TASKS, 0.25))
+            seen = racing.Seen(jnp.asarray(member), jnp.full(TASKS, n * 1.0), jnp.full(TASKS, 0.5))
             rows = jnp.asarray(np.where(member.any(1), table, 0), jnp.float32)
             given = rows, jnp.asarray(mean * n), jnp.asarray(own), jnp.zeros(2, int), seen, scoring, kind
             errors.append(racing.standard_errors(*given))
@@ -259,7 +260,7 @@ def searched(loaded, out, resume=False, **settings):
 
 RACE = {
     "fidelity": "racing", "rungs": (0.5, 1.0), "strategy": "random", "sigma0": 2.0, "generations": 4,
-    "max_pruned": 0.9,
+    "max_pruned": 0.9, "finalists": 50,
 }  # fmt: skip
 
 
@@ -307,9 +308,12 @@ def test_races_go_on_after_a_resume(raced, demo_loaded, tmp_path, monkeypatch, c
         with pytest.raises(Killed):
             searched(demo_loaded, out, **RACE)
     assert compilations("advance") == 1
+    start, known = device_memo.start, []
+    monkeypatch.setattr(device_memo, "start", lambda *given: known.extend(given[4].tolist()) or start(*given))
     found, lines, _ = searched(demo_loaded, out, resume=True, **RACE)
     whole, expected, _ = raced
     assert lines == expected
+    assert known and set(known) < {f.search for f in whole.finalists}
     same = ("example_evaluations", "masks_run", "distinct_masks")
     assert [found.cost[name] for name in same] == [whole.cost[name] for name in same]
     assert [f.search for f in found.finalists] == [f.search for f in whole.finalists]

@@ -130,8 +130,7 @@ def make_race(
         fitness = _ranked(estimate, alive, through, groups, searches)
         # no number on some examples is none on all
         final = through | jnp.isnan(fitness)
-        first = new.first == jnp.arange(size)
-        cost = jnp.where(first, examples / scoring.examples.sum(), 0.0)
+        cost = examples / scoring.examples.sum()
         return Scored(fitness, final, Details(cost, estimate[-1], own[-1].min(-1)))
 
     return race
