@@ -121,7 +121,7 @@ def test_a_search_is_the_same_with_and_without_memo(demo_run, demo_evaluator):
     def plain(genomes, memo, inputs, scoring, scale):
         keep = jax.vmap(spec.decode)(genomes)
         fitness = scoring.fitness(evaluate(inputs, keep, jnp.full(6, scale)), evaluator.kind)
-        return Remembered(fitness, (), (), keep), memo
+        return Remembered(fitness, fitness > 0, fitness > 0, keep), memo
 
     with_memo, without = (
         loop.run(

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """Racing: who drops out, what that costs, and that what stays scores as without a race."""
 
 import dataclasses
