@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from enmp_jax import merges, models
 from enmp_jax.data.batches import Batches
 from enmp_jax.devices.mesh import choose_shape, make_mesh
-from enmp_jax.evaluation import budget
+from enmp_jax.evaluation import budget, racing
 from enmp_jax.evaluation.fitness import FITNESS
 from enmp_jax.evaluation.population import EvalInputs, count_all, make_evaluate, place
 from enmp_jax.evaluation.prefix import make_evaluate_from
@@ -247,11 +247,13 @@ def test_a_generation_moves_nothing_between_host_and_device(problem):
 
     def score(keep, scale, inputs):
         traced.append(keep.shape)
-        return evaluate(inputs, keep, scale).log_likelihood.sum(-1)
+        fitness = evaluate(inputs, keep, scale).log_likelihood.sum(-1)
+        return device_memo.Scored(fitness, jnp.ones(len(keep), bool))
 
     def fitness(genomes, memo, inputs):
         keep = jax.vmap(spec.decode)(genomes)
-        return device_memo.remembering(score, 4)(memo, keep, jnp.ones(len(keep)), inputs)
+        remembering = device_memo.remembering(device_memo.once(score, 4))
+        return remembering(memo, keep, jnp.ones(len(keep)), inputs)
 
     strategy = strategies.build("snes", spec.genome_size, 8, 1.0)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -272,3 +274,31 @@ def test_a_generation_moves_nothing_between_host_and_device(problem):
             step.advance(key, np.int32(0), count, carried, operands)
     assert traced == [(4, 2, len(TASKS))]
     assert np.isfinite(scores.fitness).all() and 8 <= int(carried[1].used) <= 48
+
+
+def test_races_do_not_depend_on_the_mesh(problem, monkeypatch):
+    """Two of three tasks' 7 examples are run first, and some masks drop out then."""
+    monkeypatch.setattr(racing, "LEAST_EXAMPLES", 2)
+    backbone, merge, _, inputs = problem
+    keep, scale = masks(12)
+    new = device_memo.New(jnp.arange(12) > 0, jnp.arange(12).at[5].set(2))
+    keep[5], scale[5] = keep[2], scale[2]
+    one = jnp.ones(len(TASKS))
+    scoring = Scoring(7 * one, one, one, one)
+
+    def scored(shape, **options):
+        mesh, kind = make_mesh(*shape), FITNESS["probability"]
+        race = racing.make_race(backbone, merge, len(TASKS), mesh, 2, kind, (0.3, 0.6, 1.0), 2, **options)
+        return jax.jit(race)(new, keep, scale, place(inputs, mesh, backbone), scoring)
+
+    expected = scored((1, 1, 1), z=1.0)
+    assert expected.final.reshape(2, 6)[:, 1:].any(1).all()  # the leaders stay
+    assert not expected.final[1:].all()
+    for shape in [(8, 1, 1), (2, 2, 2)]:
+        found = scored(shape, z=1.0)
+        np.testing.assert_array_equal(found.final[1:], expected.final[1:])
+        np.testing.assert_array_equal(found.details.cost, expected.details.cost)
+        np.testing.assert_allclose(found.fitness[1:], expected.fitness[1:], rtol=1e-5)
+    evaluate = jax.jit(make_evaluate(backbone, merge, len(TASKS), kind=FITNESS["probability"]))
+    whole = scoring.fitness(evaluate(inputs, keep, scale), FITNESS["probability"])
+    np.testing.assert_allclose(scored((4, 2, 1), z=np.inf).fitness[1:], whole[1:], rtol=1e-5)

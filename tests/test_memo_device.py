@@ -10,12 +10,22 @@ import pytest
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.runs.evolve import MemberScores, make_score
 from enmp_jax.search import device_memo, loop, strategies
+from enmp_jax.search.device_memo import Remembered, Scored
 
 
 def hashed(keep, scale):
     """A fitness that depends on every bit and the scale."""
     weights = jnp.sin(jnp.arange(1, keep[0].size + 1) * 1.7)
     return keep.reshape(len(keep), -1).astype(jnp.float32) @ weights + scale
+
+
+def remembering(score, chunk):
+    """The memo around a plain ``score(keep, scale) -> fitness``."""
+
+    def scored(keep, scale):
+        return Scored(score(keep, scale), jnp.ones(len(keep), bool))
+
+    return device_memo.remembering(device_memo.once(scored, chunk))
 
 
 def random_masks(n, kinds, seed=0):
@@ -31,7 +41,7 @@ def test_every_mask_is_run_once_and_gets_its_own_fitness(chunk):
         jax.debug.callback(lambda k: calls.append(np.asarray(k)), keep)
         return hashed(keep, scale)
 
-    step = jax.jit(device_memo.remembering(score, chunk))
+    step = jax.jit(remembering(score, chunk))
     memo, seen = device_memo.start(60, (5, 9)), set()
     for generation in range(5):
         keep = random_masks(10, 12, generation % 2)
@@ -50,7 +60,7 @@ def test_every_mask_is_run_once_and_gets_its_own_fitness(chunk):
 
 
 def test_nan_is_remembered_too():
-    step = device_memo.remembering(lambda keep, scale: jnp.full(len(keep), jnp.nan), 2)
+    step = remembering(lambda keep, scale: jnp.full(len(keep), jnp.nan), 2)
     memo, keep, scale = device_memo.start(9, (5, 9)), random_masks(3, 3), np.ones(3, np.float32)
     found, memo = step(memo, keep, scale)
     again, memo = step(memo, keep, scale)
@@ -70,9 +80,26 @@ def test_a_memo_of_what_was_scored_before_knows_it():
     memo = device_memo.start(30, (5, 9), keep, scale, np.asarray(hashed(keep, scale)))
     assert int(memo.used) == len({k.tobytes() for k in keep})
     new = np.concatenate([keep[:4], random_masks(1, 1, seed=5)])
-    found, memo = device_memo.remembering(hashed, 2)(memo, new, scale[:5])
+    found, memo = remembering(hashed, 2)(memo, new, scale[:5])
     np.testing.assert_allclose(found.fitness, hashed(new, scale[:5]), rtol=1e-6)
     np.testing.assert_array_equal(found.evaluated, [False] * 4 + [True])
+
+
+def test_estimates_are_not_remembered():
+    """Masks whose fitness is an estimate are run again when they come again, the others are not."""
+
+    def evaluate(new, keep, scale):
+        return Scored(hashed(keep, scale), jnp.arange(len(keep)) % 2 == 0)
+
+    step = device_memo.remembering(evaluate)
+    keep, scale = random_masks(40, 40)[:6], np.ones(6, np.float32)
+    keep[0, 0], keep[1, 0], keep[2, 0] = True, False, [True] * 4 + [False] * 5  # three that differ
+    keep = keep[[0, 1, 2, 0]]  # the estimate at 1, and a copy of 0, whose own fitness is an estimate
+    found, memo = step(device_memo.start(9, (5, 9)), keep, scale[:4])
+    assert found.evaluated.tolist() == [True] * 3 + [False] and int(memo.used) == 2
+    again, memo = step(memo, keep, scale[:4])
+    assert again.evaluated.tolist() == [False, True, False, False] and int(memo.used) == 2
+    assert again.final.tolist() == [True, False, True, True]
 
 
 def test_a_search_is_the_same_with_and_without_memo(demo_run, demo_evaluator):
@@ -88,14 +115,26 @@ def test_a_search_is_the_same_with_and_without_memo(demo_run, demo_evaluator):
     strategy = strategies.build("cma_es", spec.genome_size, 6, 0.5)
     memo = device_memo.start(48, spec.shape)
     operands, mean = (inputs, scoring, jnp.float32(0.5)), jnp.asarray(spec.start(-1.0))
-    step = loop.make_step(strategy, make_score(evaluator, evaluator.plan(inputs)), 4)
+    plan = evaluator.plan(inputs)
+    evaluate = evaluator.evaluate(plan)
+
+    def plain(genomes, memo, inputs, scoring, scale):
+        keep = jax.vmap(spec.decode)(genomes)
+        fitness = scoring.fitness(evaluate(inputs, keep, jnp.full(6, scale)), evaluator.kind)
+        return Remembered(fitness, fitness > 0, fitness > 0, keep), memo
+
     with_memo, without = (
-        loop.run(step, jax.random.key(0), mean, 8, operands=operands, memory=memory) for memory in (memo, ())
+        loop.run(
+            loop.make_step(strategy, score, 4), jax.random.key(0), mean, 8, operands=operands, memory=memory
+        )
+        for score, memory in ((make_score(evaluator, plan), memo), (plain, ()))
     )
     scores: MemberScores = with_memo.scores
     np.testing.assert_array_equal(with_memo.genomes, without.genomes)
-    np.testing.assert_array_equal(scores.keep, without.scores.keep)
+    np.testing.assert_array_equal(scores.keep, without.scores.details)
     np.testing.assert_allclose(scores.fitness, without.scores.fitness, rtol=1e-6)
     distinct = {mask.tobytes() for generation in scores.keep for mask in generation}
     assert scores.evaluated.sum() == len(distinct) == int(with_memo.memory.used) < 48
-    assert without.scores.evaluated.all() and without.memory == ()
+    np.testing.assert_array_equal(scores.cost, scores.evaluated)
+    np.testing.assert_allclose(scores.mean[scores.evaluated], scores.fitness[scores.evaluated], rtol=1e-6)
+    assert np.isnan(scores.mean[~scores.evaluated]).all() and scores.final.all()

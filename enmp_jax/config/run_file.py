@@ -7,6 +7,7 @@ shipped in ``enmp_jax/suites``. A run file may extend another one: see ``config.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +179,11 @@ class SearchConfig:
     """Over tasks: the mean, the worst task, or the front of both."""
     importance: Mapping[str, float] | None = None
     """Weights of tasks in the mean; default: 1 each."""
+    fidelity: Literal["none", "racing"] = "none"
+    """racing: run a mask on more examples only while it may still be the best of its generation; needs the
+    objective ``mean``."""
+    rungs: tuple[float, ...] = (0.125, 0.5, 1.0)
+    """racing: shares of the search split after which masks that are clearly behind drop out."""
     start: Literal["none", "first_order", "leave_one_out"] = "none"
     """What a search of masks knows beforehand about every module."""
     search_scale: bool = False
@@ -331,12 +337,37 @@ def check(run: RunConfig) -> RunConfig:
             raise UserError(f"{key} is {value}: it must be above 0")
     if not 0 <= search.max_pruned <= 1:
         raise UserError(f"search.max_pruned is {search.max_pruned}: it must lie in 0..1")
+    _check_racing(search)
     if run.merge.scale == "auto" and not run.merge.scale_grid:
         raise UserError("merge.scale_grid is empty: give at least one scale, or set merge.scale")
     for task in run.tasks:
         if task.reference is not None and not 0 < task.reference <= 1:
             raise UserError(f"tasks.{task.name}.reference is {task.reference}: accuracies lie in 0..1")
     return run
+
+
+def _check_racing(search: SearchConfig) -> None:
+    rising = all(a < b for a, b in itertools.pairwise((0.0, *search.rungs)))
+    if not rising or not search.rungs or search.rungs[-1] != 1:
+        raise UserError(
+            f"search.rungs is {list(search.rungs)}: shares of the search split must be above 0 and rise to 1"
+        )
+    if search.fidelity == "none":
+        return
+    if search.objective != "mean":
+        raise UserError(
+            f"search.fidelity racing does not work with search.objective {search.objective}: take mean, or "
+            "fidelity none"
+        )
+    if search.fitness == "calibrated":
+        raise UserError(
+            "search.fidelity racing does not work with search.fitness calibrated, which has no value per "
+            "example: take log_likelihood, or fidelity none"
+        )
+    if search.strategy == "gradient":
+        raise UserError(
+            "search.fidelity racing compares masks, and search.strategy gradient has none: take fidelity none"
+        )
 
 
 def skip_bad_images(run: RunConfig) -> RunConfig:

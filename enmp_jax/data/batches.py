@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -40,6 +40,7 @@ def batch(
     device: Any = None,
     lengths: Sequence[int] = LENGTHS,
     expert: Sequence[Float[np.ndarray, "example class"]] | None = None,
+    order: Literal["given", "stratified"] = "given",
 ) -> tuple[Batches, ...]:
     """Put the examples of all tasks on the device in batches; every example appears exactly once.
 
@@ -53,6 +54,8 @@ def batch(
         device: a device or sharding for ``jax.device_put``; default: JAX's default device.
         lengths: possible lengths of text batches, rising.
         expert: for ``Batches.expert``, one array per task.
+        order: of the examples of a bucket: as they come, task by task; or so that its first batches, however
+            many, are a random sample of every task in proportion (the same sample in every call).
 
     Raises:
         UserError: no examples, or tasks whose inputs differ in name or shape.
@@ -66,6 +69,8 @@ def batch(
     inputs = _join(examples_per_task)
     made = []
     for rows, length in _buckets(inputs, batch_size, lengths):
+        if order == "stratified":
+            rows = _stratified(rows, task)
         chosen = {name: _to_length(value[rows], length) for name, value in inputs.items()}
         shaped = jax.tree.map(lambda a: _fold(a, batch_size), (chosen, label[rows], task[rows]))
         mask = np.arange(shaped[1].size).reshape(shaped[1].shape) < len(rows)
@@ -114,6 +119,15 @@ def _buckets(
             buckets.append((waiting, length))
             waiting = waiting[:0]
     return buckets
+
+
+def _stratified(rows: np.ndarray, task: np.ndarray) -> np.ndarray:
+    """Rows in an order whose every beginning has the same share of each task, drawn at random within it."""
+    random, place = np.random.default_rng(0), np.zeros(len(rows))
+    for i in np.unique(task[rows]):
+        own = task[rows] == i
+        place[own] = (random.permutation(own.sum()) + 0.5) / own.sum()
+    return rows[np.argsort(place, kind="stable")]
 
 
 def _to_length(array: np.ndarray, length: int | None) -> np.ndarray:

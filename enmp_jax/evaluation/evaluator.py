@@ -68,7 +68,13 @@ class Evaluator:
         """
         loaded = self.loaded
         expert = self.expert_answers(split) if self.kind.needs_expert else None
-        batches = batch(self.examples(split), loaded.run.evaluation.batch_size, expert=expert)
+        racing = split == "search" and loaded.run.search.fidelity == "racing"
+        batches = batch(
+            self.examples(split),
+            loaded.run.evaluation.batch_size,
+            expert=expert,
+            order="stratified" if racing else "given",
+        )
         prepared = self.ingredients if ingredients is None else ingredients
         return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh, loaded.backbone)
 

@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, Float
 
 from enmp_jax.devices.distributed import put
 from enmp_jax.evaluation.evaluator import Evaluator, ExecutionPlan
+from enmp_jax.evaluation.fitness import objective
 from enmp_jax.evaluation.population import EvalInputs
+from enmp_jax.evaluation.racing import Details, make_race, stops
 from enmp_jax.evaluation.scoring import Scoring
 from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.io.progress import Reporter
@@ -21,7 +23,7 @@ from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.finalists import Finalist, Searched
 from enmp_jax.search import device_memo, loop, strategies
 from enmp_jax.search.device_memo import DeviceMemo
-from enmp_jax.search.memo import Memo
+from enmp_jax.search.memo import Candidate, Memo, front
 
 
 class MemberScores(NamedTuple):
@@ -32,6 +34,14 @@ class MemberScores(NamedTuple):
     scale: Float[Array, " member"]
     evaluated: Bool[Array, " member"]
     """False where the memo knew the mask: no model was run for it."""
+    final: Bool[Array, " member"]
+    """False where a mask dropped out of a race: its fitness is an estimate."""
+    cost: Float[Array, " member"]
+    """Share of the search split that was run; 0 where not evaluated."""
+    mean: Float[Array, " member"]
+    """Of the tasks' normalised values; NaN where not evaluated on the whole search split."""
+    worst: Float[Array, " member"]
+    """Of the tasks' normalised values, likewise."""
 
 
 class WarmStart(NamedTuple):
@@ -46,27 +56,47 @@ def make_score(evaluator: Evaluator, plan: ExecutionPlan) -> loop.ScoreGenomes:
     """The evaluation of a search, all of it compiled with it.
 
     ``(genomes [P, G], memo, inputs, scoring, scale) -> (MemberScores, memo)``: models are run only for
-    masks that are neither in the memo nor twice in the generation; with ``()`` for a memo, for all of them.
+    masks that are neither in the memo nor twice in the generation.
     """
-    evaluate, kind, spec = evaluator.evaluate(plan), evaluator.kind, evaluator.loaded.mask_spec
-    name = evaluator.loaded.run.search.objective
-    chunk = evaluator.mesh.shape["population"] * plan.member_chunk
-
-    def fitness(keep: Array, scales: Array, inputs: EvalInputs, scoring: Scoring) -> Array:
-        return scoring.fitness(evaluate(inputs, keep, scales), kind, name)
+    spec = evaluator.loaded.mask_spec
+    remembering = device_memo.remembering(make_evaluate_new(evaluator, plan))
 
     def score(
-        genomes: Array, memo: DeviceMemo | tuple[()], inputs: EvalInputs, scoring: Scoring, scale: Array
-    ) -> tuple[MemberScores, DeviceMemo | tuple[()]]:
+        genomes: Array, memo: DeviceMemo, inputs: EvalInputs, scoring: Scoring, scale: Array
+    ) -> tuple[MemberScores, DeviceMemo]:
         scales = jax.vmap(lambda genome: spec.decode_scale(genome, scale))(genomes)
         keep = jax.vmap(spec.decode)(genomes)
-        if not isinstance(memo, DeviceMemo):
-            every = jnp.ones(len(keep), bool)
-            return MemberScores(fitness(keep, scales, inputs, scoring), keep, scales, every), memo
-        found, memo = device_memo.remembering(fitness, chunk)(memo, keep, scales, inputs, scoring)
-        return MemberScores(found.fitness, keep, scales, found.evaluated), memo
+        found, memo = remembering(memo, keep, scales, inputs, scoring)
+        details: Details = found.details
+        cost = jnp.where(found.evaluated, details.cost, 0.0)
+        whole = found.evaluated & found.final
+        mean, worst = (jnp.where(whole, x, jnp.nan) for x in (details.mean, details.worst))
+        return MemberScores(
+            found.fitness, keep, scales, found.evaluated, found.final, cost, mean, worst
+        ), memo  # fmt: skip
 
     return score
+
+
+def make_evaluate_new(evaluator: Evaluator, plan: ExecutionPlan) -> device_memo.Evaluate:
+    """How masks that the memo does not know are scored: all on the whole search split, or in a race."""
+    search, kind, mesh = evaluator.loaded.run.search, evaluator.kind, evaluator.mesh
+    if search.fidelity == "racing":
+        return make_race(
+            evaluator.loaded.backbone, plan.merge, len(evaluator.loaded.tasks), mesh, plan.member_chunk,
+            kind, search.rungs, search.seeds,
+        )  # fmt: skip
+    evaluate = evaluator.evaluate(plan)
+
+    def score(keep: Array, scales: Array, inputs: EvalInputs, scoring: Scoring) -> device_memo.Scored:
+        counts = evaluate(inputs, keep, scales)
+        values = scoring.task_values(counts, kind)
+        mean, worst = (objective(values, name, scoring.importance) for name in ("mean", "worst"))
+        details = Details(jnp.ones(len(keep)), mean, worst)
+        fitness = scoring.fitness(counts, kind, search.objective)
+        return device_memo.Scored(fitness, jnp.ones(len(keep), bool), details)
+
+    return device_memo.once(score, mesh.shape["population"] * plan.member_chunk)
 
 
 def evolve(
@@ -93,6 +123,10 @@ def evolve(
         The best distinct masks of every seed, and what they cost.
     """
     search = evaluator.loaded.run.search
+    if search.fidelity == "racing" and len(stops(inputs.batches, search.rungs)) == 1:
+        reporter.say(
+            "racing saves nothing: the search split is a single batch; set a smaller evaluation.batch_size"
+        )
     strategy, mean = make_strategy(evaluator, scale, known)
     sharding = NamedSharding(evaluator.mesh, PartitionSpec())
     score = make_score(evaluator, evaluator.plan(inputs))
@@ -154,8 +188,13 @@ class _Record:
             "keep": np.ones((*rows, *self.spec.shape), bool),
             "scale": np.zeros(rows, np.float32),
             "evaluated": np.zeros(rows, bool),
+            "final": np.zeros(rows, bool),
+            "cost": np.zeros(rows, np.float32),
+            "mean": np.full(rows, np.nan, np.float32),
+            "worst": np.full(rows, np.nan, np.float32),
         }
         self.memos = [Memo() for _ in self.seeds]
+        self.run_examples = [0 for _ in self.seeds]
         self.improved = 0  # the last generation in which any seed found a better mask
         self.start = self.saved_at = 0
         self.clock: float | None = None
@@ -177,9 +216,9 @@ class _Record:
 
     def device_memo(self) -> DeviceMemo:
         """The device's memo of what was scored before a resume."""
+        final = self.archive["final"][: self.start]
         keep, scale, fitness = (
-            self.archive[name][: self.start].reshape(-1, *self.archive[name].shape[2:])
-            for name in ("keep", "scale", "fitness")
+            self.archive[name][: self.start][final] for name in ("keep", "scale", "fitness")
         )
         return device_memo.start(self.archive["fitness"].size, self.spec.shape, keep, scale, fitness)
 
@@ -195,16 +234,32 @@ class _Record:
             for seed, memo in zip(self.seeds, self.memos, strict=True)
             for c in memo.finalists(self.search.finalists)
         ]
-        return Searched(
-            finalists,
-            {
-                "masks_evaluated": sum(memo.evaluated for memo in self.memos),
-                "distinct_masks": sum(len(memo) for memo in self.memos),
-                "masks_run": int(self.archive["evaluated"].sum()),
-                "masks_per_second": self.masks / self.seconds if self.masks else None,
-                "example_evaluations": sum(map(self._spent, self.memos)),
-            },
-        )
+        cost = {
+            "masks_evaluated": sum(memo.evaluated for memo in self.memos),
+            "distinct_masks": sum(len(memo) for memo in self.memos),
+            "masks_run": int(self.archive["evaluated"].sum()),
+            "masks_per_second": self.masks / self.seconds if self.masks else None,
+            "example_evaluations": sum(self._spent(i) for i in range(len(self.seeds))),
+        }
+        if self.search.objective == "pareto":
+            every = [c for memo in self.memos for c in memo.candidates()]
+            cost["pareto"] = [self._on_front(c, scale) for c in front(every)]
+        return Searched(finalists, cost)
+
+    def _on_front(self, candidate: Candidate, scale: float) -> dict[str, Any]:
+        return {
+            "mean": candidate.mean,
+            "worst": candidate.worst,
+            "pruned": [list(module) for module in self.spec.pruned_modules(candidate.keep)],
+            "scale": scale if candidate.scale is None else candidate.scale,
+        }
+
+    def _spent(self, i: int) -> int:
+        """Example-evaluations of one seed: its warm start and its races; without races its distinct masks,
+        which another seed may have paid for."""
+        if self.search.fidelity == "racing":
+            return self.before + self.run_examples[i]
+        return self.before + len(self.memos[i]) * self.examples
 
     def _rows(self, i: int) -> slice:
         return slice(i * self.search.population, (i + 1) * self.search.population)
@@ -212,9 +267,11 @@ class _Record:
     def _remember(self, generation: int) -> None:
         for i, memo in enumerate(self.memos):
             rows = self._rows(i)
-            before = memo.best
-            scale = self.archive["scale"][generation, rows] if self.search.search_scale else None
-            memo.add(self.archive["keep"][generation, rows], self.archive["fitness"][generation, rows], scale)
+            before, seen = memo.best, {name: x[generation, rows] for name, x in self.archive.items()}
+            fitness = np.where(seen["final"], seen["fitness"], np.nan)  # estimates are not remembered
+            scale = seen["scale"] if self.search.search_scale else None
+            memo.add(seen["keep"], fitness, scale, seen["mean"], seen["worst"])
+            self.run_examples[i] += int(np.rint(seen["cost"] * self.examples).sum())
             if memo.best > before:
                 self.improved = generation
 
@@ -228,7 +285,7 @@ class _Record:
             some = ~np.isnan(fitness)
             self.directory.append_history({
                 "seed": seed, "generation": generation, "masks_evaluated": memo.evaluated,
-                "distinct_masks": len(memo), "example_evaluations": self._spent(memo),
+                "distinct_masks": len(memo), "example_evaluations": self._spent(i),
                 "best": memo.best if np.isfinite(memo.best) else None,
                 "mean": float(fitness[some].mean()) if some.any() else None,
                 "fitness": [float(f) if np.isfinite(f) else None for f in fitness],
@@ -257,8 +314,4 @@ class _Record:
         if search.budget is None:
             return False
         most = search.population * search.generations_per_dispatch
-        return max(map(self._spent, self.memos)) + most * self.examples > search.budget
-
-    def _spent(self, memo: Memo) -> int:
-        """Example-evaluations of one seed so far: each distinct mask once, and its warm start."""
-        return self.before + len(memo) * self.examples
+        return max(map(self._spent, range(len(self.seeds)))) + most * self.examples > search.budget

@@ -14,8 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
-Score = Callable[..., Float[Array, " member"]]
-"""``score(keep [member, ...], scale [member], *operands) -> fitness [member]``."""
+
+class Scored(NamedTuple):
+    """What an evaluation says of masks."""
+
+    fitness: Float[Array, " member"]
+    final: Bool[Array, " member"]
+    """False where the fitness is an estimate, which is not remembered."""
+    details: Any = ()
+    """A pytree of what else is known of them, [member, ...]."""
+
+
+class New(NamedTuple):
+    """Which members of a generation an evaluation is asked for."""
+
+    wanted: Bool[Array, " member"]
+    """Not remembered."""
+    first: Int[Array, " member"]
+    """The earliest member with the same mask: only that one need be run."""
+
+
+Evaluate = Callable[..., Scored]
+"""``evaluate(new, keep [member, ...], scale [member], *operands) -> Scored``; rows not wanted are ignored."""
 
 
 class DeviceMemo(NamedTuple):
@@ -30,10 +50,13 @@ class DeviceMemo(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """Fitness of a generation, and which members were really evaluated for it."""
+    """What is known of a generation, and which members were really run for it."""
 
     fitness: Float[Array, " member"]
+    final: Bool[Array, " member"]
     evaluated: Bool[Array, " member"]
+    details: Any
+    """As evaluated; of no meaning where a mask was remembered."""
 
 
 def keys(keep: Num[Array, "member ..."], scale: Float[Array, " member"]) -> UInt32[Array, "member word"]:
@@ -65,15 +88,11 @@ def start(
     return DeviceMemo(jnp.asarray(key), jnp.asarray(value), jnp.asarray(used, jnp.int32))
 
 
-def remembering(score: Score, chunk: int) -> Callable[..., tuple[Remembered, DeviceMemo]]:
+def remembering(evaluate: Evaluate) -> Callable[..., tuple[Remembered, DeviceMemo]]:
     """``(memo, keep, scale, *operands) -> (Remembered, memo)``: evaluates only masks not seen before.
 
-    Unknown members come first, and a loop evaluates them ``chunk`` at a time until none is left; the last
-    chunk is filled up with known members, whose second result is dropped.
-
     Args:
-        score: evaluates ``chunk`` masks; a mask's fitness must not depend on its companions.
-        chunk: members of one call of ``score``; a multiple of the mesh axis ``population`` wastes none.
+        evaluate: a mask's final fitness must not depend on its companions.
     """
 
     def remembered(
@@ -84,32 +103,76 @@ def remembering(score: Score, chunk: int) -> Callable[..., tuple[Remembered, Dev
         key = keys(keep, scale)
         same = _equal(key, memo.key) & (jnp.arange(capacity) < memo.used)
         known, row = same.any(1), same.argmax(1)
-        first = _equal(key, key).argmax(1)  # the earliest member with this mask
-        unknown = ~known & (first == jnp.arange(size))
-        count = unknown.sum()
-        order = jnp.argsort(~unknown, stable=True)
-        order = jnp.concatenate([order, jnp.repeat(order[-1:], -size % chunk)])
-
-        def body(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            done, found = carry
-            members = jax.lax.dynamic_slice_in_dim(order, done, chunk)
-            values = score(keep[members], scale[members], *operands)
-            return done + chunk, jax.lax.dynamic_update_slice_in_dim(found, values, done, 0)
-
-        empty = jnp.zeros(order.shape, jnp.float32)
-        _, found = jax.lax.while_loop(lambda carry: carry[0] < count, body, (jnp.zeros_like(count), empty))
-        own = jnp.zeros(size, jnp.float32).at[order[:size]].set(found[:size])
-        fitness = jnp.where(known, memo.fitness[row], own[first])
+        first = _equal(key, key).argmax(1)
+        scored = evaluate(New(~known, first), keep, scale, *operands)
+        fitness, final = jnp.where(known, memo.fitness[row], scored.fitness), known | scored.final
+        run = ~known & (first == jnp.arange(size))
+        learnt = run & final
         # rows of members that are no news lie beyond the end, where a scatter drops them
-        place = jnp.where(unknown, memo.used + jnp.cumsum(unknown) - 1, capacity)
+        place = jnp.where(learnt, memo.used + jnp.cumsum(learnt) - 1, capacity)
         memo = DeviceMemo(
             memo.key.at[place].set(key, mode="drop"),
             memo.fitness.at[place].set(fitness, mode="drop"),
-            memo.used + count.astype(memo.used.dtype),
+            memo.used + learnt.sum().astype(memo.used.dtype),
         )
-        return Remembered(fitness, unknown), memo
+        return Remembered(fitness, final, run, scored.details), memo
 
     return remembered
+
+
+def once(score: Callable[..., Scored], chunk: int) -> Evaluate:
+    """An evaluation that runs every new mask once, ``chunk`` at a time.
+
+    Args:
+        score: ``score(keep [chunk, ...], scale [chunk], *operands)``.
+        chunk: members of one call of ``score``; a multiple of the mesh axis ``population`` wastes none.
+    """
+    traced_once = jax.jit(score)  # though its output shapes are asked for below
+
+    def evaluate(new: New, keep: Array, scale: Array, *operands: Any) -> Scored:
+        def call(members: Array) -> Scored:
+            return traced_once(keep[members], scale[members], *operands)
+
+        run = new.wanted & (new.first == jnp.arange(len(keep)))
+        # members taken from an array of the search: of the same mesh, or the score were traced again
+        shapes = jax.eval_shape(lambda: call(new.first[jnp.zeros(chunk, jnp.int32)]))
+        empty = jax.tree.map(lambda x: jnp.zeros((len(keep), *x.shape[1:]), x.dtype), shapes)
+        found = in_chunks(lambda rows, scored: _put(scored, rows, call(rows.members)), run, chunk, empty)
+        return jax.tree.map(lambda x: x[new.first], found)
+
+    return evaluate
+
+
+class Rows(NamedTuple):
+    """A chunk of members: who they are, and where what is found for them goes (filler goes nowhere)."""
+
+    members: Int[Array, " chunk"]
+    place: Int[Array, " chunk"]
+
+
+def in_chunks(
+    step: Callable[[Rows, Any], Any], wanted: Bool[Array, " member"], chunk: int, carry: Any
+) -> Any:
+    """``carry = step(rows, carry)`` over the wanted members, ``chunk`` at a time until none is left.
+
+    The last chunk is filled up with other members.
+    """
+    size = wanted.shape[0]
+    order = jnp.argsort(~wanted, stable=True)
+    order = jnp.concatenate([order, jnp.repeat(order[-1:], -size % chunk)])
+    count = wanted.sum()
+
+    def body(carried: tuple[Array, Any]) -> tuple[Array, Any]:
+        done, carry = carried
+        members = jax.lax.dynamic_slice_in_dim(order, done, chunk)
+        place = jnp.where(done + jnp.arange(chunk) < count, members, size)
+        return done + chunk, step(Rows(members, place), carry)
+
+    return jax.lax.while_loop(lambda carried: carried[0] < count, body, (jnp.zeros_like(count), carry))[1]
+
+
+def _put(tree: Any, rows: Rows, values: Any) -> Any:
+    return jax.tree.map(lambda x, new: x.at[rows.place].set(new, mode="drop"), tree, values)
 
 
 def _equal(a: UInt32[Array, "row word"], b: UInt32[Array, "column word"]) -> Bool[Array, "row column"]:
