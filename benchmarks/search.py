@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from enmp_jax.config import run_file
-from enmp_jax.config.run_file import MergeConfig, RefineConfig, RunConfig
+from enmp_jax.config.run_file import RunConfig
 from enmp_jax.config.schema import parse
+from enmp_jax.config.sections import MergeConfig, RefineConfig
 from enmp_jax.io.progress import SILENT
 from enmp_jax.runs.directory import environment
 from enmp_jax.runs.search import search_run

@@ -15,8 +15,8 @@ import dataclasses
 import numpy as np
 
 from enmp_jax.config import run_file
-from enmp_jax.config.run_file import MergeConfig
 from enmp_jax.config.schema import parse
+from enmp_jax.config.sections import MergeConfig
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.evaluation.scoring import Counts

@@ -24,7 +24,8 @@ from enmp_jax.adapters.peft_export import PeftExport
 from enmp_jax.adapters.peft_import import LoadedAdapters
 from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.config import run_file
-from enmp_jax.config.run_file import RefineConfig, RunConfig
+from enmp_jax.config.run_file import RunConfig
+from enmp_jax.config.sections import RefineConfig
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.loaded_run import make_merge

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from enmp_jax.config.run_file import DataConfig
+from enmp_jax.config.sections import DataConfig
 from enmp_jax.data import Examples, batch, check_splits, leaks, load_examples
 from enmp_jax.data.base import Split
 from enmp_jax.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from enmp_jax.config.run_file import DataConfig
+from enmp_jax.config.sections import DataConfig
 from enmp_jax.data import images, load_examples
 from enmp_jax.data.huggingface import HuggingFaceSource
 from enmp_jax.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from enmp_jax.config.run_file import DataConfig
+from enmp_jax.config.sections import DataConfig
 from enmp_jax.data import load_examples, open_source, require_class_names
 from enmp_jax.data.files import NpzSource
 from enmp_jax.errors import UserError

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from enmp_jax.config.run_file import DataConfig
+from enmp_jax.config.sections import DataConfig
 from enmp_jax.data import load_examples
 from enmp_jax.data.load import content_key
 from enmp_jax.errors import UserError

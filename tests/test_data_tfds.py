@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from enmp_jax.config.run_file import DataConfig
+from enmp_jax.config.sections import DataConfig
 from enmp_jax.data import check_splits, load_examples
 from enmp_jax.data.base import Split
 from enmp_jax.errors import UserError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from device_problem import TASKS, make_inputs
 
-from enmp_jax.config.run_file import RefineConfig
+from enmp_jax.config.sections import RefineConfig
 from enmp_jax.deltas import Dense, LowRank, add_deltas
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator

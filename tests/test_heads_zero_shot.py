@@ -8,7 +8,8 @@ import simulated_hub
 from transformers import AutoTokenizer
 
 from enmp_jax import models
-from enmp_jax.config.run_file import BaseConfig, DataConfig, HeadConfig, RunConfig, TaskConfig
+from enmp_jax.config.run_file import RunConfig
+from enmp_jax.config.sections import BaseConfig, DataConfig, HeadConfig, TaskConfig
 from enmp_jax.data import prompts
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.heads import load_heads

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from enmp_jax.cli import main as cli
-from enmp_jax.config import run_file
+from enmp_jax.config import run_file, sections
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.fitness import FITNESS
@@ -101,7 +101,7 @@ def test_a_fitness_that_needs_labels_is_refused(demo_loaded, split, kind):
 
 
 def test_refining_by_a_fitness_that_needs_labels_is_refused(demo_loaded):
-    refine = run_file.RefineConfig(fitness="probability")
+    refine = sections.RefineConfig(fitness="probability")
     with pytest.raises(UserError, match=r"search.refine.fitness probability needs labels, and the search"):
         check_search(Evaluator(without_labels(with_search(demo_loaded, fitness="expert_kl", refine=refine))))
 

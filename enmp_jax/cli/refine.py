@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from enmp_jax.config.run_file import RefineConfig
+from enmp_jax.config.sections import RefineConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from enmp_jax.config.run_file import DataConfig
+from enmp_jax.config.sections import DataConfig
 from enmp_jax.data.base import Raw, file_identity
 from enmp_jax.data.labels import label_key, number_labels
 from enmp_jax.errors import UserError, one_line

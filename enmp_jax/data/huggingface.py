@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from enmp_jax.config.run_file import DataConfig, resolve_path
+from enmp_jax.config.run_file import resolve_path
+from enmp_jax.config.sections import DataConfig
 from enmp_jax.data.base import Raw, file_identity
 from enmp_jax.data.files import text_keys
 from enmp_jax.data.labels import label_key, number_labels

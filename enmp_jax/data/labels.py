@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from enmp_jax.config.run_file import DataConfig
+from enmp_jax.config.sections import DataConfig
 from enmp_jax.data.base import Source
 from enmp_jax.errors import UserError, one_line
 

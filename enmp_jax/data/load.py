@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 import numpy as np
 
-from enmp_jax.config.run_file import DataConfig, resolve_path
+from enmp_jax.config.run_file import resolve_path
 from enmp_jax.config.schema import to_dict
+from enmp_jax.config.sections import DataConfig
 from enmp_jax.data import cache, images, pretexts, slices, transforms
 from enmp_jax.data import labels as label_map
 from enmp_jax.data.base import Examples, Modality, Preprocess, Progress, Raw, Source, Span, Split

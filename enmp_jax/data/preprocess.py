@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from enmp_jax.config.run_file import DataConfig
+from enmp_jax.config.sections import DataConfig
 from enmp_jax.data.base import Modality, Preprocess
 from enmp_jax.errors import UserError, one_line
 from enmp_jax.models import checkpoint

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from enmp_jax import models
-from enmp_jax.config.run_file import HeadConfig, RunConfig, TaskConfig
+from enmp_jax.config.run_file import RunConfig
+from enmp_jax.config.sections import HeadConfig, TaskConfig
 from enmp_jax.data import Prompts, prompts, require_class_names
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.scoring import Heads, stack_heads

@@ -13,7 +13,7 @@ import numpy as np
 
 from enmp_jax.adapters.peft_export import export_peft
 from enmp_jax.adapters.recipe import Recipe
-from enmp_jax.config.run_file import RefineConfig
+from enmp_jax.config.sections import RefineConfig
 from enmp_jax.devices.distributed import barrier
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator

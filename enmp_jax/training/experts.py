@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from enmp_jax.config.run_file import TrainConfig
+from enmp_jax.config.sections import TrainConfig
 from enmp_jax.data import Examples
 from enmp_jax.deltas import Deltas, LowRank
 from enmp_jax.errors import UserError

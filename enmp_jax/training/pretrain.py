@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from enmp_jax.config.run_file import PretrainConfig
+from enmp_jax.config.sections import PretrainConfig
 from enmp_jax.data import Examples
 from enmp_jax.evaluation.scoring import Heads, class_log_probabilities
 from enmp_jax.io.checkpoints import Checkpoints

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from enmp_jax.config.run_file import RefineConfig
+from enmp_jax.config.sections import RefineConfig
 from enmp_jax.deltas import Deltas, add_deltas
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
