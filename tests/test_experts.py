@@ -75,7 +75,7 @@ def test_the_key_follows_every_ingredient(demo_loaded, monkeypatch):
     other = [e._replace(labels=e.labels[::-1]) for e in demo_loaded.examples["search"]]
     relabelled = dataclasses.replace(demo_loaded, examples={**demo_loaded.examples, "search": other})
     assert experts.key(relabelled, "search") == key
-    merge = dataclasses.replace(demo_loaded.run.merge, method="sum", density=None)
+    merge = dataclasses.replace(demo_loaded.run.merge, method="sum", hyperparameters={})
     other = dataclasses.replace(demo_loaded.run, merge=merge)
     assert experts.key(dataclasses.replace(demo_loaded, run=other), "search") == key
 

@@ -110,7 +110,7 @@ def test_two_processes_write_what_one_writes(alone, tmp_path):
     assert said == []  # process 0 alone speaks
     for a, b in zip(contents(alone), contents(tmp_path / "out"), strict=True):
         assert_close(a, b)
-    shutil.rmtree(tmp_path / "out" / "checkpoints" / "seed-0" / "2")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "2")
     (tmp_path / "out" / "scores.json").unlink()
     codes, outputs = search(run, tmp_path / "out", processes=2, extra=["--resume"])
     assert codes == [0, 0] and "goes on after generation 1" in outputs[0], outputs

@@ -94,15 +94,18 @@ def test_chunks_and_padding_change_nothing(setting):
 
 
 def test_experts_are_the_adapters_alone(demo_evaluator):
-    """Against the merge of a single adapter at its own scaling."""
-    counts = demo_evaluator.score_experts("search")
-    merge = merges.make("sum")
+    """Each task's answers against the merge of its adapter alone at its own scaling, and its accuracy."""
+    answers, accuracy = demo_evaluator.expert_answers("search"), demo_evaluator.expert_accuracies("search")
+    merge, loaded = merges.make("sum"), demo_evaluator.loaded
     for i in (0, 3):
-        alone = demo_evaluator.loaded.stack.select([i])
-        inputs = demo_evaluator.inputs("search")._replace(ingredients=merge.prepare(alone))
-        ones = jnp.ones((1, demo_evaluator.loaded.stack.n_layers, 1))
-        own = jax.jit(make_evaluate(demo_evaluator.loaded.backbone, merge, 6))(inputs, ones, jnp.ones(1))
-        np.testing.assert_allclose(counts.log_likelihood[i], own.log_likelihood[0, i], rtol=1e-5)
+        alone, examples = loaded.stack.select([i]), loaded.examples["search"][i]
+        deltas = merge.merge(merge.prepare(alone), jnp.ones((loaded.stack.n_layers, 1)), 1.0)
+        inputs = {name: jnp.asarray(x) for name, x in examples.inputs.items()}
+        features = loaded.backbone.features(loaded.params, inputs, deltas)
+        own = class_log_probabilities(loaded.heads, features, jnp.full(len(features), i))
+        np.testing.assert_allclose(answers[i], own, atol=1e-4)
+        right = np.mean(np.asarray(own).argmax(1) == examples.labels)
+        assert accuracy[i] == pytest.approx(right)
 
 
 def test_evaluation_compiles_once_for_all_masks_and_scales(demo_loaded, compilations):

@@ -4,10 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from enmp_jax.errors import UserError
 from enmp_jax.evaluation.scoring import (
-    Counts,
-    Scoring,
     class_log_probabilities,
     count,
     mean_normalised,
@@ -53,17 +50,6 @@ def test_an_impossible_label_in_padding_gives_no_nan():
     assert np.all(np.isfinite(counts.log_likelihood))
 
 
-def test_fitness():
-    scoring = Scoring(jnp.asarray([10.0, 4.0]), jnp.asarray([0.8, 0.5]))
-    counts = Counts(jnp.asarray([[8.0, 1.0], [4.0, 2.0]]), jnp.asarray([[-5.0, -2.0], [-10.0, -4.0]]))
-    np.testing.assert_allclose(scoring.fitness(counts, "accuracy"), [(1 + 0.5) / 2, (0.5 + 1) / 2])
-    np.testing.assert_allclose(scoring.fitness(counts, "log_likelihood"), [-0.5, -1.0])
+def test_mean_normalised():
     accuracy = {"a": 0.4, "b": 0.5}
     assert mean_normalised(accuracy, {"a": 0.8, "b": 0.5}) == pytest.approx(0.75)
-
-
-def test_heads_that_do_not_fit():
-    with pytest.raises(UserError, match="masked class 7"):
-        stack_heads([(np.zeros((3, 4)), None)], masked=[(7,)])
-    with pytest.raises(UserError, match="differ in width"):
-        stack_heads([(np.zeros((3, 4)), None), (np.zeros((3, 5)), None)])
