@@ -14,6 +14,11 @@ from pathlib import Path
 
 import jax
 import pytest
+import type_checks
+
+type_checks.install()
+
+# ruff: noqa: E402 (the checks go first)
 from adapter_files import keep, loaded  # noqa: F401 (fixtures of the tests of adapters)
 
 from enmp_jax.config import run_file
