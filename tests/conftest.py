@@ -14,9 +14,15 @@ from pathlib import Path
 
 import jax
 import pytest
+import type_checks
+
+type_checks.install()
+
+# ruff: noqa: E402 (the checks go first)
 from adapter_files import keep, loaded  # noqa: F401 (fixtures of the tests of adapters)
 
 from enmp_jax.config import run_file
+from enmp_jax.config.sections import MergeConfig
 
 # Compiled programs are shared by the test processes and kept between runs: most of the time goes there.
 _XLA = Path(tempfile.gettempdir()) / f"enmp-test-xla-{getpass.getuser()}-{version('jaxlib')}"
@@ -26,17 +32,27 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 @pytest.fixture(scope="session")
 def demo_run():
-    """The packaged demo, with few examples and a short search."""
+    """The packaged demo, with few examples and a short search of masks."""
     run = run_file.load(run_file.SUITES / "demo.yaml")
     return dataclasses.replace(
         run,
         search=dataclasses.replace(
-            run.search, population=4, generations=3, seeds=1, finalists=3, sigma0=1.0, checkpoint_every=1
-        ),
+            run.search,
+            strategy="cma_es",
+            granularity="layer",
+            fitness="log_likelihood",
+            x0=-1.0,
+            population=4,
+            generations=3,
+            seeds=1,
+            finalists=3,
+            sigma0=1.0,
+            checkpoint_every=1,
+        ),  # fmt: skip
         evaluation=dataclasses.replace(
             run.evaluation, batch_size=30, search_examples=10, selection_examples=8, test_examples=9
         ),
-        merge=dataclasses.replace(run.merge, scale_grid=(0.3, 0.6)),
+        merge=MergeConfig("ties", scale_grid=(0.3, 0.6), hyperparameters={"density": 0.4}),
     )
 
 

@@ -18,7 +18,7 @@ from enmp_jax.merges.hyperparameters import hyperparameters
 from enmp_jax.merges.ties import ties as factory
 
 FEW = {f"{split}_examples": 8 for split in ("search", "selection", "test")}
-SHORT = {"population": 4, "generations": 2, "seeds": 1}
+SHORT = {"strategy": "cma_es", "granularity": "layer", "population": 4, "generations": 2, "seeds": 1}
 DOCUMENTED = [name for name in enmp.__all__ if name not in ("__version__", "merges")]
 
 

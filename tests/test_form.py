@@ -33,7 +33,7 @@ def chosen(**options) -> set[str]:
     given = {"tokens": MANY, "batches": 8, "free_bytes": ROOM} | options
     formed = delta_format.choose(method, None, KEEP, **given)
     deltas = jax.eval_shape(formed.merge, None, jnp.ones(KEEP, bool), 1.0)
-    assert {name: delta.materialise().shape for name, delta in deltas.items() if isinstance(delta, Dense)}
+    assert {name: delta.weight.shape for name, delta in deltas.items() if isinstance(delta, Dense)}
     return {name for name, delta in deltas.items() if isinstance(delta, Dense)}
 
 

@@ -117,6 +117,21 @@ def test_low_rank_deltas_take_cores_alone():
 
 def test_search_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["search", "demo", "--plan", "--generations", "2", "--population", "4"]) == 0
+    assert (
+        main(
+            [
+                "search",
+                "demo",
+                "--plan",
+                "--generations",
+                "2",
+                "--set",
+                "search.strategy=cma_es",
+                "--population",
+                "4",
+            ]
+        )
+        == 0
+    )
     assert "at most 24 masks" in capsys.readouterr().out  # three seeds
     assert not list(tmp_path.iterdir())

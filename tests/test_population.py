@@ -29,7 +29,7 @@ def random_masks(evaluator, n, seed=0):
 
 def by_hand(evaluator, inputs, keep, scale):
     """Counts of one mask, with eager merging and dense deltas, batch by batch."""
-    deltas = evaluator.merge.merge(evaluator.ingredients, jnp.asarray(keep), scale)
+    deltas = evaluator.merge.merge(evaluator.ingredients, jnp.asarray(keep), float(scale))
     dense = {name: Dense(delta.materialise()) for name, delta in deltas.items()}
     correct, likelihood = np.zeros(6), np.zeros(6)
     for bucket in inputs.batches:

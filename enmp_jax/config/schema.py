@@ -16,13 +16,13 @@ from typing import Any, Literal
 from enmp_jax.errors import UserError, suggestion
 
 
-def keys(cls: type) -> dict[str, dataclasses.Field[Any]]:
-    """The fields of a dataclass that a mapping names."""
+def keys(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a dataclass, or of an instance of one, that a mapping names."""
     hidden = ("internal", "rest")
     return {f.name: f for f in dataclasses.fields(cls) if not any(map(f.metadata.get, hidden))}
 
 
-def rest(cls: type) -> str | None:
+def rest(cls: Any) -> str | None:
     """The field that collects all other keys."""
     return next((f.name for f in dataclasses.fields(cls) if f.metadata.get("rest")), None)
 
@@ -103,7 +103,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 def to_dict(config: Any) -> Any:
     """The plain form of a config, ready for YAML; internal fields left out."""
     if dataclasses.is_dataclass(config):
-        own, other = keys(typing.cast(type, config)), rest(typing.cast(type, config))
+        own, other = keys(config), rest(config)
         beside = {} if other is None else to_dict(getattr(config, other))
         return {name: to_dict(getattr(config, name)) for name in own} | beside
     if isinstance(config, Mapping):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Raw(NamedTuple):
     names: Sequence[str]
 
 
+@runtime_checkable
 class Source(Protocol):
     """A named collection of splits. Opening one is cheap: nothing is read before it is asked for."""
 
@@ -63,6 +64,7 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
 class Preprocess(Protocol):
     """Turns raw examples into the arrays a backbone takes."""
 

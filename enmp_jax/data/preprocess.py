@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from enmp_jax.config.sections import DataConfig
-from enmp_jax.data.base import Modality, Preprocess
+from enmp_jax.data.base import Modality
 from enmp_jax.errors import UserError, one_line
 from enmp_jax.models import checkpoint
 
@@ -168,7 +168,9 @@ class Tokens:
         return sum(length > limit for length in lengths)
 
 
-def preprocess_for(model: str | Path, family: str, config: DataConfig) -> Preprocess:
+def preprocess_for(
+    model: str | Path, family: str, config: DataConfig
+) -> PlainImages | ProcessorImages | Tokens:
     """The preprocessing that a base model's files ask for.
 
     Args:

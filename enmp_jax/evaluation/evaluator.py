@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Shaped
 
 from enmp_jax.data import Examples, batch
 from enmp_jax.deltas import Deltas
@@ -142,7 +142,7 @@ class Evaluator:
     def score(
         self,
         inputs: EvalInputs,
-        keep: Num[np.ndarray, "member ..."],
+        keep: Shaped[np.ndarray, "member ..."],
         scale: Float[np.ndarray, " member"],
         plan: ExecutionPlan | None = None,
     ) -> Counts:
@@ -172,8 +172,8 @@ class Evaluator:
     def score_from(
         self,
         inputs: EvalInputs,
-        parent: Num[np.ndarray, "*module"],
-        keep: Num[np.ndarray, "member *module"],
+        parent: Shaped[np.ndarray, "*module"],
+        keep: Shaped[np.ndarray, "member *module"],
         scale: float,
         plan: ExecutionPlan | None = None,
     ) -> Counts:
@@ -262,7 +262,7 @@ class Evaluator:
 
 def in_chunks(
     evaluate: Callable[[Any, Any], Counts],
-    keep: Num[np.ndarray, "member ..."],
+    keep: Shaped[np.ndarray, "member ..."],
     scale: Float[np.ndarray, " member"],
     size: int,
 ) -> Counts:

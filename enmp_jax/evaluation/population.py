@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Shaped
 
 from enmp_jax.data.batches import Batches
 from enmp_jax.deltas import Deltas
@@ -38,7 +38,7 @@ class EvalInputs(NamedTuple):
 
 MEMBERS = PartitionSpec("population")
 SHARED = PartitionSpec()
-EvaluateMasks = Callable[[EvalInputs, Num[Array, "member ..."], Float[Array, " member"]], Counts]
+EvaluateMasks = Callable[[EvalInputs, Shaped[Array, "member ..."], Float[Array, " member"]], Counts]
 
 
 def make_evaluate(
@@ -73,7 +73,7 @@ def make_evaluate(
         return jax.lax.map(lambda args: member(inputs, *args), (keep, scale), batch_size=chunk)
 
     def evaluate(
-        inputs: EvalInputs, keep: Num[Array, "member ..."], scale: Float[Array, " member"]
+        inputs: EvalInputs, keep: Shaped[Array, "member ..."], scale: Float[Array, " member"]
     ) -> Counts:
         size = keep.shape[0]
         share = math.ceil(size / n_shards)

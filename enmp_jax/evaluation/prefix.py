@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Shaped
 
 from enmp_jax.data.batches import Batches
 from enmp_jax.deltas import Delta, LowRank, member_axes
@@ -34,11 +34,11 @@ from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.merges.base import Keep, Merge, merge_population
 from enmp_jax.models.base import Backbone
 
-EvaluateFrom = Callable[[EvalInputs, Keep, Float[Array, ""] | float, Num[Array, "member *module"]], Counts]
+EvaluateFrom = Callable[[EvalInputs, Keep, Float[Array, ""] | float, Shaped[Array, "member *module"]], Counts]
 
 
 def first_changed(
-    parent: Num[Array | np.ndarray, "*module"], keep: Num[Array | np.ndarray, "member *module"]
+    parent: Shaped[Array | np.ndarray, "*module"], keep: Shaped[Array | np.ndarray, "member *module"]
 ) -> Int[Array, " member"]:
     """The first layer in which each mask differs from the parent; the number of layers if none does."""
     differs = jnp.asarray(keep != parent).reshape(len(keep), len(parent), -1).any(axis=-1)
@@ -153,9 +153,9 @@ def pays(first: Int[np.ndarray, " member"], n_layers: int, most: int, shards: in
 
 
 def in_calls(
-    evaluate: Callable[[Num[np.ndarray, "member *module"]], Counts],
-    parent: Num[np.ndarray, "*module"],
-    keep: Num[np.ndarray, "member *module"],
+    evaluate: Callable[[Shaped[np.ndarray, "member *module"]], Counts],
+    parent: Shaped[np.ndarray, "*module"],
+    keep: Shaped[np.ndarray, "member *module"],
     most: int,
 ) -> Counts:
     """Call a compiled evaluation with at most ``most`` members, in the order of their first changed layers.
@@ -173,8 +173,8 @@ def in_calls(
     return Counts(*(np.concatenate(column)[back] for column in zip(*parts, strict=True)))
 
 
-def _own(delta: Delta) -> Array:
-    """The part of a delta that depends on the mask."""
+def _own(delta: Delta) -> Any:
+    """The part of a delta that depends on the mask: an array, or the shape of one."""
     return delta.core if isinstance(delta, LowRank) else delta.weight
 
 

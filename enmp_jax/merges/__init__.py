@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, Protocol, cast, overload
+from typing import Any, ParamSpec, Protocol, cast, overload, runtime_checkable
 
 import jax.numpy as jnp
 
@@ -111,6 +111,7 @@ def _weighted(merge: Merge, weights: Sequence[float]) -> Merge:
     return Merge(prepare, merge.merge)
 
 
+@runtime_checkable
 class Method(Protocol[_P]):
     """A merge method under its own name: the parameters of its factory, and those that all methods take."""
 

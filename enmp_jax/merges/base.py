@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from enmp_jax.deltas import Delta, Deltas, member_axes, scale_delta
 from enmp_jax.lora import LoraStack
 
 Ingredients = Any  # a pytree that only the method that made it understands
-Keep = Num[Array, "layer task"] | Num[Array, "layer projection task"]
+Keep = Shaped[Array | np.ndarray, "layer task"] | Shaped[Array | np.ndarray, "layer projection task"]
+"""A mask, or weights in its place."""
 
 
 class Merge(NamedTuple):
@@ -100,7 +101,7 @@ def lift(method: LayerMethod, seed: int = 0) -> Merge:
 def merge_population(
     merge: Merge,
     ingredients: Ingredients,
-    keep: Num[Array, " member *module"],
+    keep: Shaped[Array, " member *module"],
     scale: Float[Array, " member"],
 ) -> Deltas:
     """Merge a population of masks: only ``core`` (or ``weight``) of each delta gets a member axis.

@@ -87,7 +87,7 @@ def _k_means(gram: Float[Array, "unit unit"], active: Array, k: int) -> Float[Ar
         distance = jnp.where(share.sum(0) > 0, distance, jnp.inf)
         return jax.nn.one_hot(jnp.argmin(distance, axis=1), k, dtype=gram.dtype) * active[:, None]
 
-    def step(_: int, share: Float[Array, "unit k"]) -> Float[Array, "unit k"]:
+    def step(_: Int[Array, ""], share: Float[Array, "unit k"]) -> Float[Array, "unit k"]:
         belongs = members(share)
         return belongs / jnp.maximum(belongs.sum(0), 1)
 

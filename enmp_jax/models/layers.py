@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from enmp_jax.deltas import Delta, Dense, LowRank
 from enmp_jax.devices.matmul import bfloat16_on_cpu, times_transposed
@@ -147,7 +147,7 @@ def rotate(x: Float[Array, "batch token heads dim"], rotary: Rotary) -> Float[Ar
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def take_token(x: Float[Array, "batch token *rest"], token: Int[Array, " batch"] | int) -> Array:
+def take_token(x: Shaped[Array, "batch token *rest"], token: Int[Array, " batch"] | int) -> Array:
     """The given token of each example; the token axis stays, with size 1."""
     if isinstance(token, int):
         return lax.slice_in_dim(x, token, token + 1, axis=1)

@@ -105,7 +105,9 @@ def _per_channel(values: Any, channels: int, key: str) -> tuple[float, ...]:
 
 
 def embed_patches(
-    spec: PatchSpec, weight: Float[Array, "width channels h w"], image: UInt8[Array, "batch h w channels"]
+    spec: PatchSpec,
+    weight: Float[Array, "width channels ph pw"],
+    image: UInt8[Array, "batch h w channels"] | Float[Array, "batch h w channels"],
 ) -> Float[Array, "batch patch width"]:
     """Normalise the image and project its patches (a convolution whose stride is its size, as one matmul).
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Shaped
 
 from enmp_jax.evaluation.evaluator import Evaluator
 
@@ -16,7 +16,7 @@ class Finalist:
     """A mask, or weights of modules, that the selection split decides on."""
 
     seed: int
-    keep: Num[np.ndarray, "*module"]
+    keep: Shaped[np.ndarray, "*module"]
     """bool: a mask; float: weights."""
     scale: float
     search: float | None

@@ -15,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
 
 State = Any  # a pytree of arrays that only the strategy that made it understands
 Genomes = Float[Array, "member gene"]
+Keys = Key[Array, "*seed"]  # one random key; of several searches at once, one each
 
 
 class Strategy(NamedTuple):
@@ -32,9 +33,9 @@ class Strategy(NamedTuple):
     """
 
     population: int
-    init: Callable[[PRNGKeyArray, Float[Array, " gene"]], State]
-    ask: Callable[[PRNGKeyArray, State], tuple[Genomes, State]]
-    tell: Callable[[PRNGKeyArray, Genomes, Float[Array, " member"], State], State]
+    init: Callable[[Keys, Float[Array, " gene"]], State]
+    ask: Callable[[Keys, State], tuple[Genomes, State]]
+    tell: Callable[[Keys, Genomes, Float[Array, " member"], State], State]
 
 
 class Space(NamedTuple):
@@ -116,6 +117,6 @@ def largest_effects(space: Space, count: int) -> Bool[np.ndarray, " bit"]:
     return np.isin(np.arange(space.n_bits), order[:count])
 
 
-def worst_if_nan(fitness: Float[Array, " member"]) -> Float[Array, " member"]:
+def worst_if_nan(fitness: Float[Array, "*member"]) -> Float[Array, "*member"]:
     """Fitness as single precision numbers that can be compared: NaN becomes minus infinity."""
     return jnp.where(jnp.isnan(fitness), -jnp.inf, fitness).astype(jnp.float32)

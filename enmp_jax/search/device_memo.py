@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 
 class Scored(NamedTuple):
@@ -59,7 +59,7 @@ class Remembered(NamedTuple):
     """As evaluated; of no meaning where a mask was remembered."""
 
 
-def keys(keep: Num[Array, "member ..."], scale: Float[Array, " member"]) -> UInt32[Array, "member word"]:
+def keys(keep: Shaped[Array, "member ..."], scale: Float[Array, " member"]) -> UInt32[Array, "member word"]:
     """The bits of a mask and those of its scale, as words: equal if and only if both are."""
     bits = (keep != 0).reshape(keep.shape[0], -1)
     bits = jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % 32))).reshape(bits.shape[0], -1, 32)
@@ -96,7 +96,10 @@ def remembering(evaluate: Evaluate) -> Callable[..., tuple[Remembered, DeviceMem
     """
 
     def remembered(
-        memo: DeviceMemo, keep: Num[Array, "member ..."], scale: Float[Array, " member"], *operands: Any
+        memo: DeviceMemo,
+        keep: Shaped[Array | np.ndarray, "member ..."],
+        scale: Float[Array | np.ndarray, " member"],
+        *operands: Any,
     ) -> tuple[Remembered, DeviceMemo]:
         keep, scale = jnp.asarray(keep), jnp.asarray(scale)
         size, capacity = keep.shape[0], memo.key.shape[0]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 Weights = Float[Array, "*module"]
 Objective = Callable[..., Float[Array, ""]]
@@ -49,7 +49,7 @@ class State(NamedTuple):
 
     weights: Weights
     optimizer: optax.OptState
-    step: Num[Array, ""]
+    step: Int[Array, ""]
 
 
 class Look(NamedTuple):
@@ -75,7 +75,7 @@ class Ascent(NamedTuple):
     ``check_every`` steps. ``present`` [*module] is True where a module exists: elsewhere weights stay 1.
     """
 
-    init: Callable[[PRNGKeyArray, Num[Array, "*module"]], State]
+    init: Callable[[PRNGKeyArray, Bool[Array | np.ndarray, "*module"]], State]
     advance: Callable[..., tuple[State, Float[Array, ""]]]
     settings: Settings
 
@@ -89,7 +89,7 @@ def make_ascent(objective: Objective, settings: Settings) -> Ascent:
     """
     adam = optax.adam(settings.learning_rate)
 
-    def init(key: PRNGKeyArray, present: Num[Array, "*module"]) -> State:
+    def init(key: PRNGKeyArray, present: Bool[Array, "*module"]) -> State:
         noise = settings.jitter * jax.random.normal(key, present.shape)
         weights = jnp.where(present, jnp.clip(1.0 + noise, 0.0, settings.highest), 1.0)
         return State(weights, adam.init(weights), jnp.zeros((), jnp.int32))
@@ -120,7 +120,7 @@ def make_ascent(objective: Objective, settings: Settings) -> Ascent:
 def run(
     ascent: Ascent,
     state: State,
-    present: Num[Array, "*module"],
+    present: Bool[Array | np.ndarray, "*module"],
     operands: tuple[Any, ...],
     look: Callable[[Float[np.ndarray, "*module"]], float],
     looks: list[Look],

@@ -6,17 +6,18 @@ The loop knows genomes and fitness, nothing of masks or models.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from enmp_jax.devices.distributed import put
-from enmp_jax.search.strategies import Genomes, State, Strategy
+from enmp_jax.search.base import Genomes, Keys, State, Strategy
 
 
+@runtime_checkable
 class Scores(Protocol):
     """What an evaluation returns: a pytree whose leaves have a leading member axis."""
 
@@ -63,7 +64,7 @@ class Step(NamedTuple):
     of which the first ``count`` are meant. The given state is donated: use the returned one.
     """
 
-    init: Callable[[PRNGKeyArray, Float[Array, " gene"]], State]
+    init: Callable[[Keys, Float[Array, " gene"]], State]
     advance: Callable[..., tuple[tuple[State, Any], Float[Array, "row member gene"], Any]]
     size: int
     sharding: jax.sharding.Sharding | None
@@ -112,7 +113,7 @@ def make_step(
     traced_once = jax.jit(score)  # though its output shapes are asked for below
 
     def advance(
-        key: PRNGKeyArray,
+        key: Keys,
         start: Int[Array, ""],
         count: Int[Array, ""],
         carried: tuple[State, Any],
@@ -140,7 +141,7 @@ def make_step(
         carried, (genomes, scores) = jax.lax.fori_loop(0, count, body, (carried, archive))
         return carried, genomes, scores
 
-    def init(key: PRNGKeyArray, mean: Float[Array, " gene"]) -> State:
+    def init(key: Keys, mean: Float[Array, " gene"]) -> State:
         # copied: the state is donated later, and must not share a buffer with the mean
         return jax.tree.map(jnp.copy, strategy.init(key, mean))
 
@@ -154,7 +155,7 @@ def make_step(
 
 def run(
     step: Step,
-    key: PRNGKeyArray,
+    key: Keys,
     mean: Float[np.ndarray, " gene"] | Float[Array, " gene"],
     generations: int,
     *,
@@ -230,13 +231,13 @@ def run(
     return Result(genomes, scores, carried[0], carried[1], start)
 
 
-def _fold_in(key: PRNGKeyArray, number: Array) -> PRNGKeyArray:
+def _fold_in(key: Keys, number: Array) -> Keys:
     return (
         jax.vmap(jax.random.fold_in, (0, None))(key, number) if key.ndim else jax.random.fold_in(key, number)
     )
 
 
-def _split(key: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+def _split(key: Keys) -> tuple[Keys, Keys]:
     pair = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
     return pair[..., 0], pair[..., 1]
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from enmp_jax.errors import UserError, suggestion
-from enmp_jax.search.base import Genomes, Space, State, Strategy, start_mean
+from enmp_jax.search.base import Genomes, Keys, Space, State, Strategy, start_mean
 from enmp_jax.search.bit_flip import bit_flip
 from enmp_jax.search.evolution import cma_es, de, random, sep_cma_es, snes
 from enmp_jax.search.greedy import greedy
@@ -89,11 +89,11 @@ def several(strategy: Strategy, seeds: int) -> Strategy:
     """
     size = strategy.population
 
-    def ask(keys: PRNGKeyArray, state: State) -> tuple[Genomes, State]:
+    def ask(keys: Keys, state: State) -> tuple[Genomes, State]:
         genomes, state = jax.vmap(strategy.ask)(keys, state)
         return genomes.reshape(seeds * size, -1), state
 
-    def tell(keys: PRNGKeyArray, genomes: Genomes, fitness: Array, state: State) -> State:
+    def tell(keys: Keys, genomes: Genomes, fitness: Array, state: State) -> State:
         return jax.vmap(strategy.tell)(
             keys, genomes.reshape(seeds, size, -1), fitness.reshape(seeds, size), state
         )
