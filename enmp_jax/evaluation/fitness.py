@@ -130,7 +130,7 @@ def get(name: str) -> Fitness:
 
 
 def task_values(
-    total: Float[Array | np.ndarray, "..."],  # [*member task], or [*member task temperature]
+    total: Float[Array, "..."],  # [*member task], or [*member task temperature]
     examples: Float[Array, " task"],
     kind: Fitness,
 ) -> Float[Array, "*member task"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def make_evaluate_from(
 
         return jax.tree.map(lambda x: x[None], sum_over_batches(count_members, inputs.batches))
 
-    def evaluate(inputs: EvalInputs, parent: Array, scale: Array | float, keep: Array) -> Counts:
+    def evaluate(inputs: EvalInputs, parent: Keep, scale: Array | float, keep: Array) -> Counts:
         size = len(keep)
         share = math.ceil(size / n_shards)
         rounds = math.ceil(share / (member_chunk or share))
@@ -182,6 +183,6 @@ def _with_own(delta: Delta, part: Array) -> Delta:
     return delta.replace(**{"core" if isinstance(delta, LowRank) else "weight": part})  # type: ignore[attr-defined]
 
 
-def _pad(keep: Array, parent: Array, size: int) -> Array:
+def _pad(keep: Array, parent: Keep, size: int) -> Array:
     extra = jnp.broadcast_to(jnp.asarray(parent, keep.dtype), (size - len(keep), *parent.shape))
     return jnp.concatenate([keep, extra])

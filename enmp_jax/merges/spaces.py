@@ -35,7 +35,7 @@ class Size(NamedTuple):
     """Rows and columns of the space, of which there is one pair for each value of ``index``."""
 
     table: tuple[tuple[int, int], ...]
-    index: Int[Array, ""] | int
+    index: Int[Array, ""] | int  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def lookup(self, function: Callable[[int, int], int]) -> Int[Array, ""]:
         """``function(rows, columns)``, computed exactly on the host for every possible size."""
