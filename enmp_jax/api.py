@@ -106,10 +106,10 @@ class Result:
     Example:
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
-        >>> search = {"population": 4, "generations": 2, "seeds": 1}
+        >>> search = {"strategy": "cma_es", "population": 4, "generations": 2, "seeds": 1}
         >>> result = enmp.search(enmp.load_run("demo", search=search, evaluation=few))
         >>> result.mask.shape, result.weights, len(result.history)
-        ((6, 6), None, 2)
+        ((6, 4, 6), None, 2)
         >>> import tempfile, pathlib
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     result.save(pathlib.Path(directory) / "mask.json")
@@ -152,7 +152,7 @@ def search(
     Example:
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
-        >>> search = {"population": 4, "generations": 2, "seeds": 1}
+        >>> search = {"strategy": "cma_es", "population": 4, "generations": 2, "seeds": 1}
         >>> run = enmp.load_run("demo", search=search, evaluation=few)
         >>> result = enmp.search(run, on_progress=lambda done, total, best: print(f"{done} of {total}"))
         1 of 2
@@ -241,7 +241,7 @@ def refine(
         >>> import tempfile
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
-        >>> search = {"population": 4, "generations": 2, "seeds": 1}
+        >>> search = {"strategy": "cma_es", "population": 4, "generations": 2, "seeds": 1}
         >>> run = enmp.load_run("demo", search=search, evaluation=few)
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     result = enmp.search(run, out=directory)

@@ -48,7 +48,7 @@ def demo_run():
             finalists=3,
             sigma0=1.0,
             checkpoint_every=1,
-        ),  # fmt: skip
+        ),
         evaluation=dataclasses.replace(
             run.evaluation, batch_size=30, search_examples=10, selection_examples=8, test_examples=9
         ),
