@@ -134,7 +134,7 @@ def test_a_search_of_weights_climbs_and_counts_its_cost(finished, gradient_run):
     assert [line["step"] for line in lines] == [0, 2, 4]
     assert lines[-1]["fitness"][0] > lines[1]["fitness"][0]  # on the split that it follows
     n = {name: sum(sizes.values()) for name, sizes in scores["splits"].items()}
-    assert scores["example_evaluations"] == 3 * 4 * n["search"] + 3 * n["selection"]
+    assert scores["example_evaluations"] == 3.5 * 4 * n["search"] + 3 * n["selection"]
     mask = json.loads((out / "mask.json").read_text())
     if scores["weighted"]:
         assert len(mask["weights"]) == scores["weighted"] and mask["merge"]["method"] == "tsv"
@@ -157,7 +157,7 @@ def test_a_killed_search_of_weights_goes_on_to_the_same_result(finished, gradien
 
 def test_a_budget_bounds_steps_and_looks(gradient_run, demo_loaded, tmp_path):
     n = {split: int(demo_loaded.sizes(split).sum()) for split in ("search", "selection")}
-    dispatch = 6 * n["search"] + n["selection"]
+    dispatch = 7 * n["search"] + n["selection"]
     search = dataclasses.replace(gradient_run.search, budget=n["selection"] + dispatch)
     scores = search_run(dataclasses.replace(gradient_run, search=search), tmp_path / "run", SILENT)
     assert scores["example_evaluations"] == n["selection"] + dispatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from enmp_jax.evaluation.budget import (
@@ -91,7 +92,7 @@ def make_plan(evaluator: Evaluator, rate: float | None = None) -> Plan:
     if gradient:  # one merged model, its deltas as the method makes them, and their derivatives
         merge, chunk = evaluator.merge, 1
         activations = backward_bytes(backbone, evaluator.spread(inputs).batches)
-        masks = STEP_COST * search.generations * search.seeds
+        masks = math.ceil(STEP_COST * search.generations) * search.seeds
     else:
         activations = chunk * largest_activations(backbone, inputs.batches)
         masks = search.population * search.generations * search.seeds

@@ -138,7 +138,7 @@ def known_effects(
         fitness = jax.jit(evaluator.relaxed_fitness())
         spread = evaluator.spread(inputs)
         effects = controls.first_order(lambda keep: -fitness(keep, spread, scoring, jnp.float32(scale)), spec)
-        return WarmStart(effects, STEP_COST)
+        return WarmStart(effects, math.ceil(STEP_COST))
     objective = evaluator.loaded.run.search.objective
 
     def score(masks: np.ndarray) -> np.ndarray:
