@@ -60,9 +60,8 @@ def step(suite: str, examples: int, turns: int) -> None:
                 times[name].append(taken)
     one, both = min(times["forward"]), min(times["step"])
     size = int(evaluator.loaded.sizes("search").sum())
-    print(
-        f"{suite}, {run.merge.method}, {size} examples: forward {one:.2f} s, step {both:.2f} s, {both / one:.2f}"
-    )
+    print(f"{suite}, {run.merge.method}, {size} examples: forward {one:.2f} s, step {both:.2f} s")
+    print(f"a step costs {both / one:.2f} forward passes")
 
 
 def cost_nothing(keep: Any, scale: Any) -> device_memo.Scored:
