@@ -84,7 +84,7 @@ def load_run(name_or_path: str | Path, **settings: Any) -> RunConfig:
         >>> import enmp_jax as enmp
         >>> run = enmp.load_run("demo", search={"population": 4, "generations": 2})
         >>> run.search.population, run.merge.method
-        (4, 'ties')
+        (4, 'tsv')
     """
     run = run_file.load(name_or_path, settings)
     make_merge(run)

@@ -68,7 +68,7 @@ def test_a_merge_method(execute):
 
 def test_a_backbone(execute):
     backbone = execute("Add a backbone")["backbone"]
-    images = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), np.uint8)
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), np.uint8))
     params = backbone.init(jax.random.key(0))
     features = jax.jit(backbone.features)(params, {"image": images})
     hidden = backbone.hidden_states(params, {"image": images})

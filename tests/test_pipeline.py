@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -234,7 +235,7 @@ def with_fitness(monkeypatch, evaluator, values):
     """The evaluator's scores replaced: one fitness for each mask asked about."""
     value = np.repeat(np.asarray(values, np.float32)[:, None], 6, 1)
     counts = Counts(np.zeros((len(values), 6)), np.zeros((len(values), 6)), value)
-    one = np.ones(6, np.float32)
+    one = jnp.ones(6)
     monkeypatch.setattr(evaluator, "kind", FITNESS["probability"])
     monkeypatch.setattr(evaluator, "score", lambda *given: counts)
     monkeypatch.setattr(evaluator, "scoring", lambda split: Scoring(one, one, one, one))
@@ -242,11 +243,12 @@ def with_fitness(monkeypatch, evaluator, values):
 
 def test_a_scale_that_breaks_the_model_is_not_chosen(monkeypatch, demo_evaluator):
     """Broken models have the fitness NaN, which numpy's argmax prefers to any number."""
+    inputs = demo_evaluator.inputs("search")
     with_fitness(monkeypatch, demo_evaluator, [np.nan, -2.0])
-    assert choose_scale(demo_evaluator, None, demo_evaluator.scoring("search"))[0] == 0.6
+    assert choose_scale(demo_evaluator, inputs, demo_evaluator.scoring("search"))[0] == 0.6
     with_fitness(monkeypatch, demo_evaluator, [np.nan, np.nan])
     with pytest.raises(UserError, match="no finite fitness at scale 0.3, 0.6"):
-        choose_scale(demo_evaluator, None, demo_evaluator.scoring("search"))
+        choose_scale(demo_evaluator, inputs, demo_evaluator.scoring("search"))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,6 @@ def test_a_scale_that_breaks_the_model_is_not_chosen(monkeypatch, demo_evaluator
 )
 def test_pruning_must_win_its_place(monkeypatch, demo_evaluator, pruned, plain, wins):
     """A tie on the selection split goes to the plain merge, whatever the search thought; NaN never wins."""
-    monkeypatch.setattr(demo_evaluator, "inputs", lambda split: None)
     with_fitness(monkeypatch, demo_evaluator, [pruned, plain])
     keep = demo_evaluator.loaded.mask_spec.all_kept()
     fewer = keep.copy()

@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,8 @@ from enmp_jax.evaluation.fitness import FITNESS, Fitness
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring, stack_heads
 from enmp_jax.io.progress import SILENT
+from enmp_jax.merges.base import Merge
+from enmp_jax.models.base import Backbone
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import evolve
 from enmp_jax.search import device_memo
@@ -39,8 +40,8 @@ def features(table, inputs, member):
     return jnp.stack([value, jnp.zeros_like(value)], axis=1)
 
 
-BACKBONE = types.SimpleNamespace(features=features)
-MERGE = types.SimpleNamespace(merge=lambda ingredients, keep, scale: scale)  # a "scale" is a row of the table
+BACKBONE = Backbone(*[None] * len(Backbone.__annotations__))._replace(features=features)
+MERGE = Merge(lambda stack: None, lambda ingredients, keep, scale: scale)  # a "scale" is a row of the table
 
 
 def batches(order="stratified", sizes=(EACH,) * TASKS):
@@ -323,7 +324,7 @@ def test_races_go_on_after_a_resume(raced, demo_loaded, tmp_path, monkeypatch, c
 def test_a_budget_counts_what_was_run(demo_loaded, tmp_path, monkeypatch):
     """It buys more generations with races than without, and is never exceeded."""
     monkeypatch.setattr(racing, "LEAST_EXAMPLES", 2)
-    given = {**RACE, "generations": 9, "budget": 11 * 60}
+    given = {**RACE, "generations": 9, "budget": 11 * 60, "x0": "auto"}
     found, lines, _ = searched(demo_loaded, tmp_path / "race", **given)
     _, plain, _ = searched(demo_loaded, tmp_path / "plain", **given | {"fidelity": "none"})
     assert found.cost["example_evaluations"] <= 11 * 60 and len(lines) > len(plain) == 2

@@ -39,7 +39,7 @@ def batch(
     batch_size: int,
     device: Any = None,
     lengths: Sequence[int] = LENGTHS,
-    expert: Sequence[Float[np.ndarray, "example class"]] | None = None,
+    expert: Sequence[Float[np.ndarray, "_ class"]] | None = None,
     order: Literal["given", "stratified"] = "given",
 ) -> tuple[Batches, ...]:
     """Put the examples of all tasks on the device in batches; every example appears exactly once.

@@ -28,7 +28,7 @@ from enmp_jax.io import cache
 from enmp_jax.models import checkpoint
 from enmp_jax.version import code_digest
 
-LogProbabilities = list[Float[np.ndarray, "example class"]]
+LogProbabilities = list[Float[np.ndarray, "_ class"]]
 """One array per task, -inf for classes that the task does not have."""
 
 

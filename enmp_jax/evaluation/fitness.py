@@ -131,7 +131,7 @@ def get(name: str) -> Fitness:
 
 def task_values(
     total: Float[Array, "..."],  # [*member task], or [*member task temperature]
-    examples: Float[Array, " task"],
+    examples: Float[Array | np.ndarray, " task"],
     kind: Fitness,
 ) -> Float[Array, "*member task"]:
     """Mean value per task from sums over examples; of ``calibrated``, at the task's best temperature."""

@@ -140,7 +140,9 @@ def _make_run(backbone: Backbone, merge: Merge, mesh: Mesh, kind: Fitness) -> Ca
     """``run(inputs, keep [C, ...], scale [C], start [bucket], stop [bucket]) -> Values`` of batches
     ``start .. stop - 1``; C is a multiple of the mesh axis ``population``."""
 
-    def member(inputs: EvalInputs, keep: Array, scale: Array, start: Array, stop: Array) -> Values:
+    def member(
+        inputs: EvalInputs, keep: Array, scale: Array, start: Array, stop: Array
+    ) -> tuple[Float[Array, "batches batch"], ...]:
         deltas = merge.merge(inputs.ingredients, keep, scale)
 
         def of_bucket(bucket: Batches, first: Array, end: Array) -> Array:

@@ -123,7 +123,7 @@ def _picture(data: RunData, plot: Plot) -> str:
 
 
 def _table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], last_is_total: bool = False, text: bool = False
+    header: Sequence[str], rows: Iterable[Sequence[object]], last_is_total: bool = False, text: bool = False
 ) -> str:
     rows = [list(row) for row in rows]
     body = "".join(
