@@ -19,7 +19,7 @@ from enmp_jax.evaluation.scoring import Scoring
 from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.io.progress import Reporter
 from enmp_jax.runs.directory import RunDirectory
-from enmp_jax.runs.finalists import Finalist, Searched
+from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none
 from enmp_jax.search import gradient
 
 STEP_COST = 3.5
@@ -197,8 +197,9 @@ class _Record:
         best = gradient.best(looks).value
         self.directory.append_history({
             "seed": self.seed, "generation": done - 1, "step": look.step, "masks_evaluated": done,
-            "example_evaluations": self.spent(looks), "best": _finite(best), "selection": _finite(look.value),
-            "mean": _finite(look.fitness), "fitness": [_finite(look.fitness)],
+            "example_evaluations": self.spent(looks), "best": finite_or_none(best),
+            "selection": finite_or_none(look.value),
+            "mean": finite_or_none(look.fitness), "fitness": [finite_or_none(look.fitness)],
             "pruned": [int((look.weights[self.spec.present()] == 0).sum())],
         })  # fmt: skip
         self.reporter.advance(look.step, self.search.generations, best)
@@ -216,8 +217,3 @@ class _Record:
             return True
         more = price(self.search.check_every, 1, self.examples)
         return self.spent(self.looks) + more <= self.search.budget
-
-
-def _finite(value: float) -> float | None:
-    """For JSON, which has no NaN."""
-    return float(value) if np.isfinite(value) else None

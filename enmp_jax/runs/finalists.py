@@ -79,3 +79,8 @@ def rank(finalist: Finalist) -> tuple[float, bool, int, float]:
         return -np.inf if value is None or np.isnan(value) else float(value)
 
     return number(finalist.selection), finalist.plain, -finalist.pruned, number(finalist.search)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """For JSON, which has no NaN."""
+    return float(value) if value is not None and np.isfinite(value) else None

@@ -25,7 +25,7 @@ from enmp_jax.io.progress import Reporter
 from enmp_jax.runs.climb import STEP_COST, climb
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import WarmStart, evolve, make_strategy
-from enmp_jax.runs.finalists import Finalist, Searched, rank, select, with_plain
+from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none, rank, select, with_plain
 from enmp_jax.runs.refine import export_refined, merged_deltas, refine_winner, test_refined, with_refined
 from enmp_jax.search import controls
 from enmp_jax.training.refine import Refined
@@ -58,7 +58,7 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
     spec = loaded.mask_spec
     scores = test(evaluator, best, winners, scale, refined) | found.cost | {
         "fitness": run.search.fitness,
-        "scale_grid": {f"{value:g}": _number(fitness) for value, fitness in grid.items()},
+        "scale_grid": {f"{value:g}": finite_or_none(fitness) for value, fitness in grid.items()},
         "modules": spec.n_modules,
         "splits": {split: by_task(loaded.tasks, loaded.sizes(split)) for split in loaded.examples},
     }  # fmt: skip
@@ -174,11 +174,6 @@ def choose_scale(
     return values[int(np.nanargmax(fitness))], dict(zip(values, map(float, fitness), strict=True))
 
 
-def _number(value: float | None) -> float | None:
-    """For JSON, which has no NaN."""
-    return value if value is not None and np.isfinite(value) else None
-
-
 def test(
     evaluator: Evaluator,
     best: Finalist,
@@ -207,8 +202,8 @@ def test(
         "seeds": [
             {
                 "seed": seed, "mean_normalised": float(normalised[2 + i]), "gain": float(gains[i]),
-                "pruned": f.pruned, "search": _number(f.search),
-                "selection": _number(f.selection),
+                "pruned": f.pruned, "search": finite_or_none(f.search),
+                "selection": finite_or_none(f.selection),
             }
             for i, (seed, f) in enumerate(winners.items())
         ],
