@@ -26,23 +26,38 @@ from enmp_jax.runs.climb import STEP_COST, climb
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import WarmStart, evolve, make_strategy
 from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none, rank, select, with_plain
+from enmp_jax.runs.provenance import fingerprints
 from enmp_jax.runs.refine import export_refined, merged_deltas, refine_winner, test_refined, with_refined
 from enmp_jax.search import controls
 from enmp_jax.training.refine import Refined
 
 
-def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
+def search_run(
+    run: RunConfig, out: Path, reporter: Reporter, resume: bool = False, anyway: bool = False
+) -> dict[str, Any]:
     """Search, choose, test once, and write the run directory; returns the content of ``scores.json``.
+
+    Args:
+        run: the run.
+        out: the run directory.
+        reporter: progress.
+        resume: go on with the run in ``out``.
+        anyway: and begin anew the part of it whose settings or files have changed.
 
     Raises:
         UserError: bad input; nothing has been written by then.
     """
-    directory = all_or_none(lambda: RunDirectory(out, resume))
+    with all_or_none(lambda: RunDirectory(out, resume, anyway, reporter.say)) as directory:
+        return _search_in(directory, run, reporter)
+
+
+def _search_in(directory: RunDirectory, run: RunConfig, reporter: Reporter) -> dict[str, Any]:
+    out = directory.path
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
     evaluator = Evaluator(all_or_none(lambda: load(run, reporter=reporter)))
     loaded = evaluator.loaded
     check_search(evaluator)
-    all_or_none(lambda: directory.start(run))
+    all_or_none(lambda: directory.start(run, fingerprints(loaded)))
 
     inputs, scoring = evaluator.inputs("search"), evaluator.scoring("search")
     scale, grid = choose_scale(evaluator, inputs, scoring)
