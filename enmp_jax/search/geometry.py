@@ -17,7 +17,7 @@ Gram = Float[np.ndarray, "*place task task"]  # place: (layer), or (layer, proje
 
 
 def gram(stack: LoraStack, granularity: Granularity) -> Gram:
-    """Frobenius inner products of the tasks' deltas, summed over the projections of a layer with ``layer``."""
+    """Frobenius inner products of the tasks' deltas; with ``layer``, summed over projections."""
     parts = [np.asarray(_gram(stack.pairs[name]), float) for name in stack.projections]
     by_projection = np.stack(parts, axis=1)
     return by_projection.sum(axis=1) if granularity == "layer" else by_projection
