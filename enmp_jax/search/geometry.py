@@ -59,12 +59,10 @@ def random_like(stack: LoraStack, seed: int) -> LoraStack:
     pairs = {}
     for i, name in enumerate(stack.projections):
         pair, key = stack.pairs[name], jax.random.fold_in(jax.random.key(seed), i)
-        a, b = (
-            jax.random.normal(jax.random.fold_in(key, k), x.shape) for k, x in enumerate((pair.a, pair.b))
-        )
-        real = (
-            jnp.arange(pair.a.shape[2]) < jnp.asarray(pair.rank)[..., None]
-        )  # rows beyond the rank stay zero
+        keys = jax.random.split(key)
+        a, b = (jax.random.normal(k, x.shape) for k, x in zip(keys, (pair.a, pair.b), strict=True))
+        # rows beyond the rank stay zero
+        real = jnp.arange(pair.a.shape[2]) < jnp.asarray(pair.rank)[..., None]
         drawn = LoraPair(a * real[..., None], b * real[:, :, None], pair.rank)
         wanted, has = (jnp.diagonal(_gram(p), axis1=-2, axis2=-1) for p in (pair, drawn))
         factor = jnp.sqrt(wanted / jnp.where(has > 0, has, 1))
