@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -149,9 +150,8 @@ def test_sentencepiece_joins_the_best_neighbours_first():
         text = "".join(rng.choice(["a", "b", "c", " "], 12))
         parts = list("▁" + text.replace(" ", "▁"))
         while True:
-            joins = [
-                (scores[index[a + b]], -i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in index
-            ]
+            unions = [a + b for a, b in pairwise(parts)]
+            joins = [(scores[index[union]], -i) for i, union in enumerate(unions) if union in index]
             if not joins:
                 break
             at = -max(joins)[1]
@@ -176,7 +176,7 @@ def faulty(tmp_path, settings=None, **options):
     [
         ({"general.architecture": "rwkv9"}, "architecture 'rwkv9' is not known; known are llama, qwen2"),
         ({"general.type": "adapter"}, "holds adapter, not a model"),
-        ({"split.count": 3}, "llama-gguf-split --merge"),
+        ({"split.count": 3}, "llama-gguf-split --merge)"),
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"llama.embedding_length": None}, "has no llama.embedding_length"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not known"),

@@ -1,6 +1,6 @@
 """GGUF files (llama.cpp's): metadata, tensors, blocks of quantised weights.
 
-They are read by the library ``gguf``, which is the optional extra ``gguf``; it is imported when a file is opened.
+The library that reads them, ``gguf``, is an optional extra; it is imported when a file is opened.
 """
 
 from __future__ import annotations
