@@ -30,7 +30,7 @@ _PATH, _SOURCE, _HEAD = ({"path": rewrite} for rewrite in (_whole, _after_kind, 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The base model: a directory in Hugging Face layout or a hub id."""
+    """The base model: a directory in Hugging Face layout, a hub id, or a GGUF file of llama.cpp."""
 
     model: str = field(metadata=_PATH)
     dtype: Literal["float32", "bfloat16"] = "float32"
