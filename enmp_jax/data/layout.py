@@ -42,9 +42,9 @@ from typing import Literal
 
 Kind = Literal["classification", "choice", "completion"]
 
-TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position", "branch")
+TOKEN_INPUTS: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids", "position", "branch")
 """Inputs with an axis of tokens, padded to a common length."""
-TARGET_INPUTS = ("target_ids", "target_from", "target_branch")
+TARGET_INPUTS: tuple[str, ...] = ("target_ids", "target_from", "target_branch")
 """Inputs with an axis of targets."""
 
 
