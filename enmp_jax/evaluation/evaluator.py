@@ -160,6 +160,28 @@ class Evaluator:
         together = self.mesh.shape["population"] * plan.member_chunk
         return in_chunks(functools.partial(self._compiled[plan], inputs), keep, scale, together)
 
+    def fitness_of(
+        self,
+        inputs: EvalInputs,
+        scoring: Scoring,
+        keep: Shaped[np.ndarray, "member ..."],
+        scale: float | Float[np.ndarray, " member"],
+    ) -> Float[np.ndarray, " member"]:
+        """Fitness of masks or relaxed masks under the objective of the run; NaN stays NaN.
+
+        Args:
+            inputs: of a split.
+            scoring: of the same split.
+            keep: as for ``score``.
+            scale: merge coefficients, or one for all.
+        """
+        scales = np.broadcast_to(np.asarray(scale, np.float32), len(keep))
+        return self.fitness_from(scoring, self.score(inputs, keep, scales))
+
+    def fitness_from(self, scoring: Scoring, counts: Counts) -> Float[np.ndarray, " member"]:
+        """Counts to fitness under the objective of the run."""
+        return np.asarray(scoring.fitness(counts, self.kind, self.loaded.run.search.objective))
+
     def score_deltas(self, inputs: EvalInputs, deltas: Deltas) -> Counts:
         """Counts of one model with these deltas."""
         loaded = self.loaded

@@ -139,11 +139,10 @@ def known_effects(
         spread = evaluator.spread(inputs)
         effects = controls.first_order(lambda keep: -fitness(keep, spread, scoring, jnp.float32(scale)), spec)
         return WarmStart(effects, math.ceil(STEP_COST))
-    objective = evaluator.loaded.run.search.objective
 
     def score(masks: np.ndarray) -> np.ndarray:
         counts = evaluator.score_from(inputs, spec.all_kept(), masks, scale)
-        return np.asarray(scoring.fitness(counts, evaluator.kind, objective))
+        return evaluator.fitness_from(scoring, counts)
 
     layers = spec.n_layers
     # the passes of masks that differ from layer l on begin there, and one is the plain merge
@@ -164,8 +163,7 @@ def choose_scale(
     run = evaluator.loaded.run
     values = run.merge.scale_grid if run.merge.scale == "auto" else (float(run.merge.scale),)
     keep = np.repeat(evaluator.loaded.mask_spec.all_kept()[None], len(values), axis=0)
-    counts = evaluator.score(inputs, keep, np.asarray(values, np.float32))
-    fitness = np.asarray(scoring.fitness(counts, evaluator.kind, run.search.objective))
+    fitness = evaluator.fitness_of(inputs, scoring, keep, np.asarray(values, np.float32))
     if np.isnan(fitness).all():
         raise UserError(
             f"the plain merge has no finite fitness at scale {', '.join(f'{v:g}' for v in values)}: check "
