@@ -28,6 +28,7 @@ from enmp_jax.runs.evolve import WarmStart, evolve, make_strategy
 from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none, rank, select, with_plain
 from enmp_jax.runs.provenance import fingerprints
 from enmp_jax.runs.refine import export_refined, merged_deltas, refine_winner, test_refined, with_refined
+from enmp_jax.runs.task_scores import task_scores
 from enmp_jax.search import controls
 from enmp_jax.training.refine import Refined
 
@@ -200,7 +201,7 @@ def test(
     masks = np.stack([plain, ~plain, *(f.keep for f in winners.values())])  # nothing left is the base
     scales = np.asarray([scale, scale, *(f.scale for f in winners.values())], np.float32)
     counts = evaluator.score(evaluator.inputs("test"), masks, scales)
-    accuracy, normalised = np.asarray(scoring.accuracy(counts)), np.asarray(scoring.normalised(counts))
+    normalised = np.asarray(scoring.normalised(counts))
     gains = normalised[2:] - normalised[0]
     row = 2 + list(winners).index(best.seed)
     found = {
@@ -208,9 +209,7 @@ def test(
         "agreement": not loaded.labelled("test"),
         "tasks": list(loaded.tasks),
         "reference": by_task(loaded.tasks, np.asarray(scoring.reference)),
-        "base": by_task(loaded.tasks, accuracy[1]),
-        "merged": by_task(loaded.tasks, accuracy[0]),
-        "enmp": by_task(loaded.tasks, accuracy[row]),
+        **task_scores(evaluator, "test", {"base": 1, "merged": 0, "enmp": row}, counts),
         "mean_normalised": {"merged": float(normalised[0]), "enmp": float(normalised[row])},
         "seeds": [
             {
