@@ -139,7 +139,8 @@ def load(
     adapters = load_run_adapters(run, backbone)
     examples = load_splits(run, backbone, base, splits, reporter)
     names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
-    kinds = {task.name: kind_of(e.inputs) for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
+    first = zip(run.tasks, examples[splits[0]], strict=True)
+    kinds: dict[str, Kind] = {task.name: kind_of(e.inputs) for task, e in first}
     heads = load_heads(run, adapters.heads, base, backbone, class_names=names, kinds=kinds)
     check_labels(run, heads, examples)
     return LoadedRun(run, base, backbone, params, mesh, adapters, heads, examples)
