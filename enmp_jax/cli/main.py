@@ -17,6 +17,7 @@ COMMANDS = {
     "controls": "is what a search found more than luck: random masks, joint LoRA, ...",
     "evaluate": "score adapters alone, merged, or merged under a mask",
     "merge": "merge adapters; needs no base model and no data",
+    "export": "write any format of what a search found",
     "inspect": "show what is in adapters",
     "train": "train LoRA experts (and a small base) from a run file",
     "refine": "train one LoRA from the model that a search found",

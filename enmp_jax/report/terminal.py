@@ -13,6 +13,7 @@ from rich.text import Text
 from enmp_jax.report.comparison import comparison_rows, control_rows
 from enmp_jax.report.tables import (
     cost_lines,
+    export_lines,
     mean_measure,
     measure,
     pruned_lines,
@@ -46,6 +47,8 @@ def print_scores(scores: Mapping[str, Any]) -> None:
     if sentence := seed_sentence(scores):
         console.print(sentence)
     _print_pruned(console, scores)
+    for line in export_lines(scores):
+        console.print(line)
     if costs := cost_lines(scores):
         console.print(", ".join(f"{value} {name}" for name, value in costs.items()))
 

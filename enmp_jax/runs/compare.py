@@ -7,7 +7,9 @@ part of the compiled program, so that each of their few values is a call of its 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from enmp_jax.devices.distributed import all_or_none
 from enmp_jax.devices.mesh import replicate
 from enmp_jax.errors import UserError, suggestion
 from enmp_jax.evaluation.evaluator import Evaluator
-from enmp_jax.evaluation.loaded_run import Split, load
+from enmp_jax.evaluation.loaded_run import LoadedRun, Split, load
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import by_task
 from enmp_jax.io.checkpoints import fingerprint
@@ -32,9 +34,11 @@ from enmp_jax.io.progress import Reporter
 from enmp_jax.merges.hyperparameters import hyperparameters
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.finalists import Finalist, finite_or_none, rank
+from enmp_jax.runs.provenance import fingerprints
 from enmp_jax.runs.rows import Row, Rows
 from enmp_jax.runs.search import check_search, choose_scale
 from enmp_jax.runs.subsearch import search_and_select
+from enmp_jax.runs.task_scores import metrics
 
 GRIDS: dict[str, tuple[float, ...]] = {
     "density": (0.1, 0.2, 0.4),
@@ -71,53 +75,66 @@ def compare_run(
     pairs = method_space_pairs(methods, spaces)
     if out is None and jax.process_count() > 1:
         raise UserError("several hosts need a run directory that all of them see: give --out")
-    rows, directory = open_rows(out, "compare.jsonl")
-    settings = {pair: _settings(run, *pair, search) for pair in pairs}
-    for (method, space), given in settings.items():
-        rows.check(f"{method} {space}", given)
-    splits: tuple[Split, ...] = ("search", "selection", "test") if search else ("search", "test")
-    evaluator = Evaluator(all_or_none(lambda: load(run, splits, reporter)))
-    loaded = evaluator.loaded
-    loaded.check_fitness("search.fitness", evaluator.kind, ["search"])
-    if search:
-        check_search(evaluator)
-    if directory is not None:
-        all_or_none(lambda: directory.start(run))
-    inputs = {split: evaluator.inputs(split) for split in ("search", "test")}
-    found = []
-    for (method, space), given in settings.items():
-        folder = out / "searches" / f"{method}-{space}" if search and out is not None else None
-
-        def make(method: str = method, space: str = space, folder: Path | None = folder) -> Row:
-            row = _make_row(evaluator, inputs, candidates(run, method, space), search, folder, reporter)
-            reporter.say(_line(row))
-            return row
-
-        found.append(rows.row(f"{method} {space}", given, make))
-    result = {
-        "split": "test",
-        "agreement": not loaded.labelled("test"),
-        "tasks": list(loaded.tasks),
-        "reference": by_task(loaded.tasks, np.asarray(evaluator.scoring("test").reference)),
-        "fitness": run.search.fitness,
-        "splits": {split: by_task(loaded.tasks, loaded.sizes(split)) for split in splits},
-        "rows": sorted(found, key=lambda row: -best_of(row)),
-    }
-    if directory is not None:
-        directory.write_json("compare.json", result)
+    with in_directory(out, reporter) as directory:
+        splits: tuple[Split, ...] = ("search", "selection", "test") if search else ("search", "test")
+        evaluator = Evaluator(all_or_none(lambda: load(run, splits, reporter)))
+        evaluator.loaded.check_fitness("search.fitness", evaluator.kind, ["search"])
+        if search:
+            check_search(evaluator)
+        rows = Rows(None if out is None else out / "compare.jsonl")
+        files = of_files(evaluator.loaded)
+        settings = {pair: _settings(run, *pair, search) | files for pair in pairs}
+        for (method, space), given in settings.items():
+            rows.check(f"{method} {space}", given)
+        if directory is not None:
+            all_or_none(lambda: directory.start(run))
+        inputs: dict[Split, EvalInputs] = {split: evaluator.inputs(split) for split in ("search", "test")}
+        found = []
+        for (method, space), given in settings.items():
+            folder = None if out is None else out / "searches" / f"{method}-{space}"
+            among = candidates(run, method, space)
+            make = functools.partial(_make_row, evaluator, inputs, among, search, folder, reporter)
+            found.append(rows.row(f"{method} {space}", given, make))
+        result = table_head(evaluator) | {
+            "fitness": run.search.fitness,
+            "rows": sorted(found, key=lambda row: -best_of(row)),
+        }
+        if directory is not None:
+            directory.write_json("compare.json", result)
     return result
 
 
-def open_rows(out: Path | None, name: str) -> tuple[Rows, RunDirectory | None]:
-    """The rows that a run directory has in a file, and the directory, not yet started.
+def in_directory(
+    out: Path | None, reporter: Reporter
+) -> contextlib.AbstractContextManager[RunDirectory | None]:
+    """A run directory that a table goes into, locked and not yet started; what is there is gone on with.
 
     Raises:
-        UserError: a directory that is no run directory and not empty, or damaged rows.
+        UserError: a directory that is not empty and no run directory, or that another process works in.
     """
     if out is None:
-        return Rows(None), None
-    directory = all_or_none(lambda: RunDirectory(out, resume=(out / "config.yaml").exists()))
-    return Rows(out / name), directory
+        return contextlib.nullcontext()
+    resume = (out / "config.yaml").exists()
+    return all_or_none(lambda: RunDirectory(out, resume, say=reporter.say))
+
+
+def of_files(loaded: LoadedRun) -> dict[str, str]:
+    """Hash of all files that rows depend on, the code left out, as settings of a row."""
+    made_of = fingerprints(loaded)
+    return {"files": fingerprint({name: made_of[name] for name in made_of if "the code" not in name})}
+
+
+def table_head(evaluator: Evaluator) -> dict[str, Any]:
+    """What the results of all rows of a table share, as in ``scores.json``."""
+    loaded = evaluator.loaded
+    return {
+        "split": "test",
+        "agreement": not loaded.labelled("test"),
+        "tasks": list(loaded.tasks),
+        "metric": metrics(evaluator, "test"),
+        "reference": by_task(loaded.tasks, np.asarray(evaluator.scoring("test").reference)),
+        "splits": {split: by_task(loaded.tasks, loaded.sizes(split)) for split in loaded.examples},
+    }
 
 
 def method_space_pairs(methods: Sequence[str], spaces: Sequence[str]) -> list[tuple[str, str]]:
@@ -230,25 +247,27 @@ def _make_row(
         np.stack([f.keep for f in finalists]),
         np.asarray([f.scale for f in finalists], np.float32),
     )
-    accuracy, normalised = np.asarray(scoring.accuracy(counts)), np.asarray(scoring.normalised(counts))
+    scores, normalised = np.asarray(scoring.scores(counts)), np.asarray(scoring.normalised(counts))
     row: Row = {
         "method": merge.method, "space": merge.space, "isotropize": merge.isotropize,
         "hyperparameters": dict(merge.hyperparameters), "scale": tuned.scale,
         "search": finite_or_none(tuned.fitness),
-        "merged": by_task(loaded.tasks, accuracy[0]),
+        "merged": by_task(loaded.tasks, scores[0]),
         "mean_normalised": {"merged": float(normalised[0])},
     }  # fmt: skip
     if note is not None:
         row["note"] = note
     if len(finalists) > 1:
         found = finalists[1]
-        row["enmp"] = by_task(loaded.tasks, accuracy[1])
+        row["enmp"] = by_task(loaded.tasks, scores[1])
         row["mean_normalised"]["enmp"] = float(normalised[1])
         row["pruned"] = [list(module) for module in spec.pruned_modules(found.keep != 0)]
         row["enmp_scale"] = found.scale
         if found.keep.dtype != bool:
             row["weighted"] = len(spec.weighted_modules(found.keep))
-    return row | {"seconds": round(time.perf_counter() - start, 1)}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    reporter.say(_line(row))
+    return row
 
 
 def _settings(run: RunConfig, method: str, space: str, search: bool) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from enmp_jax.devices.distributed import all_or_none
-from enmp_jax.errors import UserError
-from enmp_jax.io.files import write_bytes
+from enmp_jax.errors import UserError, reason
+from enmp_jax.io.writing import write_file
 
 Row = dict[str, Any]
 
@@ -34,7 +34,8 @@ class Rows:
             return
         self._rows = all_or_none(lambda: _read(path))
         if jax.process_index() == 0 and path.exists():  # without the half of a line
-            write_bytes(path, "".join(_line(row) for row in self._rows.values()).encode())
+            whole = "".join(map(_line, self._rows.values())).encode()
+            write_file(path, lambda temporary: temporary.write_bytes(whole))
 
     def row(self, name: str, settings: Mapping[str, Any], make: Callable[[], Row]) -> Row:
         """The row, made unless it is there.
@@ -45,7 +46,7 @@ class Rows:
             make: its content.
 
         Raises:
-            UserError: it is there, but was made with other settings.
+            UserError: it is there, but was made with other settings; or it cannot be written.
         """
         settings = json.loads(json.dumps(settings))
         if name in self._rows:
@@ -60,11 +61,13 @@ class Rows:
         row = {"row": name, "settings": settings, "content": make()}
         self._rows[name] = row
         if self.path is not None and jax.process_index() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(row))
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(_line(row))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {reason(error)}") from None
         return row["content"]
 
     def check(self, name: str, settings: Mapping[str, Any]) -> bool:

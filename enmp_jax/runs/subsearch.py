@@ -34,7 +34,9 @@ def search_and_select(
     with contextlib.ExitStack() as stack:
         if path is None:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="enmp-")))
-        directory = all_or_none(lambda: RunDirectory(path, resume=True))
+        directory = stack.enter_context(
+            all_or_none(lambda: RunDirectory(path, resume=True, say=reporter.say))
+        )
         all_or_none(lambda: directory.start(evaluator.loaded.run))
         found = search(evaluator, directory, reporter, inputs, evaluator.scoring("search"), scale)
         return select(evaluator, with_plain(evaluator, found.finalists, scale))
