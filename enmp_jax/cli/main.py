@@ -13,6 +13,8 @@ from enmp_jax.version import __version__
 COMMANDS = {
     "demo": "search on the digits that come with the package",
     "search": "find the negative modules of a run file's adapters",
+    "compare": "every merge method in every space at its best, in one table",
+    "controls": "is what a search found more than luck: random masks, joint LoRA, ...",
     "evaluate": "score adapters alone, merged, or merged under a mask",
     "merge": "merge adapters; needs no base model and no data",
     "export": "write any format of what a search found",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
+from enmp_jax.config.run_file import RunConfig
 from enmp_jax.data import Examples, batch
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
@@ -46,6 +48,13 @@ class Evaluator:
         self._plans: dict[Any, ExecutionPlan] = {}
         self._compiled: dict[ExecutionPlan, Callable[..., Counts]] = {}
         self._compiled_from: dict[ExecutionPlan, Callable[..., Counts]] = {}
+
+    def under(self, run: RunConfig) -> Evaluator:
+        """The same base, adapters and data under other settings of merge and search; the experts' answers are
+        shared."""
+        other = Evaluator(dataclasses.replace(self.loaded, run=run))
+        other._answers = self._answers
+        return other
 
     @functools.cached_property
     def ingredients(self) -> Ingredients:
