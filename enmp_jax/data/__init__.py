@@ -9,9 +9,9 @@ from enmp_jax.data.clip_prompts import Prompts, prompts
 from enmp_jax.data.labels import require_class_names
 from enmp_jax.data.load import load_examples, open_source
 from enmp_jax.data.preprocess import preprocess_for
-from enmp_jax.data.splits import check_splits, leaks
+from enmp_jax.data.splits import check_splits, leaks, redraw
 
 __all__ = [
     "Batches", "Examples", "Preprocess", "Prompts", "Raw", "Source", "Span", "Split", "batch", "check_splits",
-    "leaks", "load_examples", "open_source", "preprocess_for", "prompts", "require_class_names",
+    "leaks", "load_examples", "open_source", "preprocess_for", "prompts", "redraw", "require_class_names",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from enmp_jax import merges, models
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.config.run_file import RunConfig
-from enmp_jax.data import Examples, check_splits, load_examples, preprocess_for
+from enmp_jax.data import Examples, check_splits, load_examples, preprocess_for, redraw
 from enmp_jax.devices.mesh import AXES, choose_shape, make_mesh
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import budget
@@ -187,11 +187,15 @@ def load_splits(
         "test": run.evaluation.test_examples,
     }
     loaded: dict[str, dict[str, Examples]] = {}
+    seed, wanted = run.evaluation.seed, splits
+    both: tuple[Split, ...] = ("search", "selection")
+    drawn = both if seed and any(split in splits for split in both) else ()
+    splits = tuple(dict.fromkeys((*splits, *drawn)))
     for task in run.tasks:
         preprocess = preprocess_for(base, backbone.family, task.data)
         loaded[task.name] = {
             split: load_examples(
-                task.data, split, run.root, preprocess, limits.get(split),
+                task.data, split, run.root, preprocess, None if split in drawn else limits.get(split),
                 progress=reporter.reading(f"{task.name}, {split}"),
             )
             for split in splits
@@ -202,7 +206,9 @@ def load_splits(
         for split in splits:
             for note in checked[task.name][split].notes:  # what was truncated, left out, dropped
                 reporter.say(f"{task.name}, {split}: {note}")
-    return {split: [checked[task.name][split] for task in run.tasks] for split in splits}
+    if drawn:
+        checked = redraw(checked, seed, limits)
+    return {split: [checked[task.name][split] for task in run.tasks] for split in wanted}
 
 
 def check_labels(run: RunConfig, heads: Heads, examples: Mapping[Split, list[Examples]]) -> None:
