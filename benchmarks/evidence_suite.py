@@ -189,7 +189,7 @@ def make_data(suite: Suite, setting: Setting, examples: Mapping[Any, Any], split
     ]
     return Data(
         suite, setting, evaluator, evaluator.inputs(split), evaluator.loaded.sizes(split),
-        evaluator.expert_accuracies(split), np.asarray(own, np.float32),
+        evaluator.expert_scores(split), np.asarray(own, np.float32),
     )  # fmt: skip
 
 
