@@ -104,6 +104,10 @@ def check(run: RunConfig) -> RunConfig:
     if not 0 <= search.max_pruned <= 1:
         raise UserError(f"search.max_pruned is {search.max_pruned}: it must lie in 0..1")
     _check_racing(search)
+    if not 0 <= evaluation.seed < 2**32:
+        raise UserError(
+            f"evaluation.seed is {evaluation.seed}: it must be a whole number from 0 to {2**32 - 1}"
+        )
     if run.merge.scale == "auto" and not run.merge.scale_grid:
         raise UserError("merge.scale_grid is empty: give at least one scale, or set merge.scale")
     for task in run.tasks:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -62,6 +63,13 @@ class Evaluator:
     def ingredients(self) -> Ingredients:
         """What the merge method made of the adapters, once."""
         return self.merge.prepare(self.loaded.stack)
+
+    def on(self, examples: Mapping[Split, list[Examples]]) -> Evaluator:
+        """This evaluator on other examples of the same tasks; compiled functions are shared."""
+        self.ingredients  # noqa: B018 (computed once for all)
+        other = copy.copy(self)
+        other.loaded, other._answers = dataclasses.replace(self.loaded, examples=examples), {}
+        return other
 
     def examples(self, split: Split) -> Sequence[Examples]:
         """The tasks' examples of a split; where it has no labels, the experts' choices stand in for them."""
