@@ -126,11 +126,13 @@ def _read(
         value = tensors.read(name)
         return jnp.asarray(value.T if transposed else value)
     shape = tensors.shape(name)
-    if transposed:
-        return jax.make_array_from_callback(
-            shape[::-1], sharding, lambda index: tensors.read(name, index[::-1]).T
-        )
-    return jax.make_array_from_callback(shape, sharding, lambda index: tensors.read(name, index))
+    if not transposed:
+        return jax.make_array_from_callback(shape, sharding, lambda index: tensors.read(name, index))
+
+    def columns(index: tuple[slice, ...] | None) -> np.ndarray:
+        return tensors.read(name, index and index[::-1]).T
+
+    return jax.make_array_from_callback(shape[::-1], sharding, columns)
 
 
 def to_tensors(backbone: Backbone, params: Params) -> dict[str, np.ndarray]:

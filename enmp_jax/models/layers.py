@@ -180,11 +180,14 @@ def rotate(x: Float[Array, "batch token heads dim"], rotary: Rotary) -> Float[Ar
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
 
 
-def take_token(x: Shaped[Array, "batch token *rest"], token: Int[Array, " batch"] | int) -> Array:
-    """The given token of each example; the token axis stays, with size 1."""
+Tokens = Int[Array, " batch"] | Int[Array, "batch query"] | int
+
+
+def take_token(x: Shaped[Array, "batch token *rest"], token: Tokens) -> Array:
+    """The given token of each example, or tokens; the token axis stays, with that size."""
     if isinstance(token, int):
         return lax.slice_in_dim(x, token, token + 1, axis=1)
-    index = token.reshape((-1,) + (1,) * (x.ndim - 1))
+    index = token.reshape((token.shape[0], -1) + (1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)
 
 
@@ -209,22 +212,22 @@ class Stream(NamedTuple):
         hidden: the hidden states.
         mask: True where a query may look at a token; None: everywhere.
         rotary: cosines and sines of the tokens' positions.
-        token: the one token of each example that the features are made of: the last layer computes no
-            other. None: all tokens.
+        token: the one token of each example that the features are made of, or the tokens that answers are
+            read from: the last layer computes no other. None: all tokens.
         windowed: where layers differ in their attention.
     """
 
     hidden: Float[Array, "batch token width"]
     mask: Bool[Array, "#batch #query token"] | None = None
     rotary: Rotary | None = None
-    token: Int[Array, " batch"] | int | None = None
+    token: Tokens | None = None
     windowed: Windowed | None = None
 
 
 def apply_layer(
     spec: BlockSpec, params: Mapping[str, Any], stream: Stream, deltas: Mapping[str, Delta]
 ) -> Float[Array, "batch query width"]:
-    """One layer; only for the stream's ``token`` if it names one.
+    """One layer; only for the stream's ``token`` if it names any.
 
     Args:
         spec: the layer.
@@ -233,7 +236,7 @@ def apply_layer(
         deltas: by short name (see ``declare_layers``), of this layer.
     """
     s = spec
-    x, mask, rotary, token, _ = stream
+    x, mask, rotary, token, *_ = stream
     kv_heads = s.kv_heads or s.heads
 
     def project(name: str, inputs: Array) -> Array:
@@ -295,7 +298,7 @@ def run_layers(
             program for every ``first``, but none that has a reverse-mode derivative.
 
     Returns:
-        [batch, 1, width] if the stream names a token, else those of all tokens.
+        Those of the tokens that the stream names, [batch, 1, width] for one, else of all tokens.
     """
     n_layers = jax.tree.leaves(params)[0].shape[0]
     apply = partial(_apply_indexed, spec, params, deltas)
