@@ -12,7 +12,6 @@ import pytest
 from enmp_jax import models
 from enmp_jax.deltas import LowRank
 from enmp_jax.errors import UserError
-from enmp_jax.models.causal import option_scores
 from enmp_jax.models.clip import zero_shot_head
 from enmp_jax.models.rope import rope
 
@@ -189,14 +188,6 @@ def test_bad_prompts(names, templates, part):
     text, params = models.load(GOLDEN / "clip", family="clip_text_model")
     with pytest.raises(UserError, match=part):
         zero_shot_head(text, params, names, templates, Words())
-
-
-def test_option_scores_count_the_options_tokens_only():
-    scores = jnp.asarray([[-1.0, -2.0, -4.0, -9.0], [-1.0, -8.0, -9.0, -9.0]])
-    option = jnp.asarray([[0, 1, 1, -1], [1, 0, -1, -1]])
-    np.testing.assert_allclose(option_scores(scores, option, 3), [[-1, -6, -np.inf], [-8, -1, -np.inf]])
-    mean = option_scores(scores, option, 3, per_token=True)
-    np.testing.assert_allclose(mean, [[-1, -3, -np.inf], [-8, -1, -np.inf]])
 
 
 def test_a_classifier_checkpoint_has_no_language_model():

@@ -118,6 +118,8 @@ def _scores(recipe: Recipe) -> list[str]:
         else "merged, as searched",
     }
     what = "Agreement with the own adapter" if scores.get("agreement") else "Accuracy"
+    if "likelihood" in scores.get("metric", {}).values():
+        what += ", of completions exp(-loss)"
     lines = [f"## {what} ({scores.get('split', 'test')} split)", ""]
     lines += [f"| task | {' | '.join(titles[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for task in tasks:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from enmp_jax.models.layers import Stream
+from enmp_jax.models.layers import KeyValues, Stream
 from enmp_jax.models.names import Spelling
 from enmp_jax.models.parameters import Declared
 
@@ -54,6 +54,9 @@ class Backbone(NamedTuple):
         spelling: of the family's parameters in files.
         logits: causal models only. ``logits(params, hidden [.., width]) -> [.., vocabulary]``: of the next
             token, in float32, from what ``run`` returns. ``causal`` calls it where answers are.
+        extend: causal models only. ``extend(params, inputs, cache, slot, deltas=None) -> (hidden, cache)``:
+            last hidden states of tokens that attend to a cache of keys and values, and the cache with
+            theirs from ``slot`` on; ``inputs`` with ``key_position`` (see ``causal``).
         log_likelihood: causal models only. ``log_likelihood(params, inputs, deltas=None) -> [batch, token]``
             in float32: log probability of token t + 1 given the tokens up to t, 0 where that is padding
             (and in the last column).
@@ -77,5 +80,6 @@ class Backbone(NamedTuple):
     config: Any
     spelling: Spelling
     logits: Callable[[Params, Array], Float[Array, "*token vocabulary"]] | None = None
+    extend: Callable[..., tuple[Float[Array, "batch token width"], KeyValues]] | None = None
     log_likelihood: Callable[..., Float[Array, "batch token"]] | None = None
     log_likelihood_from: Callable[..., Float[Array, "batch token"]] | None = None

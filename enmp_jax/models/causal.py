@@ -3,11 +3,13 @@
 Inputs of a causal model are ``input_ids`` and ``attention_mask`` [batch, token] (padding on the right) and
 may hold
 
-- ``position_ids`` [batch, token]: where a token stands in its own text; default: its index in the row.
-- ``segment_ids`` [batch, token]: several continuations of one prompt lie in one row, one after another. The
-  tokens of segment 0 (the prompt) are seen by all that come later, those of another segment only by their
+- ``position`` [batch, token]: where a token stands in its own text; default: its index in the row.
+- ``branch`` [batch, token]: several continuations of one prompt lie in one row, one after another. The
+  tokens of branch 0 (the prompt) are seen by all that come later, those of another branch only by their
   own. Every continuation so gets what it would get in a row of its own, and the prompt is run once.
-- ``key_position_ids`` [batch, slot]: the tokens are few and look at a cache of keys of these positions;
+- ``target_ids`` and ``target_from`` [batch, target]: tokens whose probability is asked for, and the index in
+  the row of the token before each. The last token of an answer need not be in the row. Padding: zeros.
+- ``key_position`` [batch, slot]: the tokens are few and look at a cache of keys of these positions;
   ``attention_mask`` then tells which slots of the cache hold a token.
 """
 
@@ -25,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import Rotary
+from enmp_jax.models.layers import KeyValues, Rotary
 
 LOGITS_BYTES = 16 * 2**20
 """Most bytes of float32 logits that one model holds at a time."""
@@ -34,7 +36,7 @@ LOGITS_BYTES = 16 * 2**20
 def positions(inputs: Inputs) -> Int[Array, "batch token"]:
     """Where each token stands in its text, from 0."""
     ids = inputs["input_ids"]
-    given = inputs.get("position_ids")
+    given = inputs.get("position")
     return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape) if given is None else given
 
 
@@ -46,14 +48,14 @@ def causal_mask(inputs: Inputs, window: int | None = None) -> Bool[Array, "batch
         window: how many tokens back a token sees, itself included; None: all.
     """
     query = positions(inputs)
-    key = inputs.get("key_position_ids", query)
+    key = inputs.get("key_position", query)
     back = query[:, :, None] - key[:, None, :]
     visible = (back >= 0) & (inputs["attention_mask"] > 0)[:, None]
     if window is not None:
         visible &= back < window
-    segment = inputs.get("segment_ids")
-    if segment is not None:
-        visible &= (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+    branch = inputs.get("branch")
+    if branch is not None:
+        visible &= (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
     return visible
 
 
@@ -66,6 +68,13 @@ def rotary(frequencies: tuple[float, ...], inputs: Inputs) -> Rotary:
     """
     angle = positions(inputs).astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def empty_cache(backbone: Backbone, batch: int, slots: int) -> KeyValues:
+    """A cache of zeros for ``Backbone.extend``."""
+    s = backbone.config.block
+    shape = (backbone.n_layers, batch, slots, s.kv_heads or s.heads, s.head_dim or s.width // s.heads)
+    return KeyValues(jnp.zeros(shape, s.dtype), jnp.zeros(shape, s.dtype))
 
 
 def in_blocks(
@@ -107,28 +116,26 @@ def at_answers(
     backbone: Backbone,
     params: Params,
     inputs: Inputs,
-    source: Int[Array, "batch answer"],
     read: Callable[..., Any],
     *others: Array,
     deltas: Deltas | None = None,
     hidden: Float[Array, "batch token width"] | None = None,
     first: int | Array = 0,
 ) -> Any:
-    """Read the next-token logits at some positions of every row; no others are computed.
+    """Read the next-token logits before the target tokens of every row; no others are computed.
 
     Args:
         backbone: a causal model.
         params: its parameters.
-        inputs: see the module.
-        source: the positions: of the token before each token of an answer. Padding may hold any.
+        inputs: see the module; with ``target_from``.
         read: see ``in_blocks``.
-        others: what ``read`` needs besides, [batch, answer, ...].
+        others: what ``read`` needs besides, [batch, target, ...].
         deltas: what is added to the weights.
         hidden: states that enter layer ``first``; default: the embeddings.
         first: see ``Backbone``.
 
     Returns:
-        What ``read`` returns, [batch, answer, ...].
+        What ``read`` returns, [batch, target, ...].
 
     Raises:
         UserError: the base model has no language-model head.
@@ -136,31 +143,17 @@ def at_answers(
     logits = backbone.logits
     if logits is None:
         raise UserError(f"the base model is a {backbone.family} encoder: it has no next-token logits")
-    stream = backbone.embed(params, inputs)._replace(token=source)
+    stream = backbone.embed(params, inputs)._replace(token=inputs["target_from"])
     stream = stream if hidden is None else stream._replace(hidden=hidden)
     states = backbone.run(params, stream, deltas, first)
     return in_blocks(partial(logits, params), read, states, *others)
 
 
 def answer_log_probabilities(
-    backbone: Backbone,
-    params: Params,
-    inputs: Inputs,
-    source: Int[Array, "batch answer"],
-    target: Int[Array, "batch answer"],
-    deltas: Deltas | None = None,
-) -> Float[Array, "batch answer"]:
-    """Log probability (nats, float32) of the tokens of answers; see ``at_answers``.
-
-    Args:
-        backbone: a causal model.
-        params: its parameters.
-        inputs: see the module; the last token of an answer need not be among them.
-        source: index in its row of the token before each token of an answer.
-        target: id of each token of an answer.
-        deltas: what is added to the weights.
-    """
-    return at_answers(backbone, params, inputs, source, log_probability, target, deltas=deltas)
+    backbone: Backbone, params: Params, inputs: Inputs, deltas: Deltas | None = None
+) -> Float[Array, "batch target"]:
+    """Log probability (nats, float32) of the target tokens; arguments as in ``at_answers``."""
+    return at_answers(backbone, params, inputs, log_probability, inputs["target_ids"], deltas=deltas)
 
 
 def next_token_log_likelihood(
@@ -176,25 +169,24 @@ def next_token_log_likelihood(
     return jnp.where(real, in_blocks(logits, log_probability, hidden, target), 0.0)
 
 
-def option_scores(
-    log_probability: Float[Array, "*batch answer"],
-    option: Int[Array, "*batch answer"],
-    n_options: int,
-    per_token: bool = False,
-) -> Float[Array, "*batch option"]:
-    """Score of each option of a choice task: the log-likelihood of its tokens given the prompt.
+def choice_scores(
+    log_probability: Float[Array, "*batch target"],
+    target_branch: Int[Array, "*batch target"],
+    choice_length: Float[Array, "*batch choice"],
+) -> Float[Array, "*batch choice"]:
+    """Score of each choice: the log-likelihood of its tokens given the prompt, divided by its length.
 
     Args:
-        log_probability: of the answers' tokens.
-        option: which option each token belongs to; -1: padding.
-        n_options: most options of an example. Those without tokens get -inf.
-        per_token: divide by the number of tokens, so that long options are not at a disadvantage.
+        log_probability: of the choices' tokens.
+        target_branch: c + 1 for a token of choice c; 0: padding.
+        choice_length: 1 for the sum, its number of tokens for the mean; 0: there is no such choice, which
+            gets -inf.
     """
-    own = option[..., None, :] == jnp.arange(n_options)[:, None]
+    choice = jnp.arange(1, choice_length.shape[-1] + 1)
+    own = target_branch[..., None, :] == choice[:, None]
     total = jnp.sum(jnp.where(own, log_probability[..., None, :], 0.0), axis=-1)
-    tokens = own.sum(axis=-1)
-    total = total / jnp.maximum(tokens, 1) if per_token else total
-    return jnp.where(tokens > 0, total, -jnp.inf)
+    there = choice_length > 0
+    return jnp.where(there, total / jnp.where(there, choice_length, 1.0), -jnp.inf)
 
 
 def language_model_loss(

@@ -13,7 +13,7 @@ from enmp_jax.deltas import Delta, Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.models.base import Backbone, Inputs, Params
 from enmp_jax.models.causal import next_token_log_likelihood
-from enmp_jax.models.layers import Stream, layer_outputs, run_layers
+from enmp_jax.models.layers import KeyValues, Stream, extend_layers, layer_outputs, run_layers
 from enmp_jax.models.names import Spelling
 from enmp_jax.models.parameters import Declared, initialise
 
@@ -101,8 +101,17 @@ def transformer(
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         return next_token_log_likelihood(partial(logits, params), hidden, ids, mask)
 
+    def extend(
+        params: Params, inputs: Inputs, cache: KeyValues, slot: int | Array, deltas: Deltas | None = None
+    ) -> tuple[Array, KeyValues]:
+        stream, own = embed(params, inputs), _by_short_name(deltas, short)
+        return extend_layers(config.block, params["layers"], stream, own, cache, slot)
+
     return backbone._replace(
-        logits=logits, log_likelihood=log_likelihood, log_likelihood_from=log_likelihood_from
+        logits=logits,
+        extend=extend,
+        log_likelihood=log_likelihood,
+        log_likelihood_from=log_likelihood_from,
     )
 
 

@@ -10,12 +10,20 @@ COLUMNS = {"base": "base", "reference": "expert", "merged": "merged", "enmp": "m
 
 
 def measure(scores: Mapping[str, Any]) -> str:
-    """What the scores of a result are: without labels, how often a model answers as the expert does."""
-    return "agreement with the expert" if scores.get("agreement") else "accuracy"
+    """What the scores of a result are: without labels, how often a model answers as the expert does; of
+    completions exp(-loss)."""
+    chosen = "agreement with the expert" if scores.get("agreement") else "accuracy"
+    kinds = set(scores.get("metric", {}).values())
+    if "likelihood" not in kinds:
+        return chosen
+    likelihood = "likelihood exp(-loss)"
+    return likelihood if len(kinds) == 1 else f"{chosen}, of completions {likelihood}"
 
 
 def mean_measure(scores: Mapping[str, Any]) -> str:
     """What ``mean_normalised`` is; agreement needs no normalising, the expert's own is 1."""
+    if "likelihood" in scores.get("metric", {}).values():
+        return "mean normalised score"
     return f"mean {measure(scores)}" if scores.get("agreement") else "mean normalised accuracy"
 
 

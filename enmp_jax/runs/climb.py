@@ -122,8 +122,7 @@ def harden(
     order = slots[np.argsort(weights.reshape(-1)[slots], kind="stable")]
 
     def score(masks: np.ndarray) -> np.ndarray:
-        counts = evaluator.score(inputs, masks, np.full(len(masks), scale, np.float32))
-        fitness = np.asarray(scoring.fitness(counts, evaluator.kind, search.objective))
+        fitness = evaluator.fitness_of(inputs, scoring, masks, scale)
         return np.where(np.isnan(fitness), -np.inf, fitness)
 
     masks = np.ones((spec.max_count + 1, math.prod(spec.shape)), bool)
@@ -149,9 +148,7 @@ def _selection_value(evaluator: Evaluator, scale: float) -> Any:
     inputs, scoring = evaluator.inputs("selection"), evaluator.scoring("selection")
 
     def value(weights: Float[np.ndarray, "*module"]) -> float:
-        counts = evaluator.score(inputs, weights[None], np.asarray([scale], np.float32))
-        objective = evaluator.loaded.run.search.objective
-        return float(np.asarray(scoring.fitness(counts, evaluator.kind, objective))[0])
+        return float(evaluator.fitness_of(inputs, scoring, weights[None], scale)[0])
 
     return value
 

@@ -18,13 +18,13 @@ from enmp_jax.devices.distributed import barrier
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import load
-from enmp_jax.evaluation.scoring import by_task
 from enmp_jax.io.checkpoints import Checkpoints, fingerprint
 from enmp_jax.io.files import write_bytes
 from enmp_jax.io.progress import Reporter
 from enmp_jax.runs import mask_file
 from enmp_jax.runs.directory import finished
 from enmp_jax.runs.finalists import Finalist
+from enmp_jax.runs.task_scores import one_model, task_scores
 from enmp_jax.training.refine import Refined, refine
 
 
@@ -69,10 +69,12 @@ def merged_deltas(evaluator: Evaluator, best: Finalist) -> Any:
 
 def test_refined(evaluator: Evaluator, refined: Refined) -> dict[str, Any]:
     """Scores of a refined merge on the test split, as ``scores.json`` has them."""
-    loaded, scoring = evaluator.loaded, evaluator.scoring("test")
+    scoring = evaluator.scoring("test")
     counts = evaluator.score_deltas(evaluator.inputs("test"), refined.deltas)
+    found = task_scores(evaluator, "test", {"refined": 0}, one_model(counts))
     return {
-        "refined": by_task(loaded.tasks, np.asarray(scoring.accuracy(counts))),
+        "refined": found["refined"],
+        "loss": found["loss"]["refined"],
         "mean_normalised": float(np.asarray(scoring.normalised(counts))),
         "steps": refined.step,
     }
@@ -81,7 +83,14 @@ def test_refined(evaluator: Evaluator, refined: Refined) -> dict[str, Any]:
 def with_refined(scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Scores of a search with those of its refinement."""
     mean = scores["mean_normalised"] | {"refined": found["mean_normalised"]}
-    return scores | {"refined": found["refined"], "refine_steps": found["steps"], "mean_normalised": mean}
+    loss = scores.get("loss", {}) | {"refined": found["loss"]}
+    added = {
+        "refined": found["refined"],
+        "refine_steps": found["steps"],
+        "mean_normalised": mean,
+        "loss": loss,
+    }
+    return scores | added
 
 
 def export_refined(evaluator: Evaluator, refined: Refined, recipe: Recipe, out: Path) -> str:
