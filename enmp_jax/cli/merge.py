@@ -16,6 +16,7 @@ import tyro
 
 from enmp_jax import masks, merges
 from enmp_jax.adapters.delta_export import write_delta
+from enmp_jax.adapters.gguf_export import export_gguf
 from enmp_jax.adapters.hf_export import export_checkpoint
 from enmp_jax.adapters.peft_export import TOLERANCE, export_adapters, export_peft
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
@@ -31,17 +32,17 @@ from enmp_jax.runs import mask_file
 @dataclass(frozen=True)
 class Options:
     """Merge PEFT LoRA adapters, all modules or under a mask or weights. Needs no base model and no data
-    (but for --format checkpoint)."""
+    (but for --format checkpoint and gguf)."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK=DIR")]
     """A task's name and its PEFT directory or hub id (``name@revision``); once for each task."""
     out: Path
     """Directory to make."""
-    format: Literal["delta", "peft", "adapters", "checkpoint"] = "delta"
+    format: Literal["delta", "peft", "adapters", "checkpoint", "gguf"] = "delta"
     """``delta``: delta.safetensors, exact; ``peft``: one merged adapter, exact where the merged deltas are of
     low rank, else (ties, dare, dare_ties and breadcrumbs in full space: dense) within --tolerance;
     ``adapters``: the pruned or weighted adapters, to be merged by others; ``checkpoint``: the base model with
-    everything merged in, exact but for the rounding of its type."""
+    everything merged in, exact but for the rounding of its type; ``gguf``: as ``peft``, for llama.cpp."""
     method: Annotated[
         str | None, tyro.conf.arg(help=f"One of {', '.join(merges.METHODS)}; default: the mask's, else ties.")
     ] = None
@@ -64,15 +65,16 @@ class Options:
     """A mask.json of a search: modules, weights, scale and, unless told otherwise, the merge that it was
     found for. Another --method starts from its own defaults."""
     base_model: str | None = None
-    """Directory or hub id, for --format checkpoint."""
+    """Directory, hub id or GGUF file, for --format checkpoint and gguf."""
     rank: int | None = None
-    """peft: largest rank, whatever the error."""
+    """peft, gguf: largest rank, whatever the error."""
     tolerance: float = TOLERANCE
-    """peft: relative error (Frobenius norm) that dense deltas may have; the rank is the smallest for it."""
+    """peft, gguf: relative error (Frobenius norm) that dense deltas may have, at the smallest rank for it."""
     strict: bool = False
-    """peft: refuse to write an adapter that misses the tolerance, instead of a warning."""
+    """peft, gguf: refuse to write an adapter that misses the tolerance, instead of a warning."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """checkpoint: type of the weights; default: the base's."""
+    """checkpoint: type of the weights; default: the base's (GGUF: float32). gguf: of the factors; default:
+    float32."""
     allow_base_mismatch: bool = False
     """Merge adapters that name different base models."""
 
@@ -119,8 +121,8 @@ def run(args: Options) -> None:
     Raises:
         UserError: bad adapters, method, hyperparameters, modules or output directory.
     """
-    if args.format == "checkpoint" and args.base_model is None:
-        raise UserError("--format checkpoint needs --base-model DIR")
+    if args.format in ("checkpoint", "gguf") and args.base_model is None:
+        raise UserError(f"--format {args.format} needs --base-model DIR")
     check_unused(args.out)
     if args.mask is None:
         merges.make(**_merge(args, None))  # bad methods and values are found before anything is read
@@ -229,13 +231,27 @@ def _peft(args: Options, merged: Merged) -> list[str]:
     found = export_peft(
         args.out, merged.loaded, merged.deltas(), merged.recipe, args.rank, args.tolerance, strict=args.strict
     )
-    if found.error > args.tolerance:
+    _warn(found.error, args)
+    return [found.line]
+
+
+def _warn(error: float, args: Options) -> None:
+    if error > args.tolerance:
         print(
-            f"enmp merge: warning: the relative error {found.error:.2e} is above the tolerance "
+            f"enmp merge: warning: the relative error {error:.2e} is above the tolerance "
             f"{args.tolerance:g}: raise --rank or leave it out",
             file=sys.stderr,
         )
-    return [found.line]
+
+
+def _gguf(args: Options, merged: Merged) -> list[str]:
+    assert args.base_model is not None
+    error, line = export_gguf(
+        args.out, merged.loaded, merged.deltas(), args.base_model, merged.recipe, args.rank, args.tolerance,
+        dtype=args.dtype, strict=args.strict,
+    )  # fmt: skip
+    _warn(error, args)
+    return [line]
 
 
 def _adapters(args: Options, merged: Merged) -> list[str]:
@@ -255,4 +271,5 @@ FORMATS: dict[str, Callable[[Options, Merged], list[str]]] = {
     "peft": _peft,
     "adapters": _adapters,
     "checkpoint": _checkpoint,
+    "gguf": _gguf,
 }
