@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +23,13 @@ from enmp_jax.adapters.recipe import Recipe, public_name
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.files import read_json
-from enmp_jax.io.hub import locate
+from enmp_jax.io.hub import Located, locate
 from enmp_jax.io.reading import FLOATS
 from enmp_jax.io.shard_index import INDEX, find_shards
 from enmp_jax.io.shards import Entry, FullUpdate, LowRankUpdate, read_header, rewrite
 from enmp_jax.io.writing import new_directory, write_file, write_text
 from enmp_jax.lora import split_layer
+from enmp_jax.models import checkpoint, gguf
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Everything next to the weights that loading needs; licences travel along.
@@ -57,7 +59,8 @@ def export_checkpoint(
         out: a new or empty directory.
         loaded: the adapters.
         deltas: merged deltas, scale included, with a leading layer axis.
-        base: directory or hub id of the base model.
+        base: directory or hub id of the base model, or a GGUF file, which is dequantised to float32 on disk
+            (in TMPDIR) first.
         recipe: for the card and ``enmp_config.yaml``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None: as in the base.
 
@@ -70,7 +73,22 @@ def export_checkpoint(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    if str(base).endswith(".gguf"):
+        with tempfile.TemporaryDirectory() as directory:
+            gguf.dequantise(checkpoint.find(base), Path(directory))
+            return _export(out, loaded, deltas, Located(Path(directory), str(base), None), recipe, dtype)
     found = locate(base, _PATTERNS, "base model", ownerless=True)
+    return _export(out, loaded, deltas, found, recipe, dtype)
+
+
+def _export(
+    out: str | Path,
+    loaded: LoadedAdapters,
+    deltas: Deltas,
+    found: Located,
+    recipe: Recipe,
+    dtype: str | None,
+) -> str:
     config = read_json(found.directory / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{found.source} is quantised: merge into the model it was made from")
