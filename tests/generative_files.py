@@ -84,7 +84,7 @@ def save_experts(path, base, names, rank=2, scale=0.4):
             if template.endswith(("q_proj", "v_proj", "down_proj"))
             for layer in range(backbone.n_layers)
         }
-        save_adapter(path / name, modules, rank, rank, str(base), task_type="CAUSAL_LM")
+        save_adapter(path / name, modules, rank, rank, base.name, task_type="CAUSAL_LM")
 
 
 def completions(n, seed=0):
