@@ -30,7 +30,7 @@ _PATH, _SOURCE, _HEAD = ({"path": rewrite} for rewrite in (_whole, _after_kind, 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The base model: a directory in Hugging Face layout or a hub id."""
+    """The base model: a directory in Hugging Face layout, a hub id, or a GGUF file of llama.cpp."""
 
     model: str = field(metadata=_PATH)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -216,6 +216,22 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """What a search hands over, and the defaults of ``enmp export``."""
+
+    formats: tuple[Literal["adapters", "peft", "checkpoint", "delta"], ...] = ("adapters", "peft")
+    """``adapters``: each task's own, pruned or weighted; ``peft``: the merge as one adapter;
+    ``checkpoint``: the base model with the merge in it; ``delta``: what the merge adds to the base."""
+    rank: int | None = None
+    """peft: largest rank, whatever the error; default: as high as the tolerance needs."""
+    tolerance: float = 0.01
+    """peft: relative error (Frobenius norm) that a merge without low rank may have. Low-rank merges are
+    exact. Where ``rank`` is too small for it, the exported model is scored too."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """checkpoint: type of the weights; default: the base's."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How examples are batched and devices used."""
 
@@ -224,6 +240,9 @@ class EvaluationConfig:
     """Examples per task of the search split; default: all."""
     selection_examples: int | None = None
     test_examples: int | None = None
+    seed: int = 0
+    """Of the search and selection splits: 0: as the tasks name them; other numbers draw both anew from what
+    they hold together. The test split stays."""
     member_chunk: int | None = None
     """Members merged and scored together on a device; default: what memory, and a CPU's caches, bear."""
     mesh: Mapping[str, int] | None = None
