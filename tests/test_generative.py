@@ -6,33 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generative_files import choices, completions, run_text, save_base, save_experts, write_splits
+from generative_files import loaded_run, save_all
 
-from enmp_jax.config import run_file
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import experts
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.fitness import FITNESS
 from enmp_jax.evaluation.loaded_run import load
 
-TASKS = ("say", "pick")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("generative")
-    save_base(path / "base")
-    save_experts(path / "experts", path / "base", TASKS)
-    write_splits(path / "say", completions)
-    write_splits(path / "pick", choices)
-    return path
-
-
-def loaded_run(root, tasks=("say", "pick"), choice=", choice_norm: token", **more):
-    data = {"say": "", "pick": choice}
-    path = root / "run.yaml"
-    path.write_text(run_text({name: data[name] for name in tasks}, **more))
-    return run_file.load(path)
+    return save_all(tmp_path_factory.mktemp("generative"))
 
 
 def with_fitness(loaded, fitness):
