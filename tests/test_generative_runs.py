@@ -56,7 +56,7 @@ def test_search_evaluate_and_refine(small, capsys):
     code, printed, _ = enmp(
         capsys, "evaluate", small / "run.yaml", "--mask", small / "out" / "mask.json", "--json"
     )
-    result = json.loads(printed)
+    result = json.loads(printed[printed.index("{") :])
     assert code == 0 and result["metric"] == scores["metric"]
     for name in ("reference", "merged", "enmp"):
         for task in TASKS:
