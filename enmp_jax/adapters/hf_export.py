@@ -76,9 +76,9 @@ def export_checkpoint(
         raise UserError(f"{found.source} is quantised: merge into the model it was made from")
     shards, index = find_shards(found.directory)
     entries = {e.name: e for shard in shards for e in read_header(found.directory / shard).entries}
-    where = _match(entries, loaded, _canonical(config))
-    changes = _changes(jax.device_get(deltas), loaded, where, entries)
-    omit = _tied(config, entries)
+    where = match_tensors(entries, loaded, canonical_of(config))
+    changes = tensor_changes(jax.device_get(deltas), loaded, where, entries)
+    omit = tied_copies(config, entries)
 
     with new_directory(out) as directory:
         kind = DTYPES.get(dtype or "")
@@ -119,7 +119,7 @@ def _written(directory: Path, names: set[str], changes: Mapping[str, object]) ->
     return checks
 
 
-def _canonical(config: Mapping[str, Any]) -> Callable[[str], str | None] | None:
+def canonical_of(config: Mapping[str, Any]) -> Callable[[str], str | None] | None:
     """Spelling of module templates in the family's own way; None for families without a backbone."""
     if config.get("model_type") not in models.FAMILIES:
         return None
@@ -129,7 +129,7 @@ def _canonical(config: Mapping[str, Any]) -> Callable[[str], str | None] | None:
         return None
 
 
-def _match(
+def match_tensors(
     entries: Mapping[str, Entry], loaded: LoadedAdapters, canonical: Callable[[str], str | None] | None
 ) -> dict[tuple[str, int], str]:
     """(template of the stack, layer) -> name of the base's tensor."""
@@ -171,7 +171,7 @@ def _same(base: str, adapted: str, canonical: Callable[[str], str | None] | None
     return base == adapted or base.endswith(f".{adapted}") or adapted.endswith(f".{base}")
 
 
-def _changes(
+def tensor_changes(
     deltas: Deltas,
     loaded: LoadedAdapters,
     where: Mapping[tuple[str, int], str],
@@ -208,7 +208,7 @@ def _changes(
     return changes
 
 
-def _tied(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:
+def tied_copies(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:
     """Copies of tied weights, which loading fills in (and safetensors files should not hold)."""
     output, embedding = _TIED
     if config.get("tie_word_embeddings") is not True:

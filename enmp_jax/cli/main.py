@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "score adapters alone, merged, or merged under a mask",
     "merge": "merge adapters; needs no base model and no data",
     "export": "write any format of what a search found",
+    "verify": "prove that adapters and exports are what they say",
     "inspect": "show what is in adapters",
     "train": "train LoRA experts (and a small base) from a run file",
     "refine": "train one LoRA from the model that a search found",
@@ -58,7 +59,7 @@ def run(name: str, arguments: list[str]) -> int:
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )  # fmt: skip
     try:
-        module.run(args)
+        return module.run(args) or 0
     except UserError as error:
         print(f"enmp {name}: {error}", file=sys.stderr)
         return 2
@@ -67,7 +68,6 @@ def run(name: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"enmp {name}: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def keep_compiled() -> None:

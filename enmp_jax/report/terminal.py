@@ -10,7 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from enmp_jax.report.tables import cost_lines, export_lines, measure, pruned_lines, score_rows, seed_sentence, verdict
+from enmp_jax.report.tables import (
+    cost_lines,
+    export_lines,
+    measure,
+    pruned_lines,
+    score_rows,
+    seed_sentence,
+    verdict,
+)
 
 
 def final_table(scores: Mapping[str, Any]) -> Table:
