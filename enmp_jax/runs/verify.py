@@ -31,7 +31,7 @@ from enmp_jax.adapters.peft_reload import check_peft, check_transformers
 from enmp_jax.adapters.recipe import RECIPE, Recipe, mask_of, sha256
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError, one_line, reason
-from enmp_jax.io.hub import hub_id
+from enmp_jax.io.hub import hub_id, locate
 from enmp_jax.io.reading import open_tensors
 from enmp_jax.models import checkpoint
 from enmp_jax.runs.directory import finished
