@@ -38,8 +38,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "tsv": {"method": "tsv"},
     "iso": {"method": "iso"},
 }
-PAPER = {"strategy": "cma_es", "population": 16, "generations": 60, "x0": -1.0, "sigma0": 0.5}
-TENTH = {"population": 8, "generations": 12}  # 96 masks instead of 960
+LAYER = {"granularity": "layer"}  # the paper's modules: all projections of a task in a layer
+PAPER = LAYER | {"strategy": "cma_es", "population": 16, "generations": 60, "x0": -1.0, "sigma0": 0.5}
+TENTH = LAYER | {"population": 8, "generations": 12}  # 96 masks instead of 960
 WEIGHTS = {"strategy": "gradient", "generations": 40, "granularity": "projection"}
 NO_LABELS = {"fitness": "expert_margin"}
 
@@ -51,7 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "greedy, first order": {"strategy": "greedy", "start": "first_order", **TENTH, "generations": 11},
     "swap, first order": {"strategy": "swap", "start": "first_order", **TENTH, "generations": 11},
     "snes, first order": {"strategy": "snes", "start": "first_order", **TENTH, "generations": 11},
-    "hardened weights": {"strategy": "gradient", "generations": 20, "harden": "prune"},
+    "hardened weights": LAYER | {"strategy": "gradient", "generations": 20, "harden": "prune"},
     "weights, layer": WEIGHTS | {"granularity": "layer"},
     "weights": WEIGHTS,
     "weights, probability": WEIGHTS | {"fitness": "probability"},

@@ -1,6 +1,8 @@
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 """Tests that need 8 devices; test_devices.py runs this file in a process of its own."""
 
+import dataclasses
+import json
 import re
 
 import jax
@@ -15,6 +17,7 @@ from device_problem import TASKS, make_inputs, masks
 from jax.sharding import NamedSharding, PartitionSpec
 
 from enmp_jax import merges, models
+from enmp_jax.config.sections import MergeConfig
 from enmp_jax.data.batches import Batches
 from enmp_jax.devices.mesh import choose_shape, make_mesh
 from enmp_jax.evaluation import budget, racing
@@ -22,9 +25,12 @@ from enmp_jax.evaluation.fitness import FITNESS
 from enmp_jax.evaluation.population import EvalInputs, count_all, make_evaluate, place
 from enmp_jax.evaluation.prefix import make_evaluate_from
 from enmp_jax.evaluation.scoring import Heads, Scoring
+from enmp_jax.io.progress import SILENT
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.masks import MaskSpec
+from enmp_jax.models import causal
 from enmp_jax.models.sharding import shard_params
+from enmp_jax.runs.search import search_run
 from enmp_jax.search import device_memo, loop, strategies
 
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -217,6 +223,31 @@ def test_a_gradient_of_llama_3_8b_fits_what_the_plan_says():
     assert planned < 2 * memory.temp_size_in_bytes
 
 
+def test_sixteen_members_of_llama_3_8b_answer_in_little_more_than_one():
+    """1 x 2 x 4, all members together: peak memory, logits over 128,256 tokens included."""
+    mesh = make_mesh(1, 2, 4)
+    backbone, merge, inputs = abstract_problem(mesh, "bfloat16")
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    sizes = {"input_ids": 128, "attention_mask": 128, "target_ids": 32, "target_from": 32}
+    batch = {name: jax.ShapeDtypeStruct((8, n), jnp.int32, sharding=by_row) for name, n in sizes.items()}
+
+    def evaluate(params, ingredients, keep, batch):
+        def member(keep):
+            deltas = merge.merge(ingredients, keep, 0.5)
+            return causal.answer_log_probabilities(backbone, params, batch, deltas)
+
+        return jax.vmap(member)(keep)
+
+    def peak(members):
+        keep = jax.ShapeDtypeStruct((members, backbone.n_layers, 6), jnp.bool_)
+        compiled = jax.jit(evaluate).lower(inputs.params, inputs.ingredients, keep, batch).compile()
+        memory = compiled.memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+    core, _ = budget.delta_bytes(merge, inputs.ingredients, (backbone.n_layers, 6))
+    assert peak(16) - 16 * core < 1.1 * peak(1)
+
+
 def test_members_add_their_cores_and_no_weights():
     """16 masks against 1, at the widths of Llama-3-8B (2 layers, float32)."""
     mesh = make_mesh(1, 1, 1)
@@ -302,3 +333,42 @@ def test_races_do_not_depend_on_the_mesh(problem, monkeypatch):
     evaluate = jax.jit(make_evaluate(backbone, merge, len(TASKS), kind=FITNESS["probability"]))
     whole = scoring.fitness(evaluate(inputs, keep, scale), FITNESS["probability"])
     np.testing.assert_allclose(scored((4, 2, 1), z=np.inf).fitness[1:], whole[1:], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"strategy": "gradient", "granularity": "projection"},
+        {"strategy": "greedy", "start": "first_order"},
+    ],
+    ids=["gradient", "greedy"],
+)
+def test_a_whole_search_does_not_depend_on_the_devices(demo_run, tmp_path, strategy):
+    """The same seed finds the same masks or weights, with the same history, on 1 device and on 8."""
+    found = {}
+    for shape in [(1, 1, 1), (2, 4, 1)]:
+        mesh = dict(zip(("population", "data", "model"), shape, strict=True))
+        run = dataclasses.replace(
+            demo_run,
+            merge=MergeConfig("tsv", scale=0.6),
+            search=dataclasses.replace(
+                demo_run.search, generations=4, check_every=2, fitness="margin", **strategy
+            ),
+            evaluation=dataclasses.replace(demo_run.evaluation, batch_size=16, mesh=mesh),
+        )
+        out = tmp_path / "-".join(map(str, shape))
+        search_run(run, out, SILENT)
+        history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+        found[shape] = json.loads((out / "mask.json").read_text()), history
+    mask, history = found.pop((1, 1, 1))
+    assert mask["pruned"] or mask["weights"]  # something was found
+    for other, lines in found.values():
+        assert other["pruned"] == mask["pruned"]
+        weights, expected = (
+            {tuple(map(str, module)): weight for *module, weight in m.get("weights") or ()}
+            for m in (other, mask)
+        )
+        assert weights == pytest.approx(expected, abs=1e-4)
+        for line, expected in zip(lines, history, strict=True):
+            assert line["best"] == pytest.approx(expected["best"], rel=1e-5)
+            assert line["example_evaluations"] == expected["example_evaluations"]

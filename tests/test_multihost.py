@@ -142,6 +142,39 @@ def test_bad_input_stops_all_processes_with_a_line(alone, tmp_path):
     assert "is not empty" in outputs[0]
 
 
+FAILS = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from enmp_jax.devices.distributed import all_or_none
+
+def work():
+    if jax.process_index() == 1:
+        raise OSError("no space left on device")
+
+try:
+    all_or_none(work)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_an_oserror_on_one_process_stops_the_other():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS, address, str(i)], env=environment, stdout=subprocess.PIPE
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0].decode() for process in started]
+    assert "UserError process 1 stopped: its own message says why" in said[0]
+    assert "OSError no space left on device" in said[1]
+
+
 @pytest.mark.parametrize(
     ("environment", "job"),
     [

@@ -306,6 +306,22 @@ def test_weights_of_modules_are_drawn(tmp_path, granularity):
     assert "The weight of each module" in Page(write.write_report(run).read_text(encoding="utf-8")).text
 
 
+def test_a_pareto_front_is_listed(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Pareto front" not in Page(write.write_report(run).read_text()).text
+    scores = json.loads((run / "scores.json").read_text())
+    front = [
+        {"mean": 0.91, "worst": 0.8125, "pruned": [[0, "cars"]], "scale": 0.5},
+        {"mean": 0.9375, "worst": 0.7, "pruned": [], "scale": 0.5},
+    ]
+    (run / "scores.json").write_text(json.dumps(scores | {"pareto": front}))
+    text = Page(write.write_report(run).read_text()).text
+    assert "0.9375 0.7000 0 0.5 0.9100 0.8125 1 0.5" in text
+    (run / "scores.json").write_text(json.dumps(scores | {"pareto": [{"mean": 1.0}]}))
+    with pytest.raises(UserError, match="scores.json is damaged"):
+        write.write_report(run)
+
+
 def test_a_fitness_of_no_known_name_goes_by_its_own(tmp_path):
     run = make_run(tmp_path / "run", fitness="smooth_margin")
     assert report_data.read(run).fitness_label == "smooth margin"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from enmp_jax.adapters.checks import Check, check_names, tensor_names
-from enmp_jax.adapters.hf_export import canonical_of, match_tensors, tensor_changes, tied_copies
+from enmp_jax.adapters.hf_export import planned_changes, tied_copies
 from enmp_jax.adapters.matching import examples
 from enmp_jax.adapters.peft_import import LoadedAdapters
 from enmp_jax.deltas import Deltas
@@ -37,8 +36,7 @@ def check_checkpoint(directory: Path, loaded: LoadedAdapters, deltas: Deltas, ba
     source = locate(base, ["*.safetensors", "*.json"], "base model", ownerless=True).directory
     config = read_json(source / "config.json")
     entries = {e.name: e for shard in find_shards(source)[0] for e in read_header(source / shard).entries}
-    where = match_tensors(entries, loaded, canonical_of(config))
-    changes = tensor_changes(jax.device_get(deltas), loaded, where, entries)
+    changes = planned_changes(config, entries, loaded, deltas)
     found, held = tensor_names(directory), tensor_names(source)
     wanted = set(entries) - tied_copies(config, entries)
     checks = [check_names("tensors", found, wanted)]

@@ -14,7 +14,7 @@ from enmp_jax.adapters.recipe import Recipe, adapter_names, command, public_name
 from enmp_jax.errors import one_line
 from enmp_jax.io.hub import hub_id
 
-Kind = Literal["adapters", "peft", "checkpoint"]
+Kind = Literal["adapters", "peft", "checkpoint", "gguf"]
 _MAX_ROWS = 400  # modules listed one by one
 
 
@@ -49,6 +49,7 @@ def model_card(
         "adapters": f"{kind_of_mask}{subject}",
         "peft": "Merged LoRA adapter",
         "checkpoint": "Merged model",
+        "gguf": "Merged LoRA adapter for llama.cpp",
     }[kind]
     lines = [f"# {title}", "", _what(kind, loaded, base, bool(dropped), bool(weighted)), ""]
     for note in notes:
@@ -128,6 +129,8 @@ def _scores(recipe: Recipe) -> list[str]:
         titles["exported"] = f"these files, error {own['error']:.1%}"
         tasks = tasks or list(own["accuracy"])
     what = "Agreement with the own adapter" if scores.get("agreement") else "Accuracy"
+    if "likelihood" in scores.get("metric", {}).values():
+        what += ", of completions exp(-loss)"
     lines = [f"## {what} ({scores.get('split', 'test')} split)", ""]
     lines += [f"| task | {' | '.join(titles[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for task in tasks:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
+from enmp_jax.config.run_file import RunConfig
 from enmp_jax.data import Examples, batch
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import budget, delta_format, experts, fitness, prefix
+from enmp_jax.evaluation.kinds import LIKELIEST
 from enmp_jax.evaluation.loaded_run import LoadedRun, Split, make_merge
 from enmp_jax.evaluation.population import EvalInputs, EvaluateMasks, count_all, make_evaluate, place
 from enmp_jax.evaluation.scoring import Counts, Scoring
 from enmp_jax.merges.base import Ingredients, Merge
+
+T = TypeVar("T")
 
 
 class ExecutionPlan(NamedTuple):
@@ -35,29 +41,46 @@ class ExecutionPlan(NamedTuple):
 class Evaluator:
     """Scores the masks of one loaded run. Everything static is decided here, before anything is traced."""
 
-    def __init__(self, loaded: LoadedRun):
-        self.loaded, self.mesh = loaded, loaded.mesh
+    def __init__(self, loaded: LoadedRun, say: Callable[[str], None] = print):
+        self.loaded, self.mesh, self.say = loaded, loaded.mesh, say
         self.merge = make_merge(loaded.run)
         search = loaded.run.search
         self.kind = fitness.get(search.fitness)
         self.importance = fitness.importances(loaded.tasks, search.importance)
-        self._answers: dict[Split, experts.LogProbabilities] = {}
+        self._answers: dict[Split, list[experts.Answers]] = {}
         self._plans: dict[Any, ExecutionPlan] = {}
         self._compiled: dict[ExecutionPlan, Callable[..., Counts]] = {}
         self._compiled_from: dict[ExecutionPlan, Callable[..., Counts]] = {}
+
+    def under(self, run: RunConfig) -> Evaluator:
+        """The same base, adapters and data under other settings of merge and search; the experts' answers are
+        shared."""
+        other = Evaluator(dataclasses.replace(self.loaded, run=run))
+        other._answers = self._answers
+        return other
 
     @functools.cached_property
     def ingredients(self) -> Ingredients:
         """What the merge method made of the adapters, once."""
         return self.merge.prepare(self.loaded.stack)
 
+    def on(self, examples: Mapping[Split, list[Examples]]) -> Evaluator:
+        """This evaluator on other examples of the same tasks; compiled functions are shared."""
+        self.ingredients  # noqa: B018 (computed once for all)
+        other = copy.copy(self)
+        other.loaded, other._answers = dataclasses.replace(self.loaded, examples=examples), {}
+        return other
+
     def examples(self, split: Split) -> Sequence[Examples]:
         """The tasks' examples of a split; where it has no labels, the experts' choices stand in for them."""
         found = self.loaded.examples[split]
         if self.loaded.labelled(split):
             return found
-        answers = self.expert_answers(split)
-        return [e._replace(labels=a.argmax(1).astype(np.int32)) for e, a in zip(found, answers, strict=True)]
+        chosen = [
+            e.labels if isinstance(a, experts.TokenAnswers) else a.argmax(1).astype(np.int32)
+            for e, a in zip(found, self.expert_answers(split), strict=True)
+        ]
+        return [e._replace(labels=labels) for e, labels in zip(found, chosen, strict=True)]
 
     def inputs(self, split: Split, ingredients: Ingredients | None = None) -> EvalInputs:
         """What all members share, on the devices: weights, prepared adapters, batches of a split.
@@ -67,7 +90,10 @@ class Evaluator:
             ingredients: of another method than the run's.
         """
         loaded = self.loaded
-        expert = self.expert_answers(split) if self.kind.needs_expert else None
+        expert = None
+        if self.kind.needs_expert:
+            answers = self.expert_answers(split)
+            expert = [a.likeliest if isinstance(a, experts.TokenAnswers) else a for a in answers]
         racing = split == "search" and loaded.run.search.fidelity == "racing"
         batches = batch(
             self.examples(split),
@@ -125,6 +151,28 @@ class Evaluator:
         sharding = NamedSharding(self.mesh, PartitionSpec(None, axes))
         return inputs._replace(batches=put(inputs.batches, sharding))
 
+    def bearing(self, plan: ExecutionPlan, work: Callable[[ExecutionPlan], T]) -> T:
+        """Do work; where memory does not suffice, again with half the members together, at most three times.
+
+        Args:
+            plan: how many that are.
+            work: called with the plan.
+        """
+        for halvings in range(budget.HALVINGS + 1):
+            try:
+                return work(plan)
+            except Exception as error:
+                # several processes cannot know of each other's
+                last = halvings == budget.HALVINGS or plan.member_chunk == 1 or jax.process_count() > 1
+                if last or not budget.out_of_memory(error):
+                    raise
+            fewer = plan.member_chunk // 2
+            self.say(f"out of memory with {plan.member_chunk} members together: trying {fewer}")
+            plan = plan._replace(member_chunk=fewer)
+            for key, known in self._plans.items():
+                self._plans[key] = known._replace(member_chunk=min(known.member_chunk, fewer))
+        raise AssertionError("unreachable")
+
     def relaxed_fitness(self) -> Callable[..., Float[Array, ""]]:
         """``(weights [*module], inputs, scoring, scale) -> fitness``, to be differentiated.
 
@@ -154,11 +202,36 @@ class Evaluator:
             scale: merge coefficients.
             plan: default: that of the run's merge method.
         """
-        plan = plan or self.plan(inputs)
-        if plan not in self._compiled:
-            self._compiled[plan] = jax.jit(self.evaluate(plan))
-        together = self.mesh.shape["population"] * plan.member_chunk
-        return in_chunks(functools.partial(self._compiled[plan], inputs), keep, scale, together)
+
+        def scored(plan: ExecutionPlan) -> Counts:
+            if plan not in self._compiled:
+                self._compiled[plan] = jax.jit(self.evaluate(plan))
+            together = self.mesh.shape["population"] * plan.member_chunk
+            return in_chunks(functools.partial(self._compiled[plan], inputs), keep, scale, together)
+
+        return self.bearing(plan or self.plan(inputs), scored)
+
+    def fitness_of(
+        self,
+        inputs: EvalInputs,
+        scoring: Scoring,
+        keep: Shaped[np.ndarray, "member ..."],
+        scale: float | Float[np.ndarray, " member"],
+    ) -> Float[np.ndarray, " member"]:
+        """Fitness of masks or relaxed masks under the objective of the run; NaN stays NaN.
+
+        Args:
+            inputs: of a split.
+            scoring: of the same split.
+            keep: as for ``score``.
+            scale: merge coefficients, or one for all.
+        """
+        scales = np.broadcast_to(np.asarray(scale, np.float32), len(keep))
+        return self.fitness_from(scoring, self.score(inputs, keep, scales))
+
+    def fitness_from(self, scoring: Scoring, counts: Counts) -> Float[np.ndarray, " member"]:
+        """Counts to fitness under the objective of the run."""
+        return np.asarray(scoring.fitness(counts, self.kind, self.loaded.run.search.objective))
 
     def score_deltas(self, inputs: EvalInputs, deltas: Deltas) -> Counts:
         """Counts of one model with these deltas."""
@@ -202,21 +275,32 @@ class Evaluator:
         score = functools.partial(self._compiled_from[plan], inputs, parent, scale)
         return prefix.in_calls(score, parent, keep, most)
 
-    def expert_answers(self, split: Split) -> experts.LogProbabilities:
-        """Class log-probabilities of every adapter alone on its own task's examples.
+    def expert_answers(self, split: Split) -> list[experts.Answers]:
+        """What every adapter alone answers on its own task's examples.
 
         Raises:
-            UserError: they do not fit into the memory of a device, where the fitness needs them.
+            UserError: the answers do not fit into the memory of a device, where the fitness needs them.
         """
         if split not in self._answers:
-            rows, classes = int(self.loaded.sizes(split).sum()), self.loaded.heads.allowed.shape[1]
-            if self.kind.needs_expert and 4 * rows * classes > budget.USABLE * budget.device_memory():
+            rows, columns = self._answers_shape(split)
+            if self.kind.needs_expert and 4 * rows * columns > budget.USABLE * budget.device_memory():
                 raise UserError(
-                    f"search.fitness {self.kind.name} keeps {rows} x {classes} answers of the experts on the "
+                    f"search.fitness {self.kind.name} keeps {rows} x {columns} answers of the experts on the "
                     f"device, which has no room for them: set evaluation.{split}_examples or another fitness"
                 )
-            self._answers[split] = experts.log_probabilities(self.loaded, split)
+            self._answers[split] = experts.answers(self.loaded, split)
         return self._answers[split]
+
+    def _answers_shape(self, split: Split) -> tuple[int, int]:
+        """Rows, and the most columns of one, of the experts' answers."""
+        loaded = self.loaded
+        columns = [loaded.heads.allowed.shape[1]]
+        for e, kind in zip(loaded.examples[split], loaded.kinds, strict=True):
+            if kind == "choice":
+                columns.append(e.inputs["choice_length"].shape[1])
+            elif kind == "completion":
+                columns.append(2 * LIKELIEST)
+        return int(loaded.units(split).sum()), max(columns)
 
     def score_base(self, split: Split) -> Counts:
         """The base model with no adapter at all."""
@@ -224,14 +308,21 @@ class Evaluator:
         counts = self.score(self.inputs(split), nothing, np.ones(1, np.float32))
         return Counts(*(np.asarray(x)[0] for x in counts))
 
-    def expert_accuracies(self, split: Split) -> Float[np.ndarray, " task"]:
-        """Accuracy of every adapter alone; 1 where there are no labels."""
-        return experts.accuracies(self.expert_answers(split), self.examples(split))
+    def expert_scores(self, split: Split) -> Float[np.ndarray, " task"]:
+        """Score of every adapter alone (see ``Scoring.scores``); accuracies without labels are 1."""
+        return experts.scores(self.expert_answers(split), self.examples(split))
+
+    def expert_losses(self, split: Split) -> Float[np.ndarray, " task"]:
+        """Mean negative log-likelihood of every adapter alone, in nats (see ``Scoring.loss``)."""
+        found = experts.values(
+            self.expert_answers(split), self.examples(split), fitness.get("log_likelihood")
+        )
+        return -np.asarray(found)
 
     def scoring(self, split: Split) -> Scoring:
-        """What turns counts on a split into accuracies and fitness.
+        """What turns counts on a split into scores and fitness.
 
-        Reference accuracies are those of the run file, else measured here; 1 where there are no labels.
+        Reference scores are those of the run file, else measured here; accuracies without labels are 1.
 
         Raises:
             UserError: an adapter that alone gets nothing right.
@@ -240,24 +331,26 @@ class Evaluator:
         given = [task.reference if loaded.labelled(split) else None for task in loaded.run.tasks]
         reference = np.asarray([g or 0.0 for g in given], np.float32)
         if not all(given):
-            reference = np.where(reference > 0, reference, self.expert_accuracies(split))
+            reference = np.where(reference > 0, reference, self.expert_scores(split))
         for task, value in zip(loaded.tasks, reference, strict=True):
             if value == 0:
                 raise UserError(
                     f"the adapter of {task!r} alone gets nothing right on {split}: check its head and labels"
                 )
-        own = reference if self.kind.name == "accuracy" else self._expert_values(split)
-        parts = loaded.sizes(split), reference, own, self.importance
-        return Scoring(*(jnp.asarray(x, jnp.float32) for x in parts))
-
-    def _expert_values(self, split: Split) -> Float[np.ndarray, " task"]:
-        """Mean value of the fitness of every adapter alone."""
-        values = []
-        for answers, examples in zip(self.expert_answers(split), self.examples(split), strict=True):
-            rows = jnp.asarray(answers)
-            total = self.kind.value(rows, jnp.asarray(examples.labels), rows).sum(axis=0)
-            values.append(fitness.task_values(total[None], jnp.asarray([float(len(answers))]), self.kind)[0])
-        return np.asarray(values)
+        likelihood = np.asarray([kind == "completion" for kind in loaded.kinds])
+        if self.kind.name == "accuracy" and not likelihood.any():
+            own = reference
+        else:
+            own = np.asarray(experts.values(self.expert_answers(split), self.examples(split), self.kind))
+            own = np.where(likelihood, own, reference) if self.kind.name == "accuracy" else own
+        for task, value in zip(loaded.tasks, own, strict=True):
+            if value == 0 and not self.kind.logarithmic:
+                raise UserError(
+                    f"the adapter of {task!r} alone has {self.kind.name} 0 on {split}: take another fitness"
+                )
+        parts = loaded.units(split), reference, own, self.importance
+        made = Scoring(*(jnp.asarray(x, jnp.float32) for x in parts))
+        return made._replace(likelihood=jnp.asarray(likelihood)) if likelihood.any() else made
 
 
 def in_chunks(

@@ -15,6 +15,7 @@ from enmp_jax.errors import UserError, reason
 from enmp_jax.io import files, reading
 from enmp_jax.io.hub import locate
 from enmp_jax.io.shard_index import SINGLE, find_shards
+from enmp_jax.models import gguf
 
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")
 """Configuration, weights and tokenizers (``*.model``: SentencePiece) of a model on the hub."""
@@ -23,9 +24,13 @@ _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")
 def find(model: str | Path) -> Path:
     """The directory of a model: a local path, or a hub id (``name`` or ``name@revision``) downloaded.
 
+    A GGUF file gets a directory of its own (see ``models.gguf.unpack``).
+
     Raises:
         UserError: neither a directory nor a model that the hub has or that is in its local cache.
     """
+    if str(model).endswith(".gguf"):
+        return gguf.unpack(Path(model).expanduser())
     return locate(model, _DOWNLOADED, "base model", ownerless=True).directory
 
 
@@ -85,13 +90,16 @@ class Tensors:
 
 @contextlib.contextmanager
 def open_tensors(directory: Path) -> Iterator[Tensors]:
-    """Open a checkpoint, one file or shards with an index; headers are read, tensors are not.
+    """Open a checkpoint: a file, shards with an index, or a GGUF file; headers are read, tensors are not.
 
     Raises:
         UserError: no weights, a missing shard, or a file that is cut off or is no safetensors file.
     """
     with contextlib.ExitStack() as stack:
         slices: dict[str, Any] = {}
+        if (directory / gguf.LINK).exists():
+            yield Tensors(dict(gguf.slices(directory, read_config(directory))))
+            return
         for shard in find_shards(directory)[0]:
             file = stack.enter_context(reading.open_tensors(directory / shard))
             slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -137,7 +145,7 @@ def base_identity(base: str) -> list[Any]:
     """Configuration and weight files of a base model, without reading the weights."""
     directory = find(base)
     weights = []
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob(gguf.LINK)]):
         real = path.resolve()  # in the hub's cache, the name of the real file is the hash of its content
         stat = real.stat()
         weights.append([path.name, real.name, stat.st_size, stat.st_mtime_ns])

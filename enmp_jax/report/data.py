@@ -219,6 +219,8 @@ def _check_scores(scores: Mapping[str, Any]) -> None:
     for key in ("gain", "scale_grid"):
         for value in dict(scores.get(key) or {}).values():
             _number(value)
+    for point in scores.get("pareto") or []:
+        float(point["mean"]), float(point["worst"]), float(point["scale"]), len(point["pruned"])
     for sizes in dict(scores.get("splits") or {}).values():
         for size in sizes.values():
             float(size)

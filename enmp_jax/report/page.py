@@ -71,7 +71,13 @@ def page(data: RunData) -> str:
             *(_picture(data, plots[name]) for name in modules),
             _pruned_table(scores),
         ),
-        _section("Search", _picture(data, plots["convergence"]), _search_notes(data), _seed_table(scores)),
+        _section(
+            "Search",
+            _picture(data, plots["convergence"]),
+            _search_notes(data),
+            _seed_table(scores),
+            _front_table(scores),
+        ),
         _section("How the data was used", *_splits(data)),
         _section("Settings", *_settings(data)),
         _section("Environment", _pairs(_flat(data.environment))),
@@ -148,7 +154,7 @@ def _score_table(scores: Mapping[str, Any]) -> str:
     meaning = (
         "how often a model answers as the task's own adapter does; the data have no labels."
         if scores.get("agreement")
-        else "in brackets normalised: divided by the accuracy of the task's own expert, not merged."
+        else "in brackets normalised: divided by that of the task's own expert, not merged."
     )
     split = escape(str(scores.get("split", "test")))
     note = f"{measure(scores).capitalize()} on the {split} split in per cent; {meaning}"
@@ -190,6 +196,15 @@ def _seed_table(scores: Mapping[str, Any]) -> str:
     ]
     header = [f"modules {key}" for key in counts]
     return _table(["seed", *header, f"{mean_measure(scores)}, test", "gain, points"], rows)
+
+
+def _front_table(scores: Mapping[str, Any]) -> str:
+    front = sorted(scores.get("pareto") or [], key=lambda point: -point["mean"])
+    if not front:
+        return ""
+    rows = [(f"{p['mean']:.4f}", f"{p['worst']:.4f}", len(p["pruned"]), f"{p['scale']:.3g}") for p in front]
+    note = "Masks that no other mask beats both in the mean and in the worst task, on the search split:"
+    return f"<h3>Pareto front</h3><p>{note}</p>" + _table(["mean", "worst task", "pruned", "scale"], rows)
 
 
 def _splits(data: RunData) -> list[str]:

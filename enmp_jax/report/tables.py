@@ -10,12 +10,20 @@ COLUMNS = {"base": "base", "reference": "expert", "merged": "merged", "enmp": "m
 
 
 def measure(scores: Mapping[str, Any]) -> str:
-    """What the scores of a result are: without labels, how often a model answers as the expert does."""
-    return "agreement with the expert" if scores.get("agreement") else "accuracy"
+    """What the scores of a result are: without labels, how often a model answers as the expert does; of
+    completions exp(-loss)."""
+    chosen = "agreement with the expert" if scores.get("agreement") else "accuracy"
+    kinds = set(scores.get("metric", {}).values())
+    if "likelihood" not in kinds:
+        return chosen
+    likelihood = "likelihood exp(-loss)"
+    return likelihood if len(kinds) == 1 else f"{chosen}, of completions {likelihood}"
 
 
 def mean_measure(scores: Mapping[str, Any]) -> str:
     """What ``mean_normalised`` is; agreement needs no normalising, the expert's own is 1."""
+    if "likelihood" in scores.get("metric", {}).values():
+        return "mean normalised score"
     return f"mean {measure(scores)}" if scores.get("agreement") else "mean normalised accuracy"
 
 
@@ -128,11 +136,11 @@ def points(value: float | None) -> str:
 def cost_lines(scores: Mapping[str, Any]) -> dict[str, str]:
     """What a search cost, by name, as far as it is recorded."""
     forms = {"masks_evaluated": "", "distinct_masks": "", "example_evaluations": ",.0f",
-             "masks_per_second": ".1f"}  # fmt: skip
+             "masks_per_second": ".1f", "masks_failed": ""}  # fmt: skip
     return {
         key.replace("_", " "): format(value, form)
         for key, form in forms.items()
-        if (value := scores.get(key)) is not None
+        if (value := scores.get(key)) is not None and (value or key != "masks_failed")
     }
 
 

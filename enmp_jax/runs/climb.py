@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
-from enmp_jax.devices.distributed import put
-from enmp_jax.errors import UserError
+from enmp_jax.devices.distributed import put, told_to_end
+from enmp_jax.errors import Stopped, UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring
+from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.io.progress import Reporter
 from enmp_jax.runs.directory import RunDirectory
@@ -76,7 +77,7 @@ def climb(
     for seed in range(search.seed, search.seed + search.seeds):
         state = ascent.init(put(jax.random.key(seed), whole), present)
         path = directory.path / "checkpoints" / f"seed-{seed}"
-        with Checkpoints(path, directory.fingerprint, say=reporter.say) as checkpoints:
+        with Checkpoints(path, directory.fingerprint, say=reporter.say) as checkpoints, signals.saving():
             record = _Record(evaluator, directory, reporter, checkpoints, seed, examples)
             state, looks = record.restore(state)
             looks = gradient.run(
@@ -122,8 +123,7 @@ def harden(
     order = slots[np.argsort(weights.reshape(-1)[slots], kind="stable")]
 
     def score(masks: np.ndarray) -> np.ndarray:
-        counts = evaluator.score(inputs, masks, np.full(len(masks), scale, np.float32))
-        fitness = np.asarray(scoring.fitness(counts, evaluator.kind, search.objective))
+        fitness = evaluator.fitness_of(inputs, scoring, masks, scale)
         return np.where(np.isnan(fitness), -np.inf, fitness)
 
     masks = np.ones((spec.max_count + 1, math.prod(spec.shape)), bool)
@@ -149,9 +149,7 @@ def _selection_value(evaluator: Evaluator, scale: float) -> Any:
     inputs, scoring = evaluator.inputs("selection"), evaluator.scoring("selection")
 
     def value(weights: Float[np.ndarray, "*module"]) -> float:
-        counts = evaluator.score(inputs, weights[None], np.asarray([scale], np.float32))
-        objective = evaluator.loaded.run.search.objective
-        return float(np.asarray(scoring.fitness(counts, evaluator.kind, objective))[0])
+        return float(evaluator.fitness_of(inputs, scoring, weights[None], scale)[0])
 
     return value
 
@@ -203,9 +201,13 @@ class _Record:
             "pruned": [int((look.weights[self.spec.present()] == 0).sum())],
         })  # fmt: skip
         self.reporter.advance(look.step, self.search.generations, best)
-        if done % self.search.checkpoint_every == 0 or look.step >= self.search.generations:
+        told = told_to_end(done)
+        if done % self.search.checkpoint_every == 0 or look.step >= self.search.generations or told:
+            self.directory.flush_history()
             tree = {"state": state, "weights": self.weights, "rows": self.rows}
-            self.checkpoints.save(done, tree, {})
+            self.checkpoints.save(done, tree, {}, best)
+        if told:
+            raise Stopped(told)
 
     def spent(self, looks: list[gradient.Look]) -> int:
         """Example-evaluations so far."""

@@ -24,7 +24,6 @@ from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import LoadedRun, load, load_run_adapters
-from enmp_jax.evaluation.scoring import by_task
 from enmp_jax.io.files import write_bytes
 from enmp_jax.io.progress import Reporter
 from enmp_jax.io.writing import check_unused
@@ -33,6 +32,7 @@ from enmp_jax.models import checkpoint
 from enmp_jax.runs import mask_file
 from enmp_jax.runs.directory import finished
 from enmp_jax.runs.finalists import Finalist
+from enmp_jax.runs.task_scores import one_model, task_scores
 from enmp_jax.training.refine import Refined
 
 FOLDERS = {
@@ -85,11 +85,12 @@ def merged_deltas(evaluator: Evaluator, best: Finalist) -> Any:
 
 def test_deltas(evaluator: Evaluator, deltas: Deltas) -> dict[str, Any]:
     """Scores of one model on the test split, as ``scores.json`` has them."""
-    loaded, scoring = evaluator.loaded, evaluator.scoring("test")
     counts = evaluator.score_deltas(evaluator.inputs("test"), deltas)
+    found = task_scores(evaluator, "test", {"model": 0}, one_model(counts))
     return {
-        "accuracy": by_task(loaded.tasks, np.asarray(scoring.accuracy(counts))),
-        "mean_normalised": float(np.asarray(scoring.normalised(counts))),
+        "accuracy": found["model"],
+        "loss": found["loss"]["model"],
+        "mean_normalised": float(np.asarray(evaluator.scoring("test").normalised(counts))),
     }
 
 

@@ -59,9 +59,7 @@ def select(evaluator: Evaluator, candidates: list[Finalist]) -> dict[int, Finali
     as_weights = any(f.keep.dtype != bool for f in candidates)
     keep = np.stack([f.keep.astype(np.float32) if as_weights else f.keep for f in candidates])
     scales = np.asarray([f.scale for f in candidates], np.float32)
-    counts = evaluator.score(evaluator.inputs("selection"), keep, scales)
-    objective = evaluator.loaded.run.search.objective
-    fitness = np.asarray(scoring.fitness(counts, evaluator.kind, objective))
+    fitness = evaluator.fitness_of(evaluator.inputs("selection"), scoring, keep, scales)
     winners: dict[int, Finalist] = {}
     for candidate, value in zip(candidates, fitness, strict=True):
         candidate.selection = float(value)

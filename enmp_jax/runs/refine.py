@@ -43,7 +43,7 @@ def refine_winner(
     """
     loaded = evaluator.loaded
     search = dataclasses.replace(loaded.run.search, fitness=config.fitness)
-    own = Evaluator(dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, search=search)))
+    own = evaluator.under(dataclasses.replace(loaded.run, search=search))
     start = merged_deltas(evaluator, best)
     settings = {"refine": dataclasses.asdict(config), "merge": loaded.run.merge.recipe(), "scale": best.scale}
     made_of = fingerprint(settings, np.asarray(best.keep))
@@ -68,7 +68,14 @@ def test_refined(evaluator: Evaluator, refined: Refined) -> dict[str, Any]:
 def with_refined(scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Scores of a search with those of its refinement."""
     mean = scores["mean_normalised"] | {"refined": found["mean_normalised"]}
-    return scores | {"refined": found["accuracy"], "refine_steps": found["steps"], "mean_normalised": mean}
+    loss = scores.get("loss", {}) | {"refined": found["loss"]}
+    added = {
+        "refined": found["accuracy"],
+        "refine_steps": found["steps"],
+        "mean_normalised": mean,
+        "loss": loss,
+    }
+    return scores | added
 
 
 def refine_run(

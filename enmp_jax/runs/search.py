@@ -14,6 +14,7 @@ import numpy as np
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.devices.distributed import all_or_none, barrier
 from enmp_jax.errors import UserError
+from enmp_jax.evaluation import budget
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.fitness import get as fitness_kind
 from enmp_jax.evaluation.loaded_run import load
@@ -25,23 +26,49 @@ from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import WarmStart, evolve, make_strategy
 from enmp_jax.runs.export import prepare_search, write_search
 from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none, rank, select, with_plain
+from enmp_jax.runs.plan import out_of_memory
+from enmp_jax.runs.provenance import fingerprints
 from enmp_jax.runs.refine import refine_winner, test_refined, with_refined
+from enmp_jax.runs.task_scores import task_scores
 from enmp_jax.search import controls
 from enmp_jax.training.refine import Refined
 
 
-def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
+def search_run(
+    run: RunConfig, out: Path, reporter: Reporter, resume: bool = False, anyway: bool = False
+) -> dict[str, Any]:
     """Search, choose, test once, and write the run directory; returns the content of ``scores.json``.
+
+    Args:
+        run: the run.
+        out: the run directory.
+        reporter: progress.
+        resume: go on with the run in ``out``.
+        anyway: and begin anew the part of it whose settings or files have changed.
 
     Raises:
         UserError: bad input; nothing has been written by then.
     """
-    directory = all_or_none(lambda: RunDirectory(out, resume))
+    with all_or_none(lambda: RunDirectory(out, resume, anyway, reporter.say)) as directory:
+        return _search_in(directory, run, reporter)
+
+
+def _search_in(directory: RunDirectory, run: RunConfig, reporter: Reporter) -> dict[str, Any]:
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
-    evaluator = Evaluator(all_or_none(lambda: load(run, reporter=reporter)))
+    evaluator = Evaluator(all_or_none(lambda: load(run, reporter=reporter)), reporter.say)
+    try:
+        return _search_with(evaluator, directory, reporter)
+    except Exception as error:
+        if not budget.out_of_memory(error):
+            raise
+        raise UserError(out_of_memory(evaluator, error)) from error
+
+
+def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Reporter) -> dict[str, Any]:
+    run, out = evaluator.loaded.run, directory.path
     loaded = evaluator.loaded
     check_search(evaluator)
-    all_or_none(lambda: directory.start(run))
+    all_or_none(lambda: directory.start(run, fingerprints(loaded)))
 
     inputs, scoring = evaluator.inputs("search"), evaluator.scoring("search")
     scale, grid = choose_scale(evaluator, inputs, scoring)
@@ -142,11 +169,10 @@ def known_effects(
         spread = evaluator.spread(inputs)
         effects = controls.first_order(lambda keep: -fitness(keep, spread, scoring, jnp.float32(scale)), spec)
         return WarmStart(effects, math.ceil(STEP_COST))
-    objective = evaluator.loaded.run.search.objective
 
     def score(masks: np.ndarray) -> np.ndarray:
         counts = evaluator.score_from(inputs, spec.all_kept(), masks, scale)
-        return np.asarray(scoring.fitness(counts, evaluator.kind, objective))
+        return evaluator.fitness_from(scoring, counts)
 
     layers = spec.n_layers
     # the passes of masks that differ from layer l on begin there, and one is the plain merge
@@ -167,8 +193,7 @@ def choose_scale(
     run = evaluator.loaded.run
     values = run.merge.scale_grid if run.merge.scale == "auto" else (float(run.merge.scale),)
     keep = np.repeat(evaluator.loaded.mask_spec.all_kept()[None], len(values), axis=0)
-    counts = evaluator.score(inputs, keep, np.asarray(values, np.float32))
-    fitness = np.asarray(scoring.fitness(counts, evaluator.kind, run.search.objective))
+    fitness = evaluator.fitness_of(inputs, scoring, keep, np.asarray(values, np.float32))
     if np.isnan(fitness).all():
         raise UserError(
             f"the plain merge has no finite fitness at scale {', '.join(f'{v:g}' for v in values)}: check "
@@ -190,7 +215,7 @@ def test(
     masks = np.stack([plain, ~plain, *(f.keep for f in winners.values())])  # nothing left is the base
     scales = np.asarray([scale, scale, *(f.scale for f in winners.values())], np.float32)
     counts = evaluator.score(evaluator.inputs("test"), masks, scales)
-    accuracy, normalised = np.asarray(scoring.accuracy(counts)), np.asarray(scoring.normalised(counts))
+    normalised = np.asarray(scoring.normalised(counts))
     gains = normalised[2:] - normalised[0]
     row = 2 + list(winners).index(best.seed)
     found = {
@@ -198,9 +223,7 @@ def test(
         "agreement": not loaded.labelled("test"),
         "tasks": list(loaded.tasks),
         "reference": by_task(loaded.tasks, np.asarray(scoring.reference)),
-        "base": by_task(loaded.tasks, accuracy[1]),
-        "merged": by_task(loaded.tasks, accuracy[0]),
-        "enmp": by_task(loaded.tasks, accuracy[row]),
+        **task_scores(evaluator, "test", {"base": 1, "merged": 0, "enmp": row}, counts),
         "mean_normalised": {"merged": float(normalised[0]), "enmp": float(normalised[row])},
         "seeds": [
             {

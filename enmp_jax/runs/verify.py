@@ -149,7 +149,11 @@ def _export(directory: Path, sources: _Sources) -> Report:
         if base is None:
             raise UserError(f"{directory} is verified against its base model: give --base-model DIR")
         merged = deltas()
-        checks = check_checkpoint(directory, loaded, merged, base)
+        try:
+            checks = check_checkpoint(directory, loaded, merged, base)
+        except UserError as error:
+            hint = "" if sources.base else "; if the base is another one, give --base-model DIR"
+            raise UserError(f"{error}{hint}") from None
         rounding = max(_STEPS[name] for name in types(directory))
         checks += check_outputs(base, delta_parts(merged, loaded.names), directory, rounding)
         return Report(str(directory), what, [*checks, *check_transformers(directory)])
