@@ -90,9 +90,10 @@ def _more() -> dict[str, Setting]:
     found = {
         f"strategy {name}": BINARY | {
             "strategy": name, "passes": 5 * TENTH, "start": "first_order" if name in warm else "none",
+            "curve": True,
         }
         for name in strategies.STRATEGIES
-    } | {"strategy gradient": WEIGHTS | {"passes": 5 * TENTH}}  # fmt: skip
+    } | {"strategy gradient": WEIGHTS | {"passes": 5 * TENTH, "curve": True}}  # fmt: skip
     for name, kind in FITNESS.items():
         if name == "calibrated" or kind.hidden:
             continue  # the one has no value per example, the other is the column Expert Merging
@@ -408,7 +409,8 @@ def measure(group: Group, column: Setting, rows: Mapping[str, Any]) -> dict[str,
         for name, data in (("search", search), ("test", test)):
             row[name] = float(data.accuracy(group.suite.count_deltas(data.inputs, found.deltas)))
         return row | {"seconds": time.perf_counter() - begin}
-    n, curve = len(found.keep), _thinned(found.incumbents)
+    # tested along the way only where a figure asks for it: many test splits cost more than a search
+    n, curve = len(found.keep), _thinned(found.incumbents) if column.get("curve") else []
     row["search"] = float(search.score(found.keep, found.scale, "accuracy").mean())
     every = np.concatenate([found.keep, *(keep[None] for _, keep in curve)])
     on_test = test.score(every, found.scale, "accuracy")  # the only look
@@ -418,7 +420,8 @@ def measure(group: Group, column: Setting, rows: Mapping[str, Any]) -> dict[str,
     else:
         row["keep"] = found.keep[0].tolist()
         row["pruned"] = np.argwhere(np.asarray(found.keep[0]) == 0).tolist()
-    row["curve"] = [[cost, float(x)] for (cost, _), x in zip(curve, on_test[n:], strict=True)]
+    if curve:
+        row["curve"] = [[cost, float(x)] for (cost, _), x in zip(curve, on_test[n:], strict=True)]
     return row | {"seconds": time.perf_counter() - begin}
 
 

@@ -152,7 +152,7 @@ def test_rows_count_their_budget_and_read_the_test_split_once(tmp_path, monkeypa
         return counts(self, keep, scale)
 
     monkeypatch.setattr(evidence_columns.Data, "counts", counting)
-    short = {**evidence.COLUMNS["ours, continuous"], "passes": 12}
+    short = {**evidence.COLUMNS["ours, continuous"], "passes": 12, "curve": True}
     monkeypatch.setitem(evidence.COLUMNS, "ours, continuous", short)
     out = tmp_path / "rows.jsonl"
     columns = ["plain", "first-order", "ours, continuous"]
