@@ -1,6 +1,7 @@
 """``enmp init``, the reference of run files, and what a search with few masks says."""
 
 import dataclasses
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,22 @@ def test_the_reference_knows_every_key():
 def test_searches_of_few_masks_say_so_and_why(loaded, distinct, share, said):  # noqa: F811
     line = few_masks(MaskSpec.of(loaded.stack, max_pruned=share), distinct)
     assert (line is None) == (said is None) and (said or "") in (line or "")
+
+
+def test_completion_knows_commands_options_and_values(tmp_path, capfd):
+    """The script that bash runs, asked as bash asks."""
+    assert cli.main(["completion", "bash"]) == 0
+    script = capfd.readouterr().out
+    (tmp_path / "completion.bash").write_text(script)
+
+    def completed(*words):
+        line = " ".join(f'"{word}"' for word in words)
+        code = f"source {tmp_path}/completion.bash; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        shown = "IFS=$'\\n'; _tyro_enmp; echo \"${COMPREPLY[*]}\""
+        found = subprocess.run(["bash", "-c", code + shown], capture_output=True, text=True, check=True)
+        return set(found.stdout.split())
+
+    assert {"merge", "verify", "export"} <= completed("enmp", "")
+    assert completed("enmp", "ver") == {"verify"}
+    assert completed("enmp", "export", "runs/mine", "--form") == {"--format"}
+    assert completed("enmp", "export", "runs/mine", "--format", "ch") == {"checkpoint"}

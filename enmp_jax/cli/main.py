@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train LoRA experts (and a small base) from a run file",
     "refine": "train one LoRA from the model that a search found",
     "report": "write the plots and report.html of a run directory again",
+    "completion": "print a shell's completion script",
 }
 """Each is a module of this room with ``Args`` and ``run(args)``."""
 
@@ -81,6 +82,6 @@ def overview() -> str:
         "usage: enmp COMMAND [OPTIONS]      (enmp COMMAND --help says more)",
         "",
     ]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
     lines += ["", "--debug shows the traceback of an error."]
     return "\n".join(lines)
