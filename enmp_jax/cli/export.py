@@ -31,7 +31,7 @@ class Args:
     no_score: bool = False
     """peft, gguf: do not score an adapter that misses the tolerance (scoring needs the run's data)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """checkpoint: type of the weights; default: the base's. gguf: of the factors (no bfloat16)."""
+    """checkpoint: type of the weights; default: the base's. gguf: of the factors; default: float32."""
     base_model: str | None = None
     """checkpoint, gguf: directory or hub id, if the run's base has moved."""
 

@@ -82,7 +82,11 @@ def build(config: Mapping[str, Any], dtype: Any = "float32", family: str | None 
 
 
 def load(
-    path: str | Path, dtype: Any = "float32", place: Placement = None, family: str | None = None
+    path: str | Path,
+    dtype: Any = "float32",
+    place: Placement = None,
+    family: str | None = None,
+    gradient_checkpointing: bool = False,
 ) -> tuple[Backbone, Params]:
     """Read a base model.
 
@@ -91,12 +95,14 @@ def load(
         dtype: see ``build``.
         place: how to shard parameters (see ``convert.Placement``); None: the default device.
         family: see ``build``.
+        gradient_checkpointing: keep no activations inside a layer for the backward pass; needs less memory.
 
     Raises:
         UserError: not found, unreadable, or not what its config.json says.
     """
     directory = checkpoint.find(path)
-    backbone = build(checkpoint.read_config(directory), dtype, family)
+    config = checkpoint.read_config(directory) | {"gradient_checkpointing": gradient_checkpointing}
+    backbone = build(config, dtype, family)
     return backbone, convert.read_params(backbone, directory, place)
 
 
