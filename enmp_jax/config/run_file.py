@@ -96,6 +96,7 @@ def check(run: RunConfig) -> RunConfig:
         "search.checkpoint_every": search.checkpoint_every, "evaluation.batch_size": evaluation.batch_size,
         "train.steps": train.steps, "train.batch_size": train.batch_size, "train.rank": train.rank,
         "train.learning_rate": train.learning_rate, "train.alpha": train.alpha,
+        "train.epochs": 1 if train.epochs is None else train.epochs,
     }  # fmt: skip
     for key, value in positive.items():
         if not value > 0:
@@ -104,11 +105,15 @@ def check(run: RunConfig) -> RunConfig:
     if not 0 <= search.max_pruned <= 1:
         raise UserError(f"search.max_pruned is {search.max_pruned}: it must lie in 0..1")
     _check_racing(search)
+    if not 0 <= evaluation.seed < 2**32:
+        raise UserError(
+            f"evaluation.seed is {evaluation.seed}: it must be a whole number from 0 to {2**32 - 1}"
+        )
     if run.merge.scale == "auto" and not run.merge.scale_grid:
         raise UserError("merge.scale_grid is empty: give at least one scale, or set merge.scale")
     for task in run.tasks:
         if task.reference is not None and not 0 < task.reference <= 1:
-            raise UserError(f"tasks.{task.name}.reference is {task.reference}: accuracies lie in 0..1")
+            raise UserError(f"tasks.{task.name}.reference is {task.reference}: scores lie in 0..1")
     return run
 
 
@@ -159,6 +164,11 @@ def _check_racing(search: SearchConfig) -> None:
         raise UserError(
             "search.fidelity racing does not work with search.fitness calibrated, which has no value per "
             "example: take log_likelihood, or fidelity none"
+        )
+    if search.fitness == "expert_hidden":
+        raise UserError(
+            "search.fidelity racing does not work with search.fitness expert_hidden, which looks at hidden "
+            "states: take expert_kl, or fidelity none"
         )
     if search.strategy == "gradient":
         raise UserError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -13,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
+from enmp_jax.config.run_file import RunConfig
 from enmp_jax.data import Examples, batch
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
@@ -49,10 +52,24 @@ class Evaluator:
         self._compiled: dict[ExecutionPlan, Callable[..., Counts]] = {}
         self._compiled_from: dict[ExecutionPlan, Callable[..., Counts]] = {}
 
+    def under(self, run: RunConfig) -> Evaluator:
+        """The same base, adapters and data under other settings of merge and search; the experts' answers are
+        shared."""
+        other = Evaluator(dataclasses.replace(self.loaded, run=run))
+        other._answers = self._answers
+        return other
+
     @functools.cached_property
     def ingredients(self) -> Ingredients:
         """What the merge method made of the adapters, once."""
         return self.merge.prepare(self.loaded.stack)
+
+    def on(self, examples: Mapping[Split, list[Examples]]) -> Evaluator:
+        """This evaluator on other examples of the same tasks; compiled functions are shared."""
+        self.ingredients  # noqa: B018 (computed once for all)
+        other = copy.copy(self)
+        other.loaded, other._answers = dataclasses.replace(self.loaded, examples=examples), {}
+        return other
 
     def examples(self, split: Split) -> Sequence[Examples]:
         """The tasks' examples of a split; where it has no labels, the experts' choices stand in for them."""
@@ -83,6 +100,7 @@ class Evaluator:
             loaded.run.evaluation.batch_size,
             expert=expert,
             order="stratified" if racing else "given",
+            states=experts.hidden_states(loaded, split) if self.kind.hidden else None,
         )
         prepared = self.ingredients if ingredients is None else ingredients
         return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh, loaded.backbone)
@@ -248,7 +266,9 @@ class Evaluator:
         merge, chunk = plan
         most = prefix.most_members(loaded.backbone, merge, inputs, parent.shape, self.mesh, chunk)
         first = np.asarray(prefix.first_changed(parent, keep))
-        if not prefix.pays(first, loaded.backbone.n_layers, most, self.mesh.shape["population"], chunk):
+        if self.kind.hidden or not prefix.pays(
+            first, loaded.backbone.n_layers, most, self.mesh.shape["population"], chunk
+        ):
             return self.score(inputs, keep, np.full(len(keep), scale, np.float32), plan)
         if plan not in self._compiled_from:
             evaluate = prefix.make_evaluate_from(
