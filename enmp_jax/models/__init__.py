@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from enmp_jax.errors import UserError
-from enmp_jax.models import bert, checkpoint, clip, convert, llama, vit
+from enmp_jax.models import bert, checkpoint, clip, convert, gemma, gpt2, llama, phi3, vit
 from enmp_jax.models.base import Backbone, Inputs, Params
 from enmp_jax.models.convert import Head, Placement
 from enmp_jax.models.sharding import logical_axes
@@ -34,8 +34,22 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
     "mistral": llama.build,
     "qwen2": llama.build,
     "qwen3": llama.build,
+    "gemma": gemma.build,
+    "gemma2": gemma.build,
+    "gemma3_text": gemma.build,
+    "phi3": phi3.build,
+    "gpt2": gpt2.build,
 }
 """``model_type`` of config.json -> ``build(config, dtype)``. ``clip`` is its vision tower."""
+
+# Adapters of these can be merged, inspected and exported: that needs no backbone.
+WITHOUT_BACKBONE = {
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "deepseek_v2", "deepseek_v3"),
+        "a mixture of experts",
+    ),
+    **dict.fromkeys(("gemma3", "phi4_multimodal"), "a model of text and images"),
+}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -54,6 +68,11 @@ def build(config: Mapping[str, Any], dtype: Any = "float32", family: str | None 
         UserError: unknown ``model_type`` or dtype, or a config that contradicts itself.
     """
     kind = family or config.get("model_type")
+    if kind in WITHOUT_BACKBONE:
+        raise UserError(
+            f"config.json: model_type {kind!r} is {WITHOUT_BACKBONE[kind]}, which cannot be evaluated here: "
+            "its adapters can be inspected, merged and exported (enmp merge), but not searched or trained"
+        )
     if kind not in FAMILIES:
         raise UserError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
@@ -63,7 +82,11 @@ def build(config: Mapping[str, Any], dtype: Any = "float32", family: str | None 
 
 
 def load(
-    path: str | Path, dtype: Any = "float32", place: Placement = None, family: str | None = None
+    path: str | Path,
+    dtype: Any = "float32",
+    place: Placement = None,
+    family: str | None = None,
+    gradient_checkpointing: bool = False,
 ) -> tuple[Backbone, Params]:
     """Read a base model.
 
@@ -72,12 +95,14 @@ def load(
         dtype: see ``build``.
         place: how to shard parameters (see ``convert.Placement``); None: the default device.
         family: see ``build``.
+        gradient_checkpointing: keep no activations inside a layer for the backward pass; needs less memory.
 
     Raises:
         UserError: not found, unreadable, or not what its config.json says.
     """
     directory = checkpoint.find(path)
-    backbone = build(checkpoint.read_config(directory), dtype, family)
+    config = checkpoint.read_config(directory) | {"gradient_checkpointing": gradient_checkpointing}
+    backbone = build(config, dtype, family)
     return backbone, convert.read_params(backbone, directory, place)
 
 

@@ -81,6 +81,7 @@ def _match(
     for path, p in wanted.items():
         layers = range(p.shape[0]) if is_stacked(path) else [None]
         shape = p.shape[1:] if is_stacked(path) else p.shape
+        shape = shape[::-1] if p.transposed else shape
         for layer in layers:
             source = found.get((p.name, layer))
             if source is None:
@@ -114,15 +115,24 @@ def _place(tensors: checkpoint.Tensors, names: list[str], p: Param, sharding: Sh
         one = sharding
     stacked = jnp.zeros(p.shape, p.dtype, device=sharding)
     for i, name in enumerate(names):
-        stacked = _set_layer(stacked, _read(tensors, name, one), jnp.asarray(i))
+        stacked = _set_layer(stacked, _read(tensors, name, one, p.transposed), jnp.asarray(i))
     return stacked
 
 
-def _read(tensors: checkpoint.Tensors, name: str, sharding: Sharding | None) -> Array:
+def _read(
+    tensors: checkpoint.Tensors, name: str, sharding: Sharding | None, transposed: bool = False
+) -> Array:
     if sharding is None:
-        return jnp.asarray(tensors.read(name))
+        value = tensors.read(name)
+        return jnp.asarray(value.T if transposed else value)
     shape = tensors.shape(name)
-    return jax.make_array_from_callback(shape, sharding, lambda index: tensors.read(name, index))
+    if not transposed:
+        return jax.make_array_from_callback(shape, sharding, lambda index: tensors.read(name, index))
+
+    def columns(index: tuple[slice, ...] | None) -> np.ndarray:
+        return tensors.read(name, index and index[::-1]).T
+
+    return jax.make_array_from_callback(shape[::-1], sharding, columns)
 
 
 def to_tensors(backbone: Backbone, params: Params) -> dict[str, np.ndarray]:
@@ -131,6 +141,7 @@ def to_tensors(backbone: Backbone, params: Params) -> dict[str, np.ndarray]:
     declared = flatten(backbone.parameters)
     for path, leaf in flatten(params).items():
         name, value = backbone.spelling.in_file(declared[path].name), np.asarray(leaf)
+        value = value.swapaxes(-1, -2) if declared[path].transposed else value
         if is_stacked(path):
             tensors |= {name.replace("{}", str(i)): np.asarray(v, order="C") for i, v in enumerate(value)}
         else:
