@@ -54,7 +54,7 @@ def main() -> None:
         evaluator = Evaluator(load(dataclasses.replace(run, merge=merge), ("search",)))
         if not columns:
             sizes = evaluator.loaded.sizes("search")
-            expert = evaluator.expert_accuracies("search")
+            expert = evaluator.expert_scores("search")
             columns["base"] = np.asarray(evaluator.score_base("search").correct) / sizes
             columns["expert"] = expert
             means |= {"base": float((columns["base"] / expert).mean()), "expert": 1.0}

@@ -1,6 +1,8 @@
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 """Tests that need 8 devices; test_devices.py runs this file in a process of its own."""
 
+import dataclasses
+import json
 import re
 
 import jax
@@ -15,6 +17,7 @@ from device_problem import TASKS, make_inputs, masks
 from jax.sharding import NamedSharding, PartitionSpec
 
 from enmp_jax import merges, models
+from enmp_jax.config.sections import MergeConfig
 from enmp_jax.data.batches import Batches
 from enmp_jax.devices.mesh import choose_shape, make_mesh
 from enmp_jax.evaluation import budget, racing
@@ -22,9 +25,11 @@ from enmp_jax.evaluation.fitness import FITNESS
 from enmp_jax.evaluation.population import EvalInputs, count_all, make_evaluate, place
 from enmp_jax.evaluation.prefix import make_evaluate_from
 from enmp_jax.evaluation.scoring import Heads, Scoring
+from enmp_jax.io.progress import SILENT
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.masks import MaskSpec
 from enmp_jax.models.sharding import shard_params
+from enmp_jax.runs.search import search_run
 from enmp_jax.search import device_memo, loop, strategies
 
 COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -302,3 +307,42 @@ def test_races_do_not_depend_on_the_mesh(problem, monkeypatch):
     evaluate = jax.jit(make_evaluate(backbone, merge, len(TASKS), kind=FITNESS["probability"]))
     whole = scoring.fitness(evaluate(inputs, keep, scale), FITNESS["probability"])
     np.testing.assert_allclose(scored((4, 2, 1), z=np.inf).fitness[1:], whole[1:], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"strategy": "gradient", "granularity": "projection"},
+        {"strategy": "greedy", "start": "first_order"},
+    ],
+    ids=["gradient", "greedy"],
+)
+def test_a_whole_search_does_not_depend_on_the_devices(demo_run, tmp_path, strategy):
+    """The same seed finds the same masks or weights, with the same history, on 1 device and on 8."""
+    found = {}
+    for shape in [(1, 1, 1), (2, 4, 1)]:
+        mesh = dict(zip(("population", "data", "model"), shape, strict=True))
+        run = dataclasses.replace(
+            demo_run,
+            merge=MergeConfig("tsv", scale=0.6),
+            search=dataclasses.replace(
+                demo_run.search, generations=4, check_every=2, fitness="margin", **strategy
+            ),
+            evaluation=dataclasses.replace(demo_run.evaluation, batch_size=16, mesh=mesh),
+        )
+        out = tmp_path / "-".join(map(str, shape))
+        search_run(run, out, SILENT)
+        history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+        found[shape] = json.loads((out / "mask.json").read_text()), history
+    mask, history = found.pop((1, 1, 1))
+    assert mask["pruned"] or mask["weights"]  # something was found
+    for other, lines in found.values():
+        assert other["pruned"] == mask["pruned"]
+        weights, expected = (
+            {tuple(map(str, module)): weight for *module, weight in m.get("weights") or ()}
+            for m in (other, mask)
+        )
+        assert weights == pytest.approx(expected, abs=1e-4)
+        for line, expected in zip(lines, history, strict=True):
+            assert line["best"] == pytest.approx(expected["best"], rel=1e-5)
+            assert line["example_evaluations"] == expected["example_evaluations"]

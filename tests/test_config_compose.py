@@ -213,8 +213,9 @@ def test_a_run_of_an_older_version_goes_on(files, tmp_path):
     written = to_dict(run)
     written["merge"] |= {"gamma": None, "clusters": None, "coefficient": None}
     files("out/config.yaml", written)
-    RunDirectory(tmp_path / "out", resume=True).start(run)
+    with RunDirectory(tmp_path / "out", resume=True) as directory:
+        directory.start(run)
     written["merge"]["density"] = 0.4
     files("out/config.yaml", written)
-    with pytest.raises(UserError, match="other settings for merge"):
+    with pytest.raises(UserError, match=r"other settings: changed merge.density"):
         RunDirectory(tmp_path / "out", resume=True).start(run)

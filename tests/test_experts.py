@@ -36,14 +36,14 @@ def computed(monkeypatch):
 
 
 def test_computed_once_and_the_same_when_read(cache, demo_loaded, computed):
-    first = experts.log_probabilities(demo_loaded, "search")
-    again = experts.log_probabilities(demo_loaded, "search")
+    first = experts.answers(demo_loaded, "search")
+    again = experts.answers(demo_loaded, "search")
     assert computed == ["search"] and len(list(cache.iterdir())) == 1
     for a, b, e in zip(first, again, demo_loaded.examples["search"], strict=True):
         np.testing.assert_array_equal(a, b)
         assert len(a) == len(e.labels)
     assert np.isneginf(again[0][:, -1]).all() and np.isfinite(again[1]).all()
-    experts.log_probabilities(demo_loaded, "test")
+    experts.answers(demo_loaded, "test")
     assert computed == ["search", "test"]
 
 
@@ -93,10 +93,10 @@ def test_the_base_counts_by_its_files(tmp_path, demo_loaded):
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"damaged"])
 def test_damaged_files_are_computed_again(cache, demo_loaded, computed, content):
-    experts.log_probabilities(demo_loaded, "search")
+    experts.answers(demo_loaded, "search")
     (path,) = cache.iterdir()
     path.write_bytes(content)
-    experts.log_probabilities(demo_loaded, "search")
+    experts.answers(demo_loaded, "search")
     assert computed == ["search", "search"] and len(path.read_bytes()) > 1000
 
 

@@ -13,7 +13,7 @@ from enmp_jax import models
 from enmp_jax.deltas import LowRank
 from enmp_jax.errors import UserError
 from enmp_jax.models.clip import zero_shot_head
-from enmp_jax.models.llama import option_scores, rope_frequencies
+from enmp_jax.models.llama import rope_frequencies
 
 GOLDEN = Path(__file__).parent / "data" / "models"
 VIT = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 64, "intermediate_size": 256}
@@ -188,13 +188,6 @@ def test_bad_prompts(names, templates, part):
     text, params = models.load(GOLDEN / "clip", family="clip_text_model")
     with pytest.raises(UserError, match=part):
         zero_shot_head(text, params, names, templates, Words())
-
-
-def test_option_scores_count_the_options_tokens_only():
-    scores = jnp.asarray([[-1.0, -2.0, -4.0, 0.0], [-1.0, -8.0, 0.0, 0.0]])
-    option = jnp.asarray([[0, 0, 1, 1], [0, 0, 1, 0]])
-    np.testing.assert_allclose(option_scores(scores, option), [-6.0, -8.0])
-    np.testing.assert_allclose(option_scores(scores, option, per_token=True), [-3.0, -8.0])
 
 
 def test_a_classifier_checkpoint_has_no_language_model():

@@ -12,7 +12,7 @@ import pytest
 from enmp_jax import models
 from enmp_jax.deltas import Dense, LowRank
 from enmp_jax.lora import stack_adapters
-from enmp_jax.models.llama import language_model_loss
+from enmp_jax.models.causal import language_model_loss
 
 GOLDEN = Path(__file__).parent / "data" / "models"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))

@@ -136,7 +136,7 @@ def test_a_killed_search_goes_on_as_if_nothing_had_happened(finished, demo_run, 
 
 def test_resuming_with_other_settings_is_refused(finished, demo_run):
     other = dataclasses.replace(demo_run, search=dataclasses.replace(demo_run.search, sigma0=0.1))
-    with pytest.raises(UserError, match="other settings for search"):
+    with pytest.raises(UserError, match="other settings: changed search.sigma0"):
         search_run(other, finished[0], SILENT, resume=True)
 
 

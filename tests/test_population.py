@@ -95,7 +95,7 @@ def test_chunks_and_padding_change_nothing(setting):
 
 def test_experts_are_the_adapters_alone(demo_evaluator):
     """Each task's answers against the merge of its adapter alone at its own scaling, and its accuracy."""
-    answers, accuracy = demo_evaluator.expert_answers("search"), demo_evaluator.expert_accuracies("search")
+    answers, accuracy = demo_evaluator.expert_answers("search"), demo_evaluator.expert_scores("search")
     merge, loaded = merges.make("sum"), demo_evaluator.loaded
     for i in (0, 3):
         alone, examples = loaded.stack.select([i]), loaded.examples["search"][i]

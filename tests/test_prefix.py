@@ -132,10 +132,10 @@ def counting_layers(monkeypatch):
     ran, apply_layer = [], layers.apply_layer
 
     def counted(spec, params, stream, deltas):
-        hidden = apply_layer(spec, params, stream, deltas)
+        hidden, own = apply_layer(spec, params, stream, deltas)
         # under vmap the callback is called for each member
         jax.debug.callback(lambda _: ran.append(1), hidden.sum())
-        return hidden
+        return hidden, own
 
     monkeypatch.setattr(layers, "apply_layer", counted)
     return ran

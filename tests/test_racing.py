@@ -253,10 +253,10 @@ def searched(loaded, out, resume=False, **settings):
     search = dataclasses.replace(loaded.run.search, **settings)
     run = dataclasses.replace(loaded.run, search=search)
     evaluator = Evaluator(dataclasses.replace(loaded, run=run))
-    directory = RunDirectory(out, resume)
-    directory.start(run)
     inputs, scoring = evaluator.inputs("search"), evaluator.scoring("search")
-    found = evolve(evaluator, directory, SILENT, inputs, scoring, 0.5)
+    with RunDirectory(out, resume) as directory:
+        directory.start(run)
+        found = evolve(evaluator, directory, SILENT, inputs, scoring, 0.5)
     return found, [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()], evaluator
 
 

@@ -36,7 +36,7 @@ def test_its_experts_know_more_than_the_base(run, monkeypatch):
     evaluation = dataclasses.replace(run.evaluation, search_examples=40, batch_size=140)
     evaluator = Evaluator(load(dataclasses.replace(run, evaluation=evaluation), ("search",)))
     sizes = evaluator.loaded.sizes("search")
-    expert = evaluator.expert_accuracies("search")
+    expert = evaluator.expert_scores("search")
     base = np.asarray(evaluator.score_base("search").correct) / sizes
     assert (expert > base).all()
     assert (base / expert).mean() < 0.6

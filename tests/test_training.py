@@ -78,7 +78,7 @@ def test_training_makes_the_experts_better_than_the_base(demo_run):
     """The packaged experts, as ``enmp train`` made them, on data that they were not trained on."""
     evaluator = Evaluator(load(demo_run, ("search",)))
     sizes = evaluator.loaded.sizes("search")
-    experts = evaluator.expert_accuracies("search")
+    experts = evaluator.expert_scores("search")
     base = np.asarray(evaluator.score_base("search").correct) / sizes
     assert experts.mean() > base.mean() + 0.15
 

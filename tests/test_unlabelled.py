@@ -136,7 +136,7 @@ def test_agreement_is_with_the_tasks_own_expert(demo_loaded):
     np.testing.assert_array_equal(np.diag(agreement), 1.0)
     assert agreement[~np.eye(n, dtype=bool)].mean() < 0.9
     np.testing.assert_array_equal(evaluator.scoring("test").reference, 1.0)
-    np.testing.assert_array_equal(evaluator.expert_accuracies("test"), 1.0)
+    np.testing.assert_array_equal(evaluator.expert_scores("test"), 1.0)
     # splits with labels keep theirs
     np.testing.assert_array_equal(evaluator.scoring("search").reference, 0.5)
     assert evaluator.examples("search") is loaded.examples["search"]

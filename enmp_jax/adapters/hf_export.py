@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from enmp_jax import models
+from enmp_jax.adapters.checks import Check, check_names, tensor_names
 from enmp_jax.adapters.lora_factors import one_layer
 from enmp_jax.adapters.matching import examples
-from enmp_jax.adapters.peft_export import write_heads, write_texts
+from enmp_jax.adapters.peft_export import refuse_failed, write_heads, write_texts
 from enmp_jax.adapters.peft_import import LoadedAdapters
 from enmp_jax.adapters.recipe import Recipe, public_name
 from enmp_jax.deltas import Deltas
@@ -114,11 +115,26 @@ def _export(
             _set_dtype(config, dtype)
             write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
         write_heads(directory, loaded)
+        checks = _written(directory, set(entries) - omit, changes)
         notes = (f"{len(changes)} weights of the base model changed.",)
         options: dict[str, Any] = {"base_model": public_name(found.source), "dtype": dtype}
-        write_texts(directory, "checkpoint", loaded, recipe, notes=notes, **options)
+        write_texts(directory, "checkpoint", loaded, recipe, notes=notes, checks=checks, **options)
     size = sum(sizes.values()) / 1e9
     return f"{len(changes)} weights changed in {len(shards)} file{'s'[: len(shards) > 1]}, {size:.2f} GB"
+
+
+def _written(directory: Path, names: set[str], changes: Mapping[str, object]) -> list[Check]:
+    """The cheap checks of a checkpoint; ``rewrite`` has compared every byte with what was meant.
+
+    Raises:
+        UserError: a tensor is missing or extra.
+    """
+    checks = [
+        check_names("tensors", tensor_names(directory), names),
+        Check("not the base", bool(changes), f"{len(changes)} weights changed", counts=False),
+    ]
+    refuse_failed(checks)
+    return checks
 
 
 def _canonical(config: Mapping[str, Any]) -> Callable[[str], str | None] | None:

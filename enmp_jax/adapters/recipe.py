@@ -33,6 +33,10 @@ class Recipe:
         scores: as ``scores.json`` of a run, if the merge was evaluated.
         weights: modules whose weight is not 1, pruned ones among them, as ``MaskSpec.weighted_modules``
             lists them: (layer, task, weight) or (layer, projection, task, weight).
+        run: name of the run directory that it is exported from.
+        refined: settings of the LoRA that was trained from the merge; None where there is none.
+        exported: scores of the exported model itself, where it is not the one that was scored:
+            ``rank``, ``error``, ``accuracy`` by task and ``mean_normalised``.
     """
 
     merge: Mapping[str, Any] = field(default_factory=dict)
@@ -40,6 +44,9 @@ class Recipe:
     seed: int | None = None
     scores: Mapping[str, Any] | None = None
     weights: Sequence[Sequence[Any]] = ()
+    run: str | None = None
+    refined: Mapping[str, Any] | None = None
+    exported: Mapping[str, Any] | None = None
 
     @property
     def between(self) -> list[Sequence[Any]]:
@@ -60,11 +67,12 @@ def config_yaml(kind: str, loaded: LoadedAdapters, recipe: Recipe, base: str | N
         base: name of the base model.
         options: more settings of the format (``rank``, ``dtype``); None ones are left out.
     """
+    names = adapter_names(loaded)
     data = {
         "format": kind,
         "base_model": public_name(base),
         "tasks": [
-            {"name": task, "adapter": adapter_name(adapter), "sha256": _sha256(adapter)}
+            {"name": task, "adapter": names[task], "sha256": sha256(adapter)}
             for task, adapter in loaded.adapters.items()
         ],
         "merge": plain(recipe.merge),
@@ -72,22 +80,54 @@ def config_yaml(kind: str, loaded: LoadedAdapters, recipe: Recipe, base: str | N
         **({"weights": plain(recipe.weights)} if recipe.weights else {}),
         "options": {key: value for key, value in options.items() if value is not None},
         "seed": recipe.seed,
+        **({"refined": plain(recipe.refined)} if recipe.refined else {}),
         "scores": plain(recipe.scores),
+        **({"exported": plain(recipe.exported)} if recipe.exported else {}),
         "versions": versions(),
     }
     line = command(kind, loaded, recipe, **options)
     comment = textwrap.indent(line, "#   ", lambda _: True)
-    return f"# Written by enmp-jax {__version__}. To repeat it:\n{comment}\n" + yaml.safe_dump(
+    how = f"To repeat it, {where(loaded, recipe)}:"
+    return f"# Written by enmp-jax {__version__}. {how}\n{comment}\n" + yaml.safe_dump(
         data, sort_keys=False, allow_unicode=True
     )
 
 
 def command(kind: str, loaded: LoadedAdapters, recipe: Recipe, **options: Any) -> str:
-    """The ``enmp merge`` command line that makes the same files; weights are in ``mask.json``."""
+    """The command line that makes the same files, to be run ``where`` says."""
+    if _from_run(loaded, recipe):
+        if recipe.refined is not None:
+            given = {key: recipe.refined[key] for key in ("rank", "steps", "learning_rate", "fitness")}
+            words = ["enmp", "refine", str(recipe.run)]
+        else:
+            given = {key: value for key, value in options.items() if key != "base_model"}
+            words = ["enmp", "export", str(recipe.run), "--format", kind]
+        return shlex.join([*words, *_flags(given), "--out", "DIR"])
     words = ["enmp", "merge"]
-    for task, adapter in loaded.adapters.items():
-        words += ["--adapter", f"{task}={adapter_name(adapter)}"]
-    for key, value in {**recipe.merge, **options}.items():
+    for task, name in adapter_names(loaded).items():
+        words += ["--adapter", f"{task}={name}"]
+    words += _flags({**recipe.merge, **options})
+    if recipe.weights:
+        words += ["--mask", "mask.json"]
+    else:
+        for module in recipe.pruned:
+            words += ["--prune", ":".join(map(str, module))]
+    return shlex.join([*words, "--format", kind, "--out", "DIR"])
+
+
+def where(loaded: LoadedAdapters, recipe: Recipe) -> str:
+    """Where ``command`` runs as it is printed."""
+    if _from_run(loaded, recipe):
+        return f"beside the run directory {recipe.run}"
+    mask = ["mask.json from here"] if recipe.weights else []
+    local = ["the adapters under these names"] if _local(loaded) else []
+    needed = " and ".join([*local, *mask])
+    return f"in a directory with {needed}" if needed else "anywhere"
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for key, value in options.items():
         flag = f"--{key.replace('_', '-')}"
         if value is True:
             words.append(flag)
@@ -95,12 +135,16 @@ def command(kind: str, loaded: LoadedAdapters, recipe: Recipe, **options: Any) -
             words += [flag, *map(str, value)]
         elif value is not None and value is not False:
             words += [flag, str(value)]
-    if recipe.weights:
-        words += ["--mask", "mask.json"]
-    else:
-        for module in recipe.pruned:
-            words += ["--prune", ":".join(map(str, module))]
-    return shlex.join([*words, "--format", kind, "--out", "DIR"])
+    return words
+
+
+def _local(loaded: LoadedAdapters) -> bool:
+    return not all(adapter.commit for adapter in loaded.adapters.values())
+
+
+def _from_run(loaded: LoadedAdapters, recipe: Recipe) -> bool:
+    """Whether the run directory repeats it: adapters of the hub are found without it, by everybody."""
+    return recipe.run is not None and (recipe.refined is not None or _local(loaded))
 
 
 def mask_text(loaded: LoadedAdapters, recipe: Recipe) -> str:
@@ -115,11 +159,18 @@ def mask_text(loaded: LoadedAdapters, recipe: Recipe) -> str:
     return json.dumps(data, indent=1) + "\n"
 
 
-def adapter_name(adapter: Adapter) -> str:
-    """Hub id with its commit, or the last part of a local path."""
-    if adapter.commit:
-        return f"{adapter.source.partition('@')[0]}@{adapter.commit}"
-    return adapter.directory.resolve().name
+def adapter_names(loaded: LoadedAdapters) -> dict[str, str]:
+    """Task -> hub id with its commit, or the last part of a local path (the task's name if two share it)."""
+    last = {task: adapter.directory.resolve().name for task, adapter in loaded.adapters.items()}
+    distinct = len(set(last.values())) == len(last)
+    return {
+        task: f"{adapter.source.partition('@')[0]}@{adapter.commit}"
+        if adapter.commit
+        else last[task]
+        if distinct
+        else task
+        for task, adapter in loaded.adapters.items()
+    }
 
 
 def public_name(name: str | None) -> str | None:
@@ -148,6 +199,7 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _sha256(adapter: Adapter) -> str:
+def sha256(adapter: Adapter) -> str:
+    """Hash of an adapter's weights, which tells it from all others."""
     with open(adapter.directory / WEIGHTS, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,6 +15,7 @@ COMMANDS = {
     "search": "find the negative modules of a run file's adapters",
     "evaluate": "score adapters alone, merged, or merged under a mask",
     "merge": "merge adapters; needs no base model and no data",
+    "export": "write any format of what a search found",
     "inspect": "show what is in adapters",
     "train": "train LoRA experts (and a small base) from a run file",
     "refine": "train one LoRA from the model that a search found",

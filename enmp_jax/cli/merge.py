@@ -5,25 +5,23 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
 
 from enmp_jax import masks, merges
-from enmp_jax.adapters.delta_export import write_delta
-from enmp_jax.adapters.gguf_export import export_gguf
-from enmp_jax.adapters.hf_export import export_checkpoint
-from enmp_jax.adapters.peft_export import TOLERANCE, export_adapters, export_peft
+from enmp_jax.adapters.formats import ExportOptions, Merged, Written, write
+from enmp_jax.adapters.peft_export import TOLERANCE
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
-from enmp_jax.adapters.recipe import Recipe, config_yaml, mask_text
+from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
-from enmp_jax.io.writing import check_unused, new_directory, write_text
+from enmp_jax.io.writing import check_unused
 from enmp_jax.masks import Keep, Module
 from enmp_jax.merges.hyperparameters import Hyperparameter, hyperparameters
 from enmp_jax.runs import mask_file
@@ -69,12 +67,11 @@ class Options:
     rank: int | None = None
     """peft, gguf: largest rank, whatever the error."""
     tolerance: float = TOLERANCE
-    """peft, gguf: relative error (Frobenius norm) that dense deltas may have, at the smallest rank for it."""
+    """peft, gguf: relative error (Frobenius norm) that dense deltas may have; the rank is the smallest for it."""
     strict: bool = False
     """peft, gguf: refuse to write an adapter that misses the tolerance, instead of a warning."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """checkpoint: type of the weights; default: the base's (GGUF: float32). gguf: of the factors; default:
-    float32."""
+    """checkpoint: type of the weights; default: the base's (of a GGUF file: float32). gguf: of the factors."""
     allow_base_mismatch: bool = False
     """Merge adapters that name different base models."""
 
@@ -104,15 +101,6 @@ Args = make_dataclass(
     "Args", [_option(*item) for item in _hyperparameters().items()], bases=(Options,), frozen=True
 )
 Args.__doc__ = Options.__doc__
-
-
-class Merged(NamedTuple):
-    """What the writers of formats get."""
-
-    loaded: LoadedAdapters
-    keep: Keep
-    deltas: Callable[[], Deltas]  # merging is left to the formats that need it
-    recipe: Recipe
 
 
 def run(args: Options) -> None:
@@ -145,9 +133,17 @@ def run(args: Options) -> None:
     def deltas() -> Deltas:
         return jax.jit(method.merge)(method.prepare(loaded.stack), jnp.asarray(keep), scale)
 
-    for line in FORMATS[args.format](args, Merged(loaded, keep, deltas, recipe)):
+    options = ExportOptions(args.rank, args.tolerance, args.strict, args.dtype, args.base_model)
+    show(write(args.out, args.format, Merged(loaded, keep, deltas, recipe), options), args.out, "merge")
+
+
+def show(written: Written, out: Path, command: str) -> None:
+    """Print what was written; warnings on standard error."""
+    for warning in written.warnings:
+        print(f"enmp {command}: warning: {warning}", file=sys.stderr)
+    for line in written.lines:
         print(line)
-    print(f"wrote {args.out}")
+    print(f"wrote {out}")
 
 
 def _merge(args: Options, found_for: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -216,60 +212,3 @@ def _mask(
         raise UserError("--prune: give LAYER:TASK everywhere or LAYER:PROJECTION:TASK everywhere")
     spec = masks.MaskSpec.of(loaded.stack, "projection" if finer else "layer", max_pruned=1.0)
     return spec, spec.keep_from_pruned(modules), 1.0 if args.scale is None else args.scale, None
-
-
-def _delta(args: Options, merged: Merged) -> list[str]:
-    with new_directory(args.out) as directory:
-        count = write_delta(directory / "delta.safetensors", merged.deltas(), merged.loaded.names)
-        write_text(directory / "mask.json", mask_text(merged.loaded, merged.recipe))
-        recipe = config_yaml("delta", merged.loaded, merged.recipe, merged.loaded.base_model)
-        write_text(directory / "enmp_config.yaml", recipe)
-    return [f"{count} matrices in delta.safetensors"]
-
-
-def _peft(args: Options, merged: Merged) -> list[str]:
-    found = export_peft(
-        args.out, merged.loaded, merged.deltas(), merged.recipe, args.rank, args.tolerance, strict=args.strict
-    )
-    _warn(found.error, args)
-    return [found.line]
-
-
-def _warn(error: float, args: Options) -> None:
-    if error > args.tolerance:
-        print(
-            f"enmp merge: warning: the relative error {error:.2e} is above the tolerance "
-            f"{args.tolerance:g}: raise --rank or leave it out",
-            file=sys.stderr,
-        )
-
-
-def _gguf(args: Options, merged: Merged) -> list[str]:
-    assert args.base_model is not None
-    error, line = export_gguf(
-        args.out, merged.loaded, merged.deltas(), args.base_model, merged.recipe, args.rank, args.tolerance,
-        dtype=args.dtype, strict=args.strict,
-    )  # fmt: skip
-    _warn(error, args)
-    return [line]
-
-
-def _adapters(args: Options, merged: Merged) -> list[str]:
-    return export_adapters(args.out, merged.loaded, merged.keep, merged.recipe)
-
-
-def _checkpoint(args: Options, merged: Merged) -> list[str]:
-    assert args.base_model is not None
-    line = export_checkpoint(
-        args.out, merged.loaded, merged.deltas(), args.base_model, merged.recipe, dtype=args.dtype
-    )
-    return [line]
-
-
-FORMATS: dict[str, Callable[[Options, Merged], list[str]]] = {
-    "delta": _delta,
-    "peft": _peft,
-    "adapters": _adapters,
-    "checkpoint": _checkpoint,
-    "gguf": _gguf,
-}

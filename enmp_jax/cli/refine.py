@@ -27,6 +27,8 @@ class Args:
     learning_rate: float | None = None
     fitness: str | None = None
     """What is maximised: expert_kl, expert_probability, expert_margin, probability, margin, ..."""
+    out: Path | None = None
+    """Write the adapter here instead, and leave the run as it is."""
 
 
 def run(args: Args) -> None:
@@ -46,8 +48,9 @@ def run(args: Args) -> None:
     names = ("rank", "steps", "learning_rate", "fitness")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     with make_reporter() as reporter:
-        scores = refine_run(args.run_dir, dataclasses.replace(config, **given), reporter)
+        scores = refine_run(args.run_dir, dataclasses.replace(config, **given), reporter, args.out)
     if jax.process_index() == 0:
-        write_plots(args.run_dir)
-        write_report(args.run_dir)
+        if args.out is None:
+            write_plots(args.run_dir)
+            write_report(args.run_dir)
         print_scores(scores)

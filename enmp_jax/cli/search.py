@@ -22,6 +22,9 @@ class Args:
     """Run directory to make; needed unless --dry-run or --plan."""
     resume: bool = False
     """Go on with the search in --out."""
+    resume_anyway: bool = False
+    """Go on although settings or files have changed: what depends on them begins anew, and what was there is
+    set aside."""
     dry_run: bool = False
     """Load everything, compile, score one batch under one mask, say what would run; write no results."""
     set: Settings = ()
@@ -67,7 +70,7 @@ def run(args: Args) -> None:
     if args.out is None:
         raise UserError("give --out DIR, the run directory to make (or --dry-run to see what would run)")
     out = args.out
-    show(lambda reporter: search_run(config, out, reporter, args.resume), out)
+    show(lambda reporter: search_run(config, out, reporter, args.resume, args.resume_anyway), out)
 
 
 def show(job: Callable[..., dict[str, Any]], out: Path) -> None:

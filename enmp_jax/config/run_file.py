@@ -19,6 +19,7 @@ from enmp_jax.config.schema import parse
 from enmp_jax.config.sections import (
     BaseConfig,
     EvaluationConfig,
+    ExportConfig,
     MergeConfig,
     PretrainConfig,
     SearchConfig,
@@ -37,6 +38,7 @@ class RunConfig:
     merge: MergeConfig = field(default_factory=MergeConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     pretrain: PretrainConfig | None = None
     root: Path = field(default=Path(), metadata={"internal": True})

@@ -67,7 +67,14 @@ class DataConfig:
     """Label map: class k of the source becomes ``labels[k]``; -1 leaves its examples out."""
     class_names: tuple[str, ...] = ()
     max_length: int = 128
-    """Tokens; longer texts are truncated and counted."""
+    """Tokens; longer texts and answers are truncated and counted, longer prompts and choices refused."""
+    template: str | None = None
+    """choice, completion: the text with ``{prompt}`` (and other keys of the data), and maybe ``{answer}`` at
+    its end; default: ``{prompt} {answer}``."""
+    chat: bool = False
+    """choice, completion: ask by the tokenizer's chat template, as a user; ``messages`` data always do."""
+    choice_norm: Literal["none", "token", "character"] = "none"
+    """choice: compare log-likelihoods (lm-eval's acc), or those per token or per character (acc_norm)."""
     skip_bad: bool = False
     """Leave out images that do not decode, instead of stopping."""
     duplicates: Literal["refuse", "drop"] = "refuse"
@@ -99,8 +106,13 @@ class TaskConfig:
     """PEFT directory or hub id (``name@revision``)."""
     data: DataConfig
     head: HeadConfig = HeadConfig()
+    kind: Literal["classification", "choice", "completion"] | None = None
+    """classification by a head; choice: which of the given answers is likeliest; completion: how likely the
+    answer's tokens are. Default: found from the data (``choices``; ``prompt`` and ``answer``;
+    ``messages``)."""
     reference: float | None = None
-    """Accuracy of the unmerged adapter on the test split, 0..1; default: measured."""
+    """Score of the unmerged adapter on the test split, 0..1: accuracy, or of a completion task exp(-loss);
+    default: measured."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +216,23 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """What a search hands over, and the defaults of ``enmp export``."""
+
+    formats: tuple[Literal["adapters", "peft", "checkpoint", "delta", "gguf"], ...] = ("adapters", "peft")
+    """``adapters``: each task's own, pruned or weighted; ``peft``: the merge as one adapter;
+    ``checkpoint``: the base model with the merge in it; ``delta``: what the merge adds to the base;
+    ``gguf``: as ``peft``, for llama.cpp."""
+    rank: int | None = None
+    """peft: largest rank, whatever the error; default: as high as the tolerance needs."""
+    tolerance: float = 0.01
+    """peft: relative error (Frobenius norm) that a merge without low rank may have. Low-rank merges are
+    exact. Where ``rank`` is too small for it, the exported model is scored too."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """checkpoint: type of the weights; default: the base's."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How examples are batched and devices used."""
 
@@ -232,6 +261,10 @@ class TrainConfig:
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ()
     """Last parts of module names; default: the attention projections."""
+    epochs: float | None = None
+    """Passes over the largest task's examples, instead of ``steps``."""
+    gradient_checkpointing: bool = False
+    """Keep no activations of a layer for the backward pass but compute them again: slower, in less memory."""
     head: Literal["train", "probe", "given"] = "train"
     """Train the head with the LoRA; fit it to the base's features first and keep it fixed; or keep
     the task's given head."""

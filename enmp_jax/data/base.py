@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-Modality = Literal["image", "text"]
+Modality = Literal["image", "text", "question"]
 Split = Literal["train", "search", "selection", "test"]
 """What a run uses examples for: the fields of ``DataConfig`` that hold a split expression."""
 Progress = Callable[[int, int], None]
@@ -28,7 +28,8 @@ class Raw(NamedTuple):
 
     Attributes:
         modality: what ``values`` are.
-        values: images as uint8 ``[h, w, c]``, encoded bytes or a file path; texts as tuples of str.
+        values: images as uint8 ``[h, w, c]``, encoded bytes or a file path; texts as tuples of str;
+            questions as ``questions.Question``.
         labels: int64 ``[n]``; -1 where the source gives no label.
         names: what to call each example in messages.
     """
@@ -88,7 +89,8 @@ class Examples(NamedTuple):
     Attributes:
         inputs: name -> array ``[n, ...]``: ``image`` uint8 ``[n, h, w, c]``, or ``input_ids``,
             ``attention_mask`` (and ``token_type_ids``) int32 ``[n, length]``, right-padded. Without a
-            preprocess, texts are ``text``, an object array ``[n, parts]`` of str.
+            preprocess, texts are ``text``, an object array ``[n, parts]`` of str. Those of generative
+            tasks are in ``data.layout``.
         labels: int32 ``[n]``, after the label map; all -1 where no example has a label.
         class_names: names of the classes the labels count, or empty.
         keys: ``S32 [n]``, hash of each example's content before transforms.

@@ -10,28 +10,39 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from enmp_jax.data.base import Examples
+from enmp_jax.data.layout import TARGET_INPUTS, TOKEN_INPUTS, kind_of
 from enmp_jax.errors import UserError
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Sequence lengths that batches of text are padded to."""
+TARGETS = 8
+"""Places for the targets of a row come in multiples of this, so that few shapes are compiled."""
+
+
+class LikeliestTokens(NamedTuple):
+    """The likeliest tokens at every target of a completion, in falling order."""
+
+    ids: Int[Array | np.ndarray, "*row target likeliest"]
+    log_probability: Float[Array | np.ndarray, "*row target likeliest"]
 
 
 class Batches(NamedTuple):
-    """Batches of one shape, ready for ``lax.scan`` over the first axis.
+    """Batches of one shape and one kind of task, ready for ``lax.scan`` over the first axis.
 
     Attributes:
-        inputs: name -> ``[batches, batch, ...]``.
-        label: class of each example.
+        inputs: name -> ``[batches, batch, ...]``; those of generative tasks are in ``data.layout``.
+        label: class of each example, or number of the right choice.
         task: index of the task each example belongs to.
         mask: False where a row is padding (a copy of the last example).
-        expert: log-probabilities that each example's own unmerged adapter gives, where somebody asks.
+        expert: log-probabilities that each example's own unmerged adapter gives to classes or choices, or
+            the likeliest tokens that it expects at every target of a completion; where somebody asks.
     """
 
     inputs: dict[str, Array]
     label: Int[Array, "batches batch"]
     task: Int[Array, "batches batch"]
     mask: Bool[Array, "batches batch"]
-    expert: Float[Array, "batches batch class"] | None = None
+    expert: Float[Array, "batches batch class"] | LikeliestTokens | None = None
 
 
 def batch(
@@ -39,14 +50,15 @@ def batch(
     batch_size: int,
     device: Any = None,
     lengths: Sequence[int] = LENGTHS,
-    expert: Sequence[Float[np.ndarray, "_ class"]] | None = None,
+    expert: Sequence[Float[np.ndarray, "_ class"] | LikeliestTokens] | None = None,
     order: Literal["given", "stratified"] = "given",
 ) -> tuple[Batches, ...]:
     """Put the examples of all tasks on the device in batches; every example appears exactly once.
 
     Images give one ``Batches``. Texts are sorted into buckets by their length in tokens, each bucket one
     ``Batches`` padded to the smallest of ``lengths`` that holds it; a bucket with less than one batch of
-    examples joins the next longer one, so that few shapes are compiled.
+    examples joins the next longer one, so that few shapes are compiled. Tasks of different kinds have
+    buckets of their own.
 
     Args:
         examples_per_task: one per task, in the order of the tasks.
@@ -62,40 +74,42 @@ def batch(
     """
     if not examples_per_task or not sum(len(e.labels) for e in examples_per_task):
         raise UserError("no examples to put into batches")
-    label = np.concatenate([e.labels for e in examples_per_task]).astype(np.int32)
-    task = np.repeat(
-        np.arange(len(examples_per_task), dtype=np.int32), [len(e.labels) for e in examples_per_task]
-    )
-    inputs = _join(examples_per_task)
-    made = []
-    for rows, length in _buckets(inputs, batch_size, lengths):
-        if order == "stratified":
-            rows = _stratified(rows, task)
-        chosen = {name: _to_length(value[rows], length) for name, value in inputs.items()}
-        shaped = jax.tree.map(lambda a: _fold(a, batch_size), (chosen, label[rows], task[rows]))
-        mask = np.arange(shaped[1].size).reshape(shaped[1].shape) < len(rows)
-        answers = None if expert is None else _fold(np.concatenate(expert)[rows], batch_size)
-        made.append(Batches(*jax.device_put((*shaped, mask, answers), device)))
+    made: list[Batches] = []
+    kinds = [kind_of(e.inputs) for e in examples_per_task]
+    for kind in dict.fromkeys(kinds):
+        tasks = [i for i, other in enumerate(kinds) if other == kind]
+        examples = [examples_per_task[i] for i in tasks]
+        label = np.concatenate([e.labels for e in examples]).astype(np.int32)
+        task = np.repeat(np.asarray(tasks, np.int32), [len(e.labels) for e in examples])
+        inputs = _join(examples, tasks)
+        answers = None if expert is None else _join_answers([expert[i] for i in tasks])
+        for rows, length in _buckets(inputs, batch_size, lengths):
+            if order == "stratified":
+                rows = _stratified(rows, task)
+            fitted = _fit(*jax.tree.map(lambda a, rows=rows: a[rows], (inputs, answers)), length)
+            shaped = jax.tree.map(lambda a: _fold(a, batch_size), (*fitted, label[rows], task[rows]))
+            mask = np.arange(shaped[2].size).reshape(shaped[2].shape) < len(rows)
+            made.append(Batches(*jax.device_put((shaped[0], *shaped[2:], mask, shaped[1]), device)))
     return tuple(made)
 
 
-def _join(examples: Sequence[Examples]) -> dict[str, np.ndarray]:
-    """Concatenate the tasks' inputs; sequences are padded with zeros to the longest."""
+def _join(examples: Sequence[Examples], tasks: Sequence[int]) -> dict[str, np.ndarray]:
+    """Concatenate the inputs of tasks (given with their numbers); sequences are padded with zeros."""
     names = set(examples[0].inputs)
     text = "attention_mask" in names
     joined = {}
-    for i, e in enumerate(examples):
+    for i, e in zip(tasks, examples, strict=True):
         if set(e.inputs) != names:
-            raise UserError(f"tasks 0 and {i} have different inputs: {sorted(names)} and {sorted(e.inputs)}")
+            both = f"{sorted(names)} and {sorted(e.inputs)}"
+            raise UserError(f"tasks {tasks[0]} and {i} have different inputs: {both}")
     for name in sorted(names):
         arrays = [e.inputs[name] for e in examples]
         if text:
-            longest = max(a.shape[1] for a in arrays)
-            arrays = [np.pad(a, ((0, 0), (0, longest - a.shape[1]))) for a in arrays]
-        for i, a in enumerate(arrays):
+            arrays = _to_longest(arrays)
+        for i, a in zip(tasks, arrays, strict=True):
             if a.shape[1:] != arrays[0].shape[1:]:
                 sizes = f"{arrays[0].shape[1:]} and {a.shape[1:]}"
-                raise UserError(f"tasks 0 and {i} have {name}s of different sizes: {sizes}")
+                raise UserError(f"tasks {tasks[0]} and {i} have {name}s of different sizes: {sizes}")
         joined[name] = np.concatenate(arrays)
     return joined
 
@@ -130,11 +144,39 @@ def _stratified(rows: np.ndarray, task: np.ndarray) -> np.ndarray:
     return rows[np.argsort(place, kind="stable")]
 
 
-def _to_length(array: np.ndarray, length: int | None) -> np.ndarray:
-    """Cut off or add padding tokens (masked zeros) to give sequences a length."""
+def _fit(
+    inputs: dict[str, np.ndarray], answers: Any, length: int | None
+) -> tuple[dict[str, np.ndarray], Any]:
+    """Cut off or add padding to give sequences a length, and targets as many places as some row needs."""
     if length is None:
-        return array
-    return np.pad(array, ((0, 0), (0, max(0, length - array.shape[1]))))[:, :length]
+        return inputs, answers
+    size: dict[str, int] = dict.fromkeys(TOKEN_INPUTS, length)
+    if "target_branch" in inputs:
+        most = int((inputs["target_branch"] > 0).sum(axis=1).max())
+        size |= dict.fromkeys(TARGET_INPUTS, -(-most // TARGETS) * TARGETS)
+    fitted = {name: _to_length(a, size[name]) if name in size else a for name, a in inputs.items()}
+    if isinstance(answers, LikeliestTokens):
+        answers = jax.tree.map(lambda a: _to_length(a, size["target_ids"]), answers)
+    return fitted, answers
+
+
+def _join_answers(answers: Sequence[Any]) -> Any:
+    """Concatenate what the experts of tasks answer; choices that a task does not have are impossible."""
+    fill = 0 if isinstance(answers[0], LikeliestTokens) else -np.inf
+    return jax.tree.map(lambda *arrays: np.concatenate(_to_longest(arrays, fill)), *answers)
+
+
+def _to_longest(arrays: Sequence[np.ndarray], fill: float = 0) -> list[np.ndarray]:
+    """Pad the second axis to that of the longest."""
+    longest = max(a.shape[1] for a in arrays)
+    return [_to_length(a, longest, fill) for a in arrays]
+
+
+def _to_length(array: np.ndarray, length: int, fill: float = 0) -> np.ndarray:
+    """Cut off the second axis or pad it."""
+    missing = max(0, length - array.shape[1])
+    widths = ((0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2))
+    return np.pad(array, widths, constant_values=fill)[:, :length]
 
 
 def _fold(array: np.ndarray, batch_size: int) -> np.ndarray:

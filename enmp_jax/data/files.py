@@ -236,6 +236,10 @@ class JsonlSource:
         """Paths, sizes and times of the files."""
         return file_identity(self._paths, self._base)
 
+    def keys(self) -> set[str]:
+        """The keys of the first object."""
+        return {key for records in self._records.values() for key in records[0][1]}
+
     @functools.cached_property
     def _records(self) -> dict[str, list[tuple[str, dict[str, Any]]]]:
         found: dict[str, list[tuple[str, dict[str, Any]]]] = {}

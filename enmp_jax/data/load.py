@@ -11,11 +11,14 @@ import numpy as np
 
 from enmp_jax.config.run_file import resolve_path
 from enmp_jax.config.schema import to_dict
-from enmp_jax.config.sections import DataConfig
+from enmp_jax.config.sections import DataConfig, TaskConfig
 from enmp_jax.data import cache, images, pretexts, slices, transforms
 from enmp_jax.data import labels as label_map
+from enmp_jax.data.answer_tokens import AnswerTokens
 from enmp_jax.data.base import Examples, Modality, Preprocess, Progress, Raw, Source, Span, Split
 from enmp_jax.data.files import FolderSource, JsonlSource, NpzSource
+from enmp_jax.data.layout import Kind
+from enmp_jax.data.questions import Question, QuestionSource, find_kind
 from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io.cache import key as cache_key
 
@@ -44,11 +47,16 @@ SOURCES: dict[str, Callable[[str, DataConfig, Path], Source]] = {
 }
 
 
-def open_source(config: DataConfig, root: Path) -> Source:
+def open_source(config: DataConfig, root: Path, task_kind: Kind = "classification") -> Source:
     """The source that ``config.source`` names; relative paths start from ``root``.
 
+    Args:
+        config: the task's data.
+        root: directory that relative paths start from.
+        task_kind: what to read from it; that of generative tasks is ``questions.QuestionSource``.
+
     Raises:
-        UserError: unknown kind, or nothing there.
+        UserError: unknown kind of source, one that the kind of task does not take, or nothing there.
     """
     kind, colon, name = config.source.partition(":")
     if kind not in SOURCES or not colon or not name:
@@ -56,9 +64,26 @@ def open_source(config: DataConfig, root: Path) -> Source:
             f"data source {config.source!r}: write KIND:NAME with KIND one of {', '.join(SOURCES)}"
         )
     try:
+        if task_kind != "classification":
+            return QuestionSource(Path(resolve_path(name, root)), config, task_kind)
         return SOURCES[kind](name, config, root)
     except OSError as error:
         raise UserError(f"{one_line(config.source)}: cannot be read ({reason(error)})") from None
+
+
+def jsonl_path(config: DataConfig, root: Path) -> Path | None:
+    """Where a ``jsonl:`` source lies; None: it is another source."""
+    kind, _, name = config.source.partition(":")
+    return Path(resolve_path(name, root)) if kind == "jsonl" else None
+
+
+def task_kind(task: TaskConfig, root: Path) -> Kind:
+    """The kind of a task: the run file's, or what its data make of it.
+
+    Raises:
+        UserError: a generative kind with a source that has none, or data that cannot be read.
+    """
+    return find_kind(task.data, task.kind, jsonl_path(task.data, root))
 
 
 def load_examples(
@@ -93,7 +118,8 @@ def load_examples(
     if limit is not None and limit <= 0:
         raise UserError(f"{config.source}: the number of {which} examples is {limit}: it must be above 0")
     transform = transforms.parse(config.transforms)
-    source = open_source(config, root)
+    kind: Kind = preprocess.kind if isinstance(preprocess, AnswerTokens) else "classification"
+    source = open_source(config, root, kind)
     identity = source.identity()
     relevant = {k: v for k, v in to_dict(config).items() if k not in get_args(Split)}
     entry = cache_key(identity, relevant, expression, limit, preprocess.identity if preprocess else None)
@@ -256,11 +282,12 @@ class _Reader:
 
 
 def content_key(value: Any) -> bytes:
-    """Hash of an image's pixels or of a text, 32 hexadecimal digits."""
+    """Hash of an image's pixels, a text or a prompt with its answers, 32 hexadecimal digits."""
     if isinstance(value, np.ndarray):
         content = str(value.shape).encode() + np.ascontiguousarray(value).tobytes()
     else:
-        content = "\x1f".join(value).encode("utf-8", "surrogatepass")
+        parts = value.content if isinstance(value, Question) else value
+        content = "\x1f".join(parts).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=16).hexdigest().encode()
 
 

@@ -6,7 +6,6 @@ Images stay uint8: rescaling and normalising are the backbone's, on the device.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,12 @@ from typing import Any
 import numpy as np
 
 from enmp_jax.config.sections import DataConfig
+from enmp_jax.data.answer_tokens import AnswerTokens
 from enmp_jax.data.base import Modality
+from enmp_jax.data.layout import Kind
+from enmp_jax.data.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_digest
 from enmp_jax.errors import UserError, one_line
 from enmp_jax.models import checkpoint
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
-)  # fmt: skip
 
 
 class PlainImages:
@@ -115,25 +112,12 @@ class Tokens:
 
     def __init__(self, directory: Path, max_length: int) -> None:
         self._directory, self.max_length = directory, max_length
-        digest = hashlib.blake2b(digest_size=16)
-        for name in TOKENIZER_FILES:
-            if (directory / name).exists():
-                content = (directory / name).read_bytes()
-                digest.update(f"{name} {len(content)} ".encode() + content)
         versions = [importlib.metadata.version(package) for package in ("tokenizers", "transformers")]
-        self.identity = json.dumps(["tokens", digest.hexdigest(), max_length, versions])
+        self.identity = json.dumps(["tokens", tokenizer_digest(directory), max_length, versions])
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(self._directory), padding_side="right", truncation_side="right"
-            )
-        except Exception as error:  # the tokenizers package raises Exception itself
-            reason = one_line(error)
-            raise UserError(f"{self._directory}: its tokenizer cannot be loaded ({reason})") from None
+        tokenizer = load_tokenizer(self._directory)
         if tokenizer.pad_token_id is None:
             # Llama has none; padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -169,17 +153,19 @@ class Tokens:
 
 
 def preprocess_for(
-    model: str | Path, family: str, config: DataConfig
-) -> PlainImages | ProcessorImages | Tokens:
+    model: str | Path, family: str, config: DataConfig, kind: Kind = "classification"
+) -> PlainImages | ProcessorImages | Tokens | AnswerTokens:
     """The preprocessing that a base model's files ask for.
 
     Args:
         model: directory in Hugging Face layout or hub id.
         family: ``Backbone.family``, for messages.
         config: the data; ``max_length`` limits the tokens of a text, as the model itself does.
+        kind: of the task.
 
     Raises:
-        UserError: a text model without tokenizer files, or an unusable image size.
+        UserError: a text model without tokenizer files, a generative task for an image model, or an unusable
+            image size.
     """
     directory = checkpoint.find(model)
     settings = checkpoint.read_json(directory / "config.json")
@@ -188,6 +174,8 @@ def preprocess_for(
         shown = one_line(repr(vision), 80)
         raise UserError(f"{directory}/config.json: vision_config is {shown}, not an object")
     if "image_size" in vision or "vision_config" in settings:
+        if kind != "classification":
+            raise UserError(f"{directory} takes images: a {kind} task needs a causal language model")
         height, width = _image_size(vision, directory)
         processor = directory / "preprocessor_config.json"
         if processor.exists() and "size" in checkpoint.read_json(processor):
@@ -205,7 +193,11 @@ def preprocess_for(
     if settings.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
         padding = settings.get("pad_token_id", 1)
         limit -= (padding if isinstance(padding, int) else 1) + 1  # positions start behind the padding index
-    return Tokens(directory, min(config.max_length, limit))
+    limit = min(config.max_length, limit)
+    if kind == "classification":
+        return Tokens(directory, limit)
+    vocabulary = _positive(settings, "vocab_size", 32000, directory)
+    return AnswerTokens(directory, limit, vocabulary, kind, config)
 
 
 def _positive(settings: Mapping[str, Any], key: str, default: int, directory: Path) -> int:

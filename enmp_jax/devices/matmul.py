@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,9 +20,16 @@ def bfloat16_on_cpu(dtype: jnp.dtype) -> bool:
 
 
 def times_transposed(
-    x: Float[Array, "*batch in"], weight: Float[Array, "out in"]
+    x: Float[Array, "*batch in"], weight: Float[Array, "out in"], result: Any = None
 ) -> Float[Array, "*batch out"]:
-    """``x weight^T`` in the type of ``x``, which the weight must have too."""
-    wanted = jnp.float32 if bfloat16_on_cpu(x.dtype) else None
+    """``x weight^T``.
+
+    Args:
+        x: activations.
+        weight: of the type of ``x``.
+        result: type of the product; default: that of ``x``.
+    """
+    result = result or x.dtype
+    wanted = jnp.float32 if bfloat16_on_cpu(x.dtype) else result
     contracted = ((x.ndim - 1,), (1,))
-    return lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=wanted).astype(x.dtype)
+    return lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=wanted).astype(result)

@@ -18,6 +18,7 @@ from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import budget, delta_format, experts, fitness, prefix
+from enmp_jax.evaluation.kinds import LIKELIEST
 from enmp_jax.evaluation.loaded_run import LoadedRun, Split, make_merge
 from enmp_jax.evaluation.population import EvalInputs, EvaluateMasks, count_all, make_evaluate, place
 from enmp_jax.evaluation.scoring import Counts, Scoring
@@ -41,7 +42,7 @@ class Evaluator:
         search = loaded.run.search
         self.kind = fitness.get(search.fitness)
         self.importance = fitness.importances(loaded.tasks, search.importance)
-        self._answers: dict[Split, experts.LogProbabilities] = {}
+        self._answers: dict[Split, list[experts.Answers]] = {}
         self._plans: dict[Any, ExecutionPlan] = {}
         self._compiled: dict[ExecutionPlan, Callable[..., Counts]] = {}
         self._compiled_from: dict[ExecutionPlan, Callable[..., Counts]] = {}
@@ -56,8 +57,11 @@ class Evaluator:
         found = self.loaded.examples[split]
         if self.loaded.labelled(split):
             return found
-        answers = self.expert_answers(split)
-        return [e._replace(labels=a.argmax(1).astype(np.int32)) for e, a in zip(found, answers, strict=True)]
+        chosen = [
+            e.labels if isinstance(a, experts.TokenAnswers) else a.argmax(1).astype(np.int32)
+            for e, a in zip(found, self.expert_answers(split), strict=True)
+        ]
+        return [e._replace(labels=labels) for e, labels in zip(found, chosen, strict=True)]
 
     def inputs(self, split: Split, ingredients: Ingredients | None = None) -> EvalInputs:
         """What all members share, on the devices: weights, prepared adapters, batches of a split.
@@ -67,7 +71,10 @@ class Evaluator:
             ingredients: of another method than the run's.
         """
         loaded = self.loaded
-        expert = self.expert_answers(split) if self.kind.needs_expert else None
+        expert = None
+        if self.kind.needs_expert:
+            answers = self.expert_answers(split)
+            expert = [a.likeliest if isinstance(a, experts.TokenAnswers) else a for a in answers]
         racing = split == "search" and loaded.run.search.fidelity == "racing"
         batches = batch(
             self.examples(split),
@@ -224,21 +231,32 @@ class Evaluator:
         score = functools.partial(self._compiled_from[plan], inputs, parent, scale)
         return prefix.in_calls(score, parent, keep, most)
 
-    def expert_answers(self, split: Split) -> experts.LogProbabilities:
-        """Class log-probabilities of every adapter alone on its own task's examples.
+    def expert_answers(self, split: Split) -> list[experts.Answers]:
+        """What every adapter alone answers on its own task's examples.
 
         Raises:
-            UserError: they do not fit into the memory of a device, where the fitness needs them.
+            UserError: the answers do not fit into the memory of a device, where the fitness needs them.
         """
         if split not in self._answers:
-            rows, classes = int(self.loaded.sizes(split).sum()), self.loaded.heads.allowed.shape[1]
-            if self.kind.needs_expert and 4 * rows * classes > budget.USABLE * budget.device_memory():
+            rows, columns = self._answers_shape(split)
+            if self.kind.needs_expert and 4 * rows * columns > budget.USABLE * budget.device_memory():
                 raise UserError(
-                    f"search.fitness {self.kind.name} keeps {rows} x {classes} answers of the experts on the "
+                    f"search.fitness {self.kind.name} keeps {rows} x {columns} answers of the experts on the "
                     f"device, which has no room for them: set evaluation.{split}_examples or another fitness"
                 )
-            self._answers[split] = experts.log_probabilities(self.loaded, split)
+            self._answers[split] = experts.answers(self.loaded, split)
         return self._answers[split]
+
+    def _answers_shape(self, split: Split) -> tuple[int, int]:
+        """Rows, and the most columns of one, of the experts' answers."""
+        loaded = self.loaded
+        columns = [loaded.heads.allowed.shape[1]]
+        for e, kind in zip(loaded.examples[split], loaded.kinds, strict=True):
+            if kind == "choice":
+                columns.append(e.inputs["choice_length"].shape[1])
+            elif kind == "completion":
+                columns.append(2 * LIKELIEST)
+        return int(loaded.units(split).sum()), max(columns)
 
     def score_base(self, split: Split) -> Counts:
         """The base model with no adapter at all."""
@@ -246,14 +264,21 @@ class Evaluator:
         counts = self.score(self.inputs(split), nothing, np.ones(1, np.float32))
         return Counts(*(np.asarray(x)[0] for x in counts))
 
-    def expert_accuracies(self, split: Split) -> Float[np.ndarray, " task"]:
-        """Accuracy of every adapter alone; 1 where there are no labels."""
-        return experts.accuracies(self.expert_answers(split), self.examples(split))
+    def expert_scores(self, split: Split) -> Float[np.ndarray, " task"]:
+        """Score of every adapter alone (see ``Scoring.scores``); accuracies without labels are 1."""
+        return experts.scores(self.expert_answers(split), self.examples(split))
+
+    def expert_losses(self, split: Split) -> Float[np.ndarray, " task"]:
+        """Mean negative log-likelihood of every adapter alone, in nats (see ``Scoring.loss``)."""
+        found = experts.values(
+            self.expert_answers(split), self.examples(split), fitness.get("log_likelihood")
+        )
+        return -np.asarray(found)
 
     def scoring(self, split: Split) -> Scoring:
-        """What turns counts on a split into accuracies and fitness.
+        """What turns counts on a split into scores and fitness.
 
-        Reference accuracies are those of the run file, else measured here; 1 where there are no labels.
+        Reference scores are those of the run file, else measured here; accuracies without labels are 1.
 
         Raises:
             UserError: an adapter that alone gets nothing right.
@@ -262,24 +287,26 @@ class Evaluator:
         given = [task.reference if loaded.labelled(split) else None for task in loaded.run.tasks]
         reference = np.asarray([g or 0.0 for g in given], np.float32)
         if not all(given):
-            reference = np.where(reference > 0, reference, self.expert_accuracies(split))
+            reference = np.where(reference > 0, reference, self.expert_scores(split))
         for task, value in zip(loaded.tasks, reference, strict=True):
             if value == 0:
                 raise UserError(
                     f"the adapter of {task!r} alone gets nothing right on {split}: check its head and labels"
                 )
-        own = reference if self.kind.name == "accuracy" else self._expert_values(split)
-        parts = loaded.sizes(split), reference, own, self.importance
-        return Scoring(*(jnp.asarray(x, jnp.float32) for x in parts))
-
-    def _expert_values(self, split: Split) -> Float[np.ndarray, " task"]:
-        """Mean value of the fitness of every adapter alone."""
-        values = []
-        for answers, examples in zip(self.expert_answers(split), self.examples(split), strict=True):
-            rows = jnp.asarray(answers)
-            total = self.kind.value(rows, jnp.asarray(examples.labels), rows).sum(axis=0)
-            values.append(fitness.task_values(total[None], jnp.asarray([float(len(answers))]), self.kind)[0])
-        return np.asarray(values)
+        likelihood = np.asarray([kind == "completion" for kind in loaded.kinds])
+        if self.kind.name == "accuracy" and not likelihood.any():
+            own = reference
+        else:
+            own = np.asarray(experts.values(self.expert_answers(split), self.examples(split), self.kind))
+            own = np.where(likelihood, own, reference) if self.kind.name == "accuracy" else own
+        for task, value in zip(loaded.tasks, own, strict=True):
+            if value == 0 and not self.kind.logarithmic:
+                raise UserError(
+                    f"the adapter of {task!r} alone has {self.kind.name} 0 on {split}: take another fitness"
+                )
+        parts = loaded.units(split), reference, own, self.importance
+        made = Scoring(*(jnp.asarray(x, jnp.float32) for x in parts))
+        return made._replace(likelihood=jnp.asarray(likelihood)) if likelihood.any() else made
 
 
 def in_chunks(

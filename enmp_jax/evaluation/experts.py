@@ -1,6 +1,6 @@
 """What every adapter answers alone, unmerged, on its own task's examples: computed once, kept on disk.
 
-The reference accuracies follow from it, and the targets of every fitness that asks what the expert
+The reference scores follow from it, and the targets of every fitness that asks what the expert
 would answer. It costs one pass over a split and is the same for every merge method, scale and mask. The
 files live in the cache (``$ENMP_CACHE``) and may be deleted at any time.
 """
@@ -11,47 +11,101 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float
 
 from enmp_jax import merges
-from enmp_jax.data import Examples, batch
+from enmp_jax.data import Batches, Examples, batch, kind_of
+from enmp_jax.data.batches import LikeliestTokens
 from enmp_jax.devices.distributed import put
 from enmp_jax.devices.mesh import replicate
+from enmp_jax.evaluation.fitness import FITNESS, TEMPERATURES, Fitness, task_values
+from enmp_jax.evaluation.kinds import at_targets, likeliest, option_log_probabilities, read_tokens
 from enmp_jax.evaluation.loaded_run import LoadedRun, Split
-from enmp_jax.evaluation.scoring import class_log_probabilities
 from enmp_jax.io import cache
 from enmp_jax.models import checkpoint
 from enmp_jax.version import code_digest
 
-LogProbabilities = list[Float[np.ndarray, "_ class"]]
-"""One array per task, -inf for classes that the task does not have."""
+OptionAnswers = Float[np.ndarray, "_ option"]
+"""Log-probabilities of classes or choices, -inf for those that the task or example does not have."""
 
 
-def log_probabilities(loaded: LoadedRun, split: Split) -> LogProbabilities:
-    """Class log-probabilities of every task's examples under its own adapter, from the cache or computed.
+class TokenAnswers(NamedTuple):
+    """What an expert says at the targets of its completions.
+
+    Attributes:
+        log_probability: of each target, nats.
+        values: name of a fitness -> its value at each target.
+        likeliest: what the expert expects there, [example, target] as the examples have them.
+    """
+
+    log_probability: Float[np.ndarray, " target"]
+    values: dict[str, Float[np.ndarray, "target *temperature"]]
+    likeliest: LikeliestTokens
+
+
+Answers = OptionAnswers | TokenAnswers
+
+
+def answers(loaded: LoadedRun, split: Split) -> list[Answers]:
+    """What every task's own adapter answers on its examples, from the cache or computed.
 
     Several processes compute together, so they do not look: one with and one without the file would
     wait for each other forever.
     """
+    examples = loaded.examples[split]
     if jax.process_count() > 1:
-        return _compute(loaded, split)
-    entry = key(loaded, split)
-    examples, rows = loaded.examples[split], sum(map(int, loaded.sizes(split)))
-    found = cache.read_array("experts", entry)
-    if found is None or found.shape != (rows, loaded.heads.allowed.shape[1]):
+        return _unpacked(loaded, split, _compute(loaded, split))
+    entry, names = key(loaded, split), [str(i) for i in range(len(examples))]
+    cached = cache.read("experts", entry)
+    found = [cached.arrays.get(name) for name in names] if cached else []
+    rows = [len(e.labels) for e in examples]
+    if [None if a is None else len(a) for a in found] != rows:
         # -inf is no number that the cache takes
-        found = np.maximum(np.concatenate(_compute(loaded, split)), np.finfo(np.float32).min)
-        cache.write_array("experts", entry, found)
-    found = np.where(found <= np.finfo(np.float32).min, -np.inf, found)
-    return np.split(found, np.cumsum([len(e.labels) for e in examples])[:-1])
+        found = [np.maximum(a, np.finfo(np.float32).min) for a in _compute(loaded, split)]
+        cache.write("experts", entry, dict(zip(names, found, strict=True)), {})
+    restored = [np.where(a <= np.finfo(np.float32).min, -np.inf, a) for a in found if a is not None]
+    return _unpacked(loaded, split, restored)
 
 
-def _compute(loaded: LoadedRun, split: Split) -> LogProbabilities:
+def _unpacked(loaded: LoadedRun, split: Split, found: Sequence[np.ndarray]) -> list[Answers]:
+    examples = loaded.examples[split]
+    return [
+        _token_answers(a, e.inputs["target_branch"] > 0) if kind == "completion" else a
+        for a, e, kind in zip(found, examples, loaded.kinds, strict=True)
+    ]
+
+
+def _token_answers(
+    packed: Float[np.ndarray, "example target column"], real: Bool[np.ndarray, "example target"]
+) -> TokenAnswers:
+    """The inverse of ``_packed_tokens``, for the targets that there are."""
+    widths = [len(TEMPERATURES) if f.name == "calibrated" else 1 for f in FITNESS.values()]
+    found, *parts = np.split(packed, np.cumsum([1, *widths]), axis=-1)
+    values = {
+        name: part[real] if name == "calibrated" else part[real][:, 0]
+        for name, part in zip(FITNESS, parts, strict=False)
+    }
+    ids, expected = np.split(parts[-1], 2, axis=-1)
+    return TokenAnswers(found[real][:, 0], values, LikeliestTokens(ids.astype(np.int32), expected))
+
+
+def _packed_tokens(logits: Array, target: Array, _: None) -> Float[Array, "token column"]:
+    """All of ``TokenAnswers`` as columns: float32 holds the numbers of 16 million tokens."""
+    expected = likeliest(jax.nn.log_softmax(logits, axis=1))
+    read = [read_tokens(logits, target, expected, kind) for kind in FITNESS.values()]
+    values = [value.reshape(len(target), -1) for _, _, value in read]
+    columns = [read[0][1][:, None], *values, expected.ids.astype(jnp.float32), expected.log_probability]
+    return jnp.concatenate(columns, axis=1)
+
+
+def _compute(loaded: LoadedRun, split: Split) -> list[np.ndarray]:
+    """Of every task [example, option], or [example, target, column] (see ``_packed_tokens``)."""
     merge, stack = merges.make("sum"), loaded.stack  # the sum of one adapter is that adapter
     ingredients = replicate(merge.prepare(stack), loaded.mesh)
     heads = replicate(loaded.heads, loaded.mesh)
@@ -59,11 +113,13 @@ def _compute(loaded: LoadedRun, split: Split) -> LogProbabilities:
     whole, divided = (NamedSharding(loaded.mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
     @partial(jax.jit, out_shardings=whole)
-    def answers(params: Any, ingredients: Any, heads: Any, keep: Any, inputs: Any, task: Any) -> jax.Array:
+    def answer(params: Any, ingredients: Any, heads: Any, keep: Any, batch: Batches) -> jax.Array:
         deltas = merge.merge(ingredients, keep, 1.0)
-        return class_log_probabilities(heads, loaded.backbone.features(params, inputs, deltas), task)
+        if kind_of(batch.inputs) == "completion":
+            return at_targets(loaded.backbone, params, batch, deltas, _packed_tokens)
+        return option_log_probabilities(loaded.backbone, params, heads, batch, deltas)
 
-    found: LogProbabilities = []
+    found: list[np.ndarray] = []
     for i, examples in enumerate(loaded.examples[split]):
         keep = put(np.eye(stack.n_tasks, dtype=np.float32)[[i] * stack.n_layers], whole)
         rows: list[np.ndarray] = []
@@ -71,11 +127,14 @@ def _compute(loaded: LoadedRun, split: Split) -> LogProbabilities:
         numbered = examples._replace(labels=np.arange(len(examples.labels), dtype=np.int32))
         for bucket in batch([numbered], loaded.run.evaluation.batch_size):
             for b in range(bucket.label.shape[0]):
-                inputs, numbers, task, mask = jax.tree.map(lambda x, b=b: np.asarray(x[b]), tuple(bucket[:4]))
-                inputs, task = put((inputs, np.full_like(task, i)), divided)
-                found_here = answers(loaded.params, ingredients, heads, keep, inputs, task)
-                rows.append(np.asarray(found_here)[mask])
-                order.append(numbers[mask])
+                one = jax.tree.map(lambda x, b=b: np.asarray(x[b]), bucket)
+                given = put(one._replace(task=np.full_like(one.task, i)), divided)
+                found_here = answer(loaded.params, ingredients, heads, keep, given)
+                rows.append(np.asarray(found_here)[one.mask])
+                order.append(one.label[one.mask])
+        if loaded.kinds[i] == "completion":  # buckets have different numbers of places for targets
+            places = examples.inputs["target_ids"].shape[1]
+            rows = [np.pad(r, ((0, 0), (0, max(0, places - r.shape[1])), (0, 0)))[:, :places] for r in rows]
         found.append(np.concatenate(rows)[np.argsort(np.concatenate(order))])
     return found
 
@@ -98,11 +157,28 @@ def key(loaded: LoadedRun, split: Split) -> str:
     return digest.hexdigest()
 
 
-def accuracies(answers: LogProbabilities, examples: Sequence[Examples]) -> Float[np.ndarray, " task"]:
-    """Shares of examples whose label is the expert's first choice."""
-    return np.asarray(
-        [np.mean(a.argmax(axis=1) == e.labels) for a, e in zip(answers, examples, strict=True)], np.float32
-    )
+def scores(answers: Sequence[Answers], examples: Sequence[Examples]) -> Float[np.ndarray, " task"]:
+    """Shares of examples whose label is the expert's first choice; of completions exp(-loss)."""
+    return np.asarray([_score(a, e) for a, e in zip(answers, examples, strict=True)], np.float32)
+
+
+def _score(answers: Answers, examples: Examples) -> np.floating:
+    if isinstance(answers, TokenAnswers):
+        return np.exp(answers.log_probability.mean())
+    return np.mean(answers.argmax(axis=1) == examples.labels)
+
+
+def values(answers: Sequence[Answers], examples: Sequence[Examples], kind: Fitness) -> list[Float[Array, ""]]:
+    """Mean values of a fitness of the experts."""
+    found = []
+    for own, e in zip(answers, examples, strict=True):
+        if isinstance(own, TokenAnswers):
+            each = jnp.asarray(own.values[kind.name])
+        else:
+            rows = jnp.asarray(own)
+            each = kind.value(rows, jnp.asarray(e.labels), rows)
+        found.append(task_values(each.sum(axis=0)[None], jnp.asarray([float(len(each))]), kind)[0])
+    return found
 
 
 def _update(digest: Any, name: str, array: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from enmp_jax import models
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.config.sections import HeadConfig, TaskConfig
-from enmp_jax.data import Prompts, prompts, require_class_names
+from enmp_jax.data import Kind, Prompts, prompts, require_class_names
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.scoring import Heads, stack_heads
 from enmp_jax.io import cache
@@ -35,8 +35,9 @@ def load_heads(
     backbone: Backbone,
     tasks: Sequence[TaskConfig] | None = None,
     class_names: Mapping[str, Sequence[str]] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
 ) -> Heads:
-    """The heads of a run's tasks, as their run file says.
+    """The heads of a run's tasks, as their run file says; generative tasks get a row of zeros.
 
     Args:
         run: the run.
@@ -45,20 +46,32 @@ def load_heads(
         backbone: the base model.
         tasks: which tasks; default: all of the run.
         class_names: task -> names of its classes in the data, for zero-shot heads.
+        kinds: task -> its kind; default: classification.
 
     Raises:
-        UserError: no such head, a head of another width, CLIP and other heads mixed, or a zero-shot
-            head without text tower, class names or templates.
+        UserError: no such head, a head of another width, CLIP and other heads mixed, a zero-shot
+            head without text tower, class names or templates, or an adapter of a generative task that
+            changes what tasks share.
     """
     tasks = run.tasks if tasks is None else tasks
-    zero_shot = [task.head.source == "zero-shot" for task in tasks]
+    generative = [
+        task for task in tasks if (kinds or {}).get(task.name, "classification") != "classification"
+    ]
+    for task in generative:
+        _check_generative(task, saved.get(task.name, {}))
+    if len(generative) == len(tasks):
+        return stack_heads([_nothing(backbone)] * len(tasks))
+    zero_shot = [task.head.source == "zero-shot" for task in tasks if task not in generative]
     if any(zero_shot) and not all(zero_shot):
         odd = tasks[zero_shot.index(False)].name
         raise UserError(f"tasks.{odd}.head: zero-shot heads cannot be mixed with others in one run")
     if any(zero_shot):
         found = _zero_shot(tasks, base, class_names or {})
     else:
-        found = [_load(run, task, saved.get(task.name, {}), base) for task in tasks]
+        found = [
+            _nothing(backbone) if task in generative else _load(run, task, saved.get(task.name, {}), base)
+            for task in tasks
+        ]
     for task, (weight, _) in zip(tasks, found, strict=True):
         if weight.shape[1] != backbone.width:
             raise UserError(
@@ -69,6 +82,20 @@ def load_heads(
     if any(zero_shot):
         return stack_heads(found, masked, normalise=True, logit_scale=LOGIT_SCALE)
     return stack_heads(found, masked)
+
+
+def _nothing(backbone: Backbone) -> Head:
+    return np.zeros((1, backbone.width), np.float32), None
+
+
+def _check_generative(task: TaskConfig, saved: AdapterHeads) -> None:
+    if task.head != HeadConfig():
+        raise UserError(f"tasks.{task.name}.head: a generative task has no head; leave it out")
+    if saved:
+        raise UserError(
+            f"the adapter of {task.name!r} saved {next(iter(saved))} of its own, and generative tasks share "
+            "the base's: train again without modules_to_save and without added tokens"
+        )
 
 
 def _zero_shot(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -15,7 +16,8 @@ from jaxtyping import Float
 from enmp_jax import merges, models
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.config.run_file import RunConfig
-from enmp_jax.data import Examples, check_splits, load_examples, preprocess_for
+from enmp_jax.config.sections import TaskConfig
+from enmp_jax.data import Examples, Kind, check_splits, kind_of, load_examples, preprocess_for, task_kind
 from enmp_jax.devices.mesh import AXES, choose_shape, make_mesh
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import budget
@@ -44,7 +46,7 @@ class LoadedRun:
         params: its weights, on ``mesh``.
         mesh: the devices of the run.
         adapters: the LoRA adapters, as imported.
-        heads: the tasks' classification heads.
+        heads: the tasks' classification heads (of generative tasks a row of zeros).
         examples: split -> examples of every task, in the order of the tasks.
     """
 
@@ -68,6 +70,11 @@ class LoadedRun:
         return self.stack.tasks
 
     @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of every task."""
+        return tuple(kind_of(e.inputs) for e in next(iter(self.examples.values())))
+
+    @cached_property
     def mask_spec(self) -> MaskSpec:
         """How genomes become masks of these adapters."""
         search = self.run.search
@@ -79,8 +86,16 @@ class LoadedRun:
         """Number of examples of every task in a split."""
         return np.asarray([len(e.labels) for e in self.examples[split]], np.float32)
 
+    def units(self, split: Split) -> Float[np.ndarray, " task"]:
+        """What scores are means over: number of examples or, of completions, of the tokens of answers."""
+        found = [e.inputs.get("target_branch", e.labels) for e in self.examples[split]]
+        tokens = zip(self.kinds, found, self.sizes(split), strict=True)
+        return np.asarray([(x > 0).sum() if kind == "completion" else n for kind, x, n in tokens], np.float32)
+
     def labelled(self, split: Split) -> bool:
         """Whether a split has labels, for all tasks; scores without are agreement with the experts.
+
+        Completions always have their answers.
 
         Raises:
             UserError: only some tasks have.
@@ -124,7 +139,8 @@ def load(
     adapters = load_run_adapters(run, backbone)
     examples = load_splits(run, backbone, base, splits, reporter)
     names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
-    heads = load_heads(run, adapters.heads, base, backbone, class_names=names)
+    kinds = {task.name: kind_of(e.inputs) for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
+    heads = load_heads(run, adapters.heads, base, backbone, class_names=names, kinds=kinds)
     check_labels(run, heads, examples)
     return LoadedRun(run, base, backbone, params, mesh, adapters, heads, examples)
 
@@ -188,7 +204,8 @@ def load_splits(
     }
     loaded: dict[str, dict[str, Examples]] = {}
     for task in run.tasks:
-        preprocess = preprocess_for(base, backbone.family, task.data)
+        kind = checked_kind(task, run.root, backbone, run.base.model)
+        preprocess = preprocess_for(base, backbone.family, task.data, kind)
         loaded[task.name] = {
             split: load_examples(
                 task.data, split, run.root, preprocess, limits.get(split),
@@ -205,6 +222,22 @@ def load_splits(
     return {split: [checked[task.name][split] for task in run.tasks] for split in splits}
 
 
+def checked_kind(task: TaskConfig, root: Path, backbone: Backbone, base: str) -> Kind:
+    """The kind of a task, which the base model must be able to do.
+
+    Raises:
+        UserError: a generative task for a base model without next-token logits, or as ``task_kind``.
+    """
+    kind = task_kind(task, root)
+    headless = backbone.logits is None or getattr(backbone.config, "head", "") is None
+    if kind != "classification" and headless:
+        raise UserError(
+            f"tasks.{task.name} is a {kind} task, and the base model {base} ({backbone.family}) has no "
+            "language-model head: take a causal language model, not a classifier or encoder"
+        )
+    return kind
+
+
 def check_labels(run: RunConfig, heads: Heads, examples: Mapping[Split, list[Examples]]) -> None:
     """Every label must be a class that the task's head can answer; splits without labels have none to check.
 
@@ -216,6 +249,8 @@ def check_labels(run: RunConfig, heads: Heads, examples: Mapping[Split, list[Exa
         if not _labelled([task.name for task in run.tasks], split, per_task):
             continue
         for i, (task, e) in enumerate(zip(run.tasks, per_task, strict=True)):
+            if kind_of(e.inputs) != "classification":
+                continue  # checked where they were read: every example has choices of its own
             answerable = np.flatnonzero(allowed[i])
             wrong = e.labels[~np.isin(e.labels, answerable)]
             if len(wrong):
@@ -227,8 +262,9 @@ def check_labels(run: RunConfig, heads: Heads, examples: Mapping[Split, list[Exa
 
 
 def _labelled(tasks: Sequence[str], split: Split, examples: Sequence[Examples]) -> bool:
-    having = [task for task, e in zip(tasks, examples, strict=True) if e.labelled]
-    lacking = [task for task in tasks if task not in having]
+    asked = [(t, e) for t, e in zip(tasks, examples, strict=True) if kind_of(e.inputs) != "completion"]
+    having = [task for task, e in asked if e.labelled]
+    lacking = [task for task, e in asked if not e.labelled]
     if having and lacking:
         raise UserError(
             f"the {split} split has labels for {', '.join(having)} but none for {', '.join(lacking)}: set "

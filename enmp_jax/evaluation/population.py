@@ -21,7 +21,8 @@ from enmp_jax.data.batches import Batches
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.mesh import make_mesh, put, replicate
 from enmp_jax.evaluation.fitness import FITNESS, Fitness
-from enmp_jax.evaluation.scoring import Counts, Heads, class_log_probabilities, count
+from enmp_jax.evaluation.kinds import count_batch
+from enmp_jax.evaluation.scoring import Counts, Heads
 from enmp_jax.merges.base import Ingredients, Merge
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.models.sharding import shard_params
@@ -135,18 +136,9 @@ def count_all(
     """
 
     def one(batch: Batches) -> Counts:
-        features = backbone.features(inputs.params, batch.inputs, deltas)
-        return count_features(inputs, batch, features, n_tasks, kind)
+        return count_batch(backbone, inputs.params, inputs.heads, batch, deltas, n_tasks, kind)
 
     return sum_over_batches(jax.checkpoint(one) if remat else one, inputs.batches)
-
-
-def count_features(
-    inputs: EvalInputs, batch: Batches, features: Float[Array, "row width"], n_tasks: int, kind: Fitness
-) -> Counts:
-    """Counts of one batch (no leading axis) from the features of its rows."""
-    scores = class_log_probabilities(inputs.heads, features, batch.task)
-    return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert)
 
 
 def sum_over_batches(counts: Callable[[Batches], Counts], batches: tuple[Batches, ...]) -> Counts:

@@ -23,11 +23,11 @@ from enmp_jax.devices.mesh import make_mesh
 from enmp_jax.evaluation import budget
 from enmp_jax.evaluation.delta_format import delta_shapes
 from enmp_jax.evaluation.fitness import FITNESS, Fitness
+from enmp_jax.evaluation.kinds import Start, count_batch
 from enmp_jax.evaluation.population import (
     MEMBERS,
     SHARED,
     EvalInputs,
-    count_features,
     on_mesh,
     sum_over_batches,
 )
@@ -85,8 +85,10 @@ def make_evaluate_from(
                 entering = jax.lax.dynamic_index_in_dim(hidden, start, keepdims=False)
 
                 def member(deltas: dict[str, Delta]) -> Counts:
-                    features = backbone.features_from(inputs.params, batch.inputs, entering, start, deltas)
-                    return count_features(inputs, batch, features, n_tasks, kind)
+                    begin = Start(entering, start)
+                    return count_batch(
+                        backbone, inputs.params, inputs.heads, batch, deltas, n_tasks, kind, begin
+                    )
 
                 deltas = {name: _with_own(delta, parts[name]) for name, delta in common.items()}
                 return jax.vmap(member, in_axes=(axes,))(deltas)

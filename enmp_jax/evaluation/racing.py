@@ -21,8 +21,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from enmp_jax.data.batches import Batches
 from enmp_jax.evaluation.fitness import Fitness, normalised, objective
+from enmp_jax.evaluation.kinds import option_log_probabilities
 from enmp_jax.evaluation.population import EvalInputs
-from enmp_jax.evaluation.scoring import Scoring, class_log_probabilities
+from enmp_jax.evaluation.scoring import Scoring
 from enmp_jax.merges.base import Merge
 from enmp_jax.models.base import Backbone
 from enmp_jax.search.device_memo import Evaluate, New, Rows, Scored, in_chunks
@@ -148,8 +149,7 @@ def _make_run(backbone: Backbone, merge: Merge, mesh: Mesh, kind: Fitness) -> Ca
         def of_bucket(bucket: Batches, first: Array, end: Array) -> Array:
             def step(i: Array, values: Array) -> Array:
                 batch = jax.tree.map(lambda x: x[i], bucket)
-                features = backbone.features(inputs.params, batch.inputs, deltas)
-                scores = class_log_probabilities(inputs.heads, features, batch.task)
+                scores = option_log_probabilities(backbone, inputs.params, inputs.heads, batch, deltas)
                 found = kind.value(scores, batch.label, batch.expert)
                 return values.at[i].set(jnp.where(batch.mask, found, 0.0))
 

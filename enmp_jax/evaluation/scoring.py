@@ -28,7 +28,7 @@ class Heads:
 
 
 class Counts(NamedTuple):
-    """Sums over examples, per task. Divide by the number of examples for means."""
+    """Sums per task over its units: examples or, of completions, tokens. Divide by their number for means."""
 
     correct: Float[Array | np.ndarray, "*member task"]
     log_likelihood: Float[Array | np.ndarray, "*member task"]
@@ -131,27 +131,42 @@ def count(
 
 
 class Scoring(NamedTuple):
-    """What turns counts into accuracies and fitness.
+    """What turns counts into scores and fitness.
 
     Attributes:
-        examples: number of examples of each task.
-        reference: accuracies of the adapters alone.
+        examples: number of units of each task: examples or, of a completion, tokens of answers.
+        reference: scores of the adapters alone.
         expert: values of the fitness kind of the adapters alone.
         importance: weights of tasks in the mean.
+        likelihood: tasks whose score is exp(-loss), not accuracy; None: there are none.
     """
 
     examples: Float[Array, " task"]
     reference: Float[Array, " task"]
     expert: Float[Array, " task"]
     importance: Float[Array, " task"]
+    likelihood: Bool[Array, " task"] | None = None
 
     def accuracy(self, counts: Counts) -> Float[Array | np.ndarray, "*member task"]:
-        """Accuracies in 0..1."""
+        """Accuracies in 0..1; of completions, those of the next token, the right ones given."""
         return counts.correct / self.examples
 
+    def loss(self, counts: Counts) -> Float[Array | np.ndarray, "*member task"]:
+        """Mean negative log-likelihood of classes, choices or tokens, in nats."""
+        return -counts.log_likelihood / self.examples
+
+    def scores(self, counts: Counts) -> Float[Array | np.ndarray, "*member task"]:
+        """What a task is measured by, in 0..1: accuracy, or of a completion exp(-loss).
+
+        So score / reference of a completion is exp(expert's loss - loss): 1 is as good as the expert.
+        """
+        if self.likelihood is None:
+            return self.accuracy(counts)
+        return jnp.where(self.likelihood, jnp.exp(-self.loss(counts)), self.accuracy(counts))
+
     def normalised(self, counts: Counts) -> Float[Array | np.ndarray, "*member"]:
-        """Mean over tasks of accuracy / reference accuracy."""
-        return (self.accuracy(counts) / self.reference).mean(-1)
+        """Mean over tasks of score / reference score."""
+        return (self.scores(counts) / self.reference).mean(-1)
 
     def task_values(self, counts: Counts, kind: Fitness) -> Float[Array, "*member task"]:
         """Values of a fitness kind relative to the tasks' own experts."""
@@ -167,6 +182,6 @@ def by_task(tasks: Sequence[str], values: np.ndarray) -> dict[str, float]:
     return {task: float(value) for task, value in zip(tasks, np.asarray(values), strict=True)}
 
 
-def mean_normalised(accuracy: Mapping[str, float], reference: Mapping[str, float]) -> float:
-    """Mean over tasks of accuracy / reference, on plain dictionaries."""
-    return float(np.mean([accuracy[task] / reference[task] for task in reference]))
+def mean_normalised(scores: Mapping[str, float], reference: Mapping[str, float]) -> float:
+    """Mean over tasks of score / reference, on plain dictionaries."""
+    return float(np.mean([scores[task] / reference[task] for task in reference]))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import secrets
+import shutil
+import socket
 import stat
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +60,66 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def temporary_name(path: Path) -> Path:
+    """A name next to ``path`` for what is not whole yet; it says which process of which machine writes it."""
+    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(3)}.tmp")
+
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.((?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-)?[0-9a-f]+\.tmp", re.DOTALL)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or directory has a ``temporary_name`` (or one of older versions)."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def remove_leftovers(directory: Path, of: str | None = None) -> None:
+    """Remove what killed processes left half written.
+
+    Args:
+        directory: where to look.
+        of: the name of what they were writing, of which only leftovers of dead processes of this machine are
+            removed; None: of everything and everybody, which is right for who holds the directory's lock.
+    """
+    for path in directory.iterdir():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None:
+            continue
+        if of is not None:
+            ours = found["machine"] == _machine() and found["name"] == of
+            if not ours or _alive(int(found["pid"])):
+                continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
+
+
+def flush_directory(path: Path) -> None:
+    """Have the names in a directory on disk, so that a rename in it outlives a power cut."""
+    with contextlib.suppress(OSError):  # some network file systems cannot
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Run ``write(temporary path)`` next to ``path``, flush to disk and rename.
 
@@ -67,7 +132,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the disk is full, the directory cannot be written, ...
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(path)
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # as the umask says; safetensors makes files only the owner can read
@@ -78,6 +143,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    flush_directory(path.parent)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

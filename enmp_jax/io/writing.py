@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import safetensors
 import safetensors.numpy
 
 from enmp_jax.errors import UserError, one_line, reason
-from enmp_jax.io.files import write_atomically
+from enmp_jax.io.files import flush_directory, remove_leftovers, temporary_name, write_atomically
 from enmp_jax.io.reading import open_tensors
 
 
@@ -45,14 +44,17 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     path = check_unused(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        remove_leftovers(path.parent, path.name)
+        temporary = temporary_name(path)
         temporary.mkdir()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot make the directory {path}: {reason(error)}") from None
     try:
         yield temporary
         try:
+            flush_directory(temporary)
             temporary.replace(path)
+            flush_directory(path.parent)
         except OSError as error:
             raise UserError(f"cannot make the directory {path}: {reason(error)}") from None
     finally:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from enmp_jax.models.layers import Stream
+from enmp_jax.models.layers import KeyValues, Stream
 from enmp_jax.models.names import Spelling
 from enmp_jax.models.parameters import Declared
 
@@ -39,7 +39,7 @@ class Backbone(NamedTuple):
         init: ``init(key) -> params``, random weights.
         embed: ``embed(params, inputs) -> Stream``, what enters the first layer.
         run: ``run(params, stream, deltas=None, first=0) -> [batch, token, width]``, the stream after the
-            layers from ``first`` on; only of the token that the features need, if the stream names one.
+            layers from ``first`` on; only of the tokens that are needed, if the stream names them.
         pool: ``pool(params, hidden, inputs) -> [batch, width]``, the features of what ``run`` returns.
         features: ``features(params, inputs, deltas=None) -> [batch, width]``, in float32, ready for a
             task head.
@@ -52,6 +52,11 @@ class Backbone(NamedTuple):
         config: the family's own configuration (a frozen dataclass with the Hugging Face
             ``config.json`` in ``raw``).
         spelling: of the family's parameters in files.
+        logits: causal models only. ``logits(params, hidden [.., width]) -> [.., vocabulary]``: of the next
+            token, in float32, from what ``run`` returns. ``causal`` calls it where answers are.
+        extend: causal models only. ``extend(params, inputs, cache, slot, deltas=None) -> (hidden, cache)``:
+            last hidden states of tokens that attend to a cache of keys and values, and the cache with
+            theirs from ``slot`` on; ``inputs`` with ``key_position`` (see ``causal``).
         log_likelihood: causal models only. ``log_likelihood(params, inputs, deltas=None) -> [batch, token]``
             in float32: log probability of token t + 1 given the tokens up to t, 0 where that is padding
             (and in the last column).
@@ -74,5 +79,7 @@ class Backbone(NamedTuple):
     input_spec: Mapping[str, tuple[tuple[int | None, ...], Any]]
     config: Any
     spelling: Spelling
+    logits: Callable[[Params, Array], Float[Array, "*token vocabulary"]] | None = None
+    extend: Callable[..., tuple[Float[Array, "batch token width"], KeyValues]] | None = None
     log_likelihood: Callable[..., Float[Array, "batch token"]] | None = None
     log_likelihood_from: Callable[..., Float[Array, "batch token"]] | None = None

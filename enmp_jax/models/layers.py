@@ -147,12 +147,26 @@ def rotate(x: Float[Array, "batch token heads dim"], rotary: Rotary) -> Float[Ar
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def take_token(x: Shaped[Array, "batch token *rest"], token: Int[Array, " batch"] | int) -> Array:
-    """The given token of each example; the token axis stays, with size 1."""
+Tokens = Int[Array, " batch"] | Int[Array, "batch query"] | int
+
+
+def take_token(x: Shaped[Array, "batch token *rest"], token: Tokens) -> Array:
+    """The given token of each example, or tokens; the token axis stays, with that size."""
     if isinstance(token, int):
         return lax.slice_in_dim(x, token, token + 1, axis=1)
-    index = token.reshape((-1,) + (1,) * (x.ndim - 1))
+    index = token.reshape((token.shape[0], -1) + (1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of tokens, of one layer or stacked [layer, ..]; those of a cache lie in its slots."""
+
+    keys: Float[Array, "*layer batch slot kv_heads dim"]
+    values: Float[Array, "*layer batch slot kv_heads dim"]
+
+    def put(self, own: KeyValues, slot: int | Array) -> KeyValues:
+        """The cache of one layer with the keys and values of new tokens in the slots from ``slot`` on."""
+        return KeyValues(*(lax.dynamic_update_slice_in_dim(a, b, slot, 1) for a, b in zip(self, own)))
 
 
 class Stream(NamedTuple):
@@ -162,20 +176,23 @@ class Stream(NamedTuple):
         hidden: the hidden states.
         mask: True where a query may look at a token; None: everywhere.
         rotary: cosines and sines of the tokens' positions.
-        token: the one token of each example that the features are made of: the last layer computes no
-            other. None: all tokens.
+        token: the one token of each example that the features are made of, or the tokens that answers are
+            read from: the last layer computes no other. None: all tokens.
+        cache: of one layer, and the slot in it for the first of these tokens; all of it is attended to, so
+            the mask is [batch, query, slot]. None: tokens attend to each other.
     """
 
     hidden: Float[Array, "batch token width"]
     mask: Bool[Array, "#batch #query token"] | None = None
     rotary: Rotary | None = None
-    token: Int[Array, " batch"] | int | None = None
+    token: Tokens | None = None
+    cache: tuple[KeyValues, int | Array] | None = None
 
 
 def apply_layer(
     spec: BlockSpec, params: Mapping[str, Any], stream: Stream, deltas: Mapping[str, Delta]
-) -> Float[Array, "batch query width"]:
-    """One layer; only for the stream's ``token`` if it names one.
+) -> tuple[Float[Array, "batch query width"], KeyValues]:
+    """One layer; only for the stream's ``token`` if it names any. Also the tokens' own keys and values.
 
     Args:
         spec: the layer.
@@ -184,7 +201,7 @@ def apply_layer(
         deltas: by short name (q, k, v, o, gate, up, down), of this layer.
     """
     s = spec
-    x, mask, rotary, token = stream
+    x, mask, rotary, token, *_ = stream
 
     def project(name: str, inputs: Array) -> Array:
         return linear(inputs, params[name], deltas.get(name))
@@ -210,6 +227,9 @@ def apply_layer(
         q, k = norm("q_norm", q), norm("k_norm", k)
     if rotary is not None and rotary_q is not None:
         q, k = rotate(q, rotary_q), rotate(k, rotary)
+    own = KeyValues(k, v)
+    if stream.cache is not None:
+        k, v = stream.cache[0].put(own, stream.cache[1])
     attended = attend(q, k, v, mask)
     x = x + project("o", attended.reshape(*attended.shape[:-2], -1))
     if s.post_norm:
@@ -219,7 +239,7 @@ def apply_layer(
     activation = ACTIVATIONS[s.activation]
     h = activation(project("gate", h)) * project("up", h) if s.gated else activation(project("up", h))
     x = x + project("down", h)
-    return norm("norm2", x) if s.post_norm else x
+    return (norm("norm2", x) if s.post_norm else x), own
 
 
 def run_layers(
@@ -236,7 +256,7 @@ def run_layers(
             program for every ``first``, but none that has a reverse-mode derivative.
 
     Returns:
-        [batch, 1, width] if the stream names a token, else those of all tokens.
+        Those of the tokens that the stream names, [batch, 1, width] for one, else of all tokens.
     """
     n_layers = jax.tree.leaves(params)[0].shape[0]
     apply = partial(_apply_indexed, spec, params, deltas)
@@ -244,7 +264,7 @@ def run_layers(
     stop = n_layers if stream.token is None else n_layers - 1
 
     def step(i: Any, hidden: Array) -> Array:
-        return apply(all_tokens._replace(hidden=hidden), i)
+        return apply(all_tokens._replace(hidden=hidden), i)[0]
 
     if isinstance(first, int):
         layers = jnp.arange(first, stop)
@@ -253,7 +273,7 @@ def run_layers(
         hidden = lax.fori_loop(first, stop, step, stream.hidden)
     if stream.token is None:
         return hidden
-    last = apply(stream._replace(hidden=hidden), n_layers - 1)
+    last, _ = apply(stream._replace(hidden=hidden), n_layers - 1)
     if isinstance(first, int) and first < n_layers:
         return last
     return jnp.where(first < n_layers, last, take_token(hidden, stream.token))
@@ -266,15 +286,47 @@ def layer_outputs(
     all_tokens = stream._replace(token=None)
 
     def step(hidden: Array, i: Array) -> tuple[Array, Array]:
-        hidden = _apply_indexed(spec, params, deltas, all_tokens._replace(hidden=hidden), i)
+        hidden, _ = _apply_indexed(spec, params, deltas, all_tokens._replace(hidden=hidden), i)
         return hidden, hidden
 
     return lax.scan(step, stream.hidden, jnp.arange(jax.tree.leaves(params)[0].shape[0]))[1]
 
 
+def extend_layers(
+    spec: BlockSpec,
+    params: Any,
+    stream: Stream,
+    deltas: Mapping[str, Delta],
+    cache: KeyValues,
+    slot: int | Array,
+) -> tuple[Float[Array, "batch query width"], KeyValues]:
+    """The hidden states after all layers of tokens that attend to a cache, and the cache with theirs in it.
+
+    Args:
+        spec: a layer.
+        params: of all layers, stacked on axis 0.
+        stream: the tokens; its mask [batch, query, slot] says which slots each sees.
+        deltas: by short name, with a leading layer axis.
+        cache: keys and values [layer, batch, slot, kv_heads, dim].
+        slot: where the first of the tokens goes.
+    """
+
+    def step(i: Any, carried: tuple[Array, KeyValues]) -> tuple[Array, KeyValues]:
+        hidden, cache = carried
+        layer = KeyValues(*(_index(a, i) for a in cache))
+        inputs = stream._replace(hidden=hidden, token=None, cache=(layer, slot))
+        hidden, own = _apply_indexed(spec, params, deltas, inputs, i)
+        # only the new slots are written, so that the loop changes the cache in place
+        start = (i, 0, slot, 0, 0)
+        return hidden, KeyValues(*(lax.dynamic_update_slice(a, b[None], start) for a, b in zip(cache, own)))
+
+    n_layers = jax.tree.leaves(params)[0].shape[0]
+    return lax.fori_loop(0, n_layers, step, (stream.hidden, cache))
+
+
 def _apply_indexed(
     spec: BlockSpec, params: Any, deltas: Mapping[str, Delta], stream: Stream, i: Any
-) -> Array:
+) -> tuple[Array, KeyValues]:
     """Layer ``i`` of the stacked ones.
 
     Its weights are read by index here, inside the loop, never sliced outside it: the last layer can

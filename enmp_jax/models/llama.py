@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from enmp_jax.devices.matmul import times_transposed
 from enmp_jax.errors import UserError
 from enmp_jax.models import parameters
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import BlockSpec, Rotary, Stream, declare_layers, normalise
+from enmp_jax.models.causal import causal_mask, rotary
+from enmp_jax.models.layers import BlockSpec, Stream, declare_layers, normalise
 from enmp_jax.models.names import Spelling
 from enmp_jax.models.transformer import last_token, transformer
 
@@ -148,25 +148,21 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
         declared["lm_head"] = {"weight": table("lm_head.weight")}
 
     def embed(params: Params, inputs: Inputs) -> Stream:
-        ids = inputs["input_ids"]
-        position = jnp.arange(ids.shape[1])
-        back = position[:, None] - position[None, :]
-        visible = (back >= 0) if c.window is None else (back >= 0) & (back < c.window)
-        mask = visible[None] & (inputs["attention_mask"] > 0)[:, None]
-        hidden, token = params["embeddings"]["tokens"][ids], last_token(inputs["attention_mask"])
-        return Stream(hidden, mask, _rotary(c.frequencies, ids), token)
+        hidden = params["embeddings"]["tokens"][inputs["input_ids"]]
+        token = last_token(inputs["attention_mask"])
+        return Stream(hidden, causal_mask(inputs, c.window), rotary(c.frequencies, inputs), token)
 
     def pool(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch width"]:
         return normalise(hidden[:, 0].astype(jnp.float32), params["norm"], block.eps)
 
-    def score(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch token"]:
+    def logits(params: Params, hidden: Array) -> Float[Array, "*token vocabulary"]:
         if c.head is None:
             raise UserError(
                 "the base model is a sequence classifier: it has no language-model head to score with"
             )
         hidden = normalise(hidden, params["norm"], block.eps)
         weight = params["embeddings"]["tokens"] if c.head == "tied" else params["lm_head"]["weight"]
-        return next_token_log_likelihood(hidden, weight, inputs["input_ids"], inputs["attention_mask"])
+        return times_transposed(hidden, weight, jnp.float32)
 
     return transformer(
         str(config["model_type"]),
@@ -177,60 +173,5 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
         embed=embed,
         pool=pool,
         input_spec={name: ((None,), jnp.int32) for name in ("input_ids", "attention_mask")},
-        score=score,
+        logits=logits,
     )
-
-
-def _rotary(frequencies: tuple[float, ...], ids: Int[Array, "batch token"]) -> Rotary:
-    angle = jnp.arange(ids.shape[1], dtype=jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
-    angle = jnp.broadcast_to(angle, (ids.shape[0], *angle.shape))
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def next_token_log_likelihood(
-    hidden: Float[Array, "batch token width"],
-    weight: Float[Array, "vocabulary width"],
-    ids: Int[Array, "batch token"],
-    mask: Int[Array, "batch token"],
-) -> Float[Array, "batch token"]:
-    """Log probability of each token's successor, float32; 0 where that is padding, and at the end.
-
-    One example at a time, so that logits take tokens x vocabulary, not that times the batch.
-    """
-    target = jnp.roll(ids, -1, axis=1)
-    real = (mask > 0) & (jnp.roll(mask, -1, axis=1) > 0)
-    real = real.at[:, -1].set(False)
-
-    def one(example: tuple[Array, Array]) -> Array:
-        states, wanted = example
-        logits = jnp.einsum("td,vd->tv", states, weight, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=1)
-
-    return jnp.where(real, lax.map(one, (hidden, target)), 0.0)
-
-
-def option_scores(
-    log_likelihood: Float[Array, "*options token"],
-    option: Int[Array, "*options token"],
-    per_token: bool = False,
-) -> Float[Array, "*options"]:
-    """Score of each option of a choice task: the log-likelihood of its own tokens given the prompt.
-
-    Args:
-        log_likelihood: of ``prompt + option`` sequences, from ``Backbone.log_likelihood``.
-        option: 1 on the tokens of the option, 0 on prompt and padding.
-        per_token: divide by the number of tokens, so that long options are not at a disadvantage.
-    """
-    # column t scores token t + 1
-    scored = jnp.roll(option, -1, axis=-1).at[..., -1].set(0) > 0
-    total = jnp.sum(jnp.where(scored, log_likelihood, 0.0), axis=-1)
-    return total / jnp.maximum(jnp.sum(scored, axis=-1), 1) if per_token else total
-
-
-def language_model_loss(
-    log_likelihood: Float[Array, "batch token"], mask: Int[Array, "batch token"]
-) -> Float[Array, ""]:
-    """Mean negative log-likelihood per predicted token (nats), as Hugging Face's causal loss."""
-    predicted = (mask[:, 1:] > 0) & (mask[:, :-1] > 0)
-    return -jnp.sum(log_likelihood) / jnp.maximum(jnp.sum(predicted), 1)

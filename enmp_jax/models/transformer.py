@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 from enmp_jax.deltas import Delta, Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import Stream, layer_outputs, run_layers
+from enmp_jax.models.causal import next_token_log_likelihood
+from enmp_jax.models.layers import KeyValues, Stream, extend_layers, layer_outputs, run_layers
 from enmp_jax.models.names import Spelling
 from enmp_jax.models.parameters import Declared, initialise
 
@@ -27,7 +28,7 @@ def transformer(
     embed: Callable[[Params, Inputs], Stream],
     pool: Callable[[Params, Array, Inputs], Float[Array, "batch width"]],
     input_spec: Mapping[str, tuple[tuple[int | None, ...], Any]],
-    score: Callable[[Params, Array, Inputs], Float[Array, "batch token"]] | None = None,
+    logits: Callable[[Params, Array], Float[Array, "*token vocabulary"]] | None = None,
 ) -> Backbone:
     """Put a backbone together.
 
@@ -40,7 +41,7 @@ def transformer(
         embed: from inputs to the first layer.
         pool: from the last hidden states (of one token if the stream names one) to float32 features.
         input_spec: see ``Backbone``.
-        score: causal models: from the last hidden states of all tokens to log-likelihoods.
+        logits: causal models: from last hidden states to next-token logits, see ``Backbone``.
     """
     weights = {name: entry["weight"] for name, entry in parameters["layers"].items()}
     short = {  # a weight of a layer is [layer, out, in], that of a norm [layer, width]
@@ -84,20 +85,34 @@ def transformer(
         config=config,
         spelling=spelling,
     )
-    if score is None:
+    if logits is None:
         return backbone
 
     def log_likelihood(params: Params, inputs: Inputs, deltas: Deltas | None = None) -> Array:
-        stream = embed(params, inputs)._replace(token=None)
-        return score(params, run(params, stream, deltas), inputs)
+        return scored(params, inputs, run(params, embed(params, inputs)._replace(token=None), deltas))
 
     def log_likelihood_from(
         params: Params, inputs: Inputs, hidden: Array, first: int | Array, deltas: Deltas | None = None
     ) -> Array:
         stream = embed(params, inputs)._replace(hidden=hidden, token=None)
-        return score(params, run(params, stream, deltas, first), inputs)
+        return scored(params, inputs, run(params, stream, deltas, first))
 
-    return backbone._replace(log_likelihood=log_likelihood, log_likelihood_from=log_likelihood_from)
+    def scored(params: Params, inputs: Inputs, hidden: Array) -> Array:
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        return next_token_log_likelihood(partial(logits, params), hidden, ids, mask)
+
+    def extend(
+        params: Params, inputs: Inputs, cache: KeyValues, slot: int | Array, deltas: Deltas | None = None
+    ) -> tuple[Array, KeyValues]:
+        stream, own = embed(params, inputs), _by_short_name(deltas, short)
+        return extend_layers(config.block, params["layers"], stream, own, cache, slot)
+
+    return backbone._replace(
+        logits=logits,
+        extend=extend,
+        log_likelihood=log_likelihood,
+        log_likelihood_from=log_likelihood_from,
+    )
 
 
 def _known(template: str, modules: Mapping[str, str]) -> str | None:

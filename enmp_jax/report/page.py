@@ -154,7 +154,7 @@ def _score_table(scores: Mapping[str, Any]) -> str:
     meaning = (
         "how often a model answers as the task's own adapter does; the data have no labels."
         if scores.get("agreement")
-        else "in brackets normalised: divided by the accuracy of the task's own expert, not merged."
+        else "in brackets normalised: divided by that of the task's own expert, not merged."
     )
     split = escape(str(scores.get("split", "test")))
     note = f"{measure(scores).capitalize()} on the {split} split in per cent; {meaning}"

@@ -10,12 +10,20 @@ COLUMNS = {"base": "base", "reference": "expert", "merged": "merged", "enmp": "m
 
 
 def measure(scores: Mapping[str, Any]) -> str:
-    """What the scores of a result are: without labels, how often a model answers as the expert does."""
-    return "agreement with the expert" if scores.get("agreement") else "accuracy"
+    """What the scores of a result are: without labels, how often a model answers as the expert does; of
+    completions exp(-loss)."""
+    chosen = "agreement with the expert" if scores.get("agreement") else "accuracy"
+    kinds = set(scores.get("metric", {}).values())
+    if "likelihood" not in kinds:
+        return chosen
+    likelihood = "likelihood exp(-loss)"
+    return likelihood if len(kinds) == 1 else f"{chosen}, of completions {likelihood}"
 
 
 def mean_measure(scores: Mapping[str, Any]) -> str:
     """What ``mean_normalised`` is; agreement needs no normalising, the expert's own is 1."""
+    if "likelihood" in scores.get("metric", {}).values():
+        return "mean normalised score"
     return f"mean {measure(scores)}" if scores.get("agreement") else "mean normalised accuracy"
 
 
@@ -100,6 +108,18 @@ def pruned_lines(scores: Mapping[str, Any]) -> list[str]:
         named = [f"{layer} ({', '.join(names)})" if names else str(layer) for layer, names in layers.items()]
         if named:
             lines.append(f"{task}: layer{'s' if len(named) > 1 else ''} {', '.join(named)}")
+    return lines
+
+
+def export_lines(scores: Mapping[str, Any]) -> list[str]:
+    """Exports that are not quite the model that was scored, with their own scores."""
+    lines = []
+    for name, own in (scores.get("exported") or {}).items():
+        whole = scores["mean_normalised"].get("refined" if name == "refined" else "enmp")
+        lines.append(
+            f"{name}/ has rank {own['rank']} and misses the merge by {percent(own['error'])} %: it has "
+            f"{percent(own['mean_normalised'])} % {mean_measure(scores)} instead of {percent(whole)} %"
+        )
     return lines
 
 

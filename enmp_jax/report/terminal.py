@@ -10,7 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from enmp_jax.report.tables import cost_lines, measure, pruned_lines, score_rows, seed_sentence, verdict
+from enmp_jax.report.tables import (
+    cost_lines,
+    export_lines,
+    measure,
+    pruned_lines,
+    score_rows,
+    seed_sentence,
+    verdict,
+)
 
 
 def final_table(scores: Mapping[str, Any]) -> Table:
@@ -37,6 +45,8 @@ def print_scores(scores: Mapping[str, Any]) -> None:
     if sentence := seed_sentence(scores):
         console.print(sentence)
     _print_pruned(console, scores)
+    for line in export_lines(scores):
+        console.print(line)
     if costs := cost_lines(scores):
         console.print(", ".join(f"{value} {name}" for name, value in costs.items()))
 

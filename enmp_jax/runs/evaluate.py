@@ -15,6 +15,7 @@ from enmp_jax.evaluation.scoring import by_task
 from enmp_jax.io.progress import Reporter
 from enmp_jax.runs import mask_file
 from enmp_jax.runs.search import choose_scale
+from enmp_jax.runs.task_scores import metrics, task_scores
 
 
 def evaluate_run(
@@ -25,7 +26,7 @@ def evaluate_run(
     experts: bool,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Score a split; JSON-ready, accuracies in 0..1, with the keys of ``scores.json`` where they apply.
+    """Score a split; JSON-ready, scores in 0..1, with the keys of ``scores.json`` where they apply.
 
     Args:
         run: the run.
@@ -48,13 +49,15 @@ def evaluate_run(
     evaluator, tasks, sizes = Evaluator(loaded), loaded.tasks, loaded.sizes(split)
     saved = None if mask is None else mask_file.load(mask, loaded.stack)
     reporter.say(f"scoring {sum(sizes):.0f} examples of {split}")
-    alone = evaluator.expert_accuracies(split)
+    alone = evaluator.expert_scores(split)
     result: dict[str, Any] = {
         "split": split,
         "agreement": not loaded.labelled(split),
         "tasks": list(tasks),
         "examples": by_task(tasks, sizes),
+        "metric": metrics(evaluator, split),
         "reference": by_task(tasks, alone),
+        "loss": {"reference": by_task(tasks, evaluator.expert_losses(split))},
     }
     if experts:
         return result
@@ -69,8 +72,8 @@ def evaluate_run(
     masks = {"merged": plain, "base": ~plain} | ({"enmp": saved.keep} if saved else {})
     scales = np.full(len(masks), value, np.float32)
     counts = evaluator.score(evaluator.inputs(split), np.stack(list(masks.values())), scales)
-    accuracy, normalised = np.asarray(scoring.accuracy(counts)), np.asarray(scoring.normalised(counts))
-    result |= {name: by_task(tasks, row) for name, row in zip(masks, accuracy, strict=True)}
+    normalised = np.asarray(scoring.normalised(counts))
+    result |= task_scores(evaluator, split, {name: row for row, name in enumerate(masks)}, counts)
     mean = {name: float(x) for name, x in zip(masks, normalised, strict=True) if name != "base"}
     pruned = [list(m) for m in saved.spec.pruned_modules(saved.keep)] if saved else []
     return result | {"mean_normalised": mean, "scale": value, "pruned": pruned}

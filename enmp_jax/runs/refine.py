@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from enmp_jax.adapters.peft_export import export_peft
-from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.config.sections import RefineConfig
 from enmp_jax.devices.distributed import barrier
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import load
-from enmp_jax.evaluation.scoring import by_task
 from enmp_jax.io.checkpoints import Checkpoints, fingerprint
 from enmp_jax.io.files import write_bytes
 from enmp_jax.io.progress import Reporter
+from enmp_jax.io.writing import check_unused
 from enmp_jax.runs import mask_file
 from enmp_jax.runs.directory import finished
+from enmp_jax.runs.export import merged_deltas, prepare_refined, recipe_of, test_deltas, write_refined
 from enmp_jax.runs.finalists import Finalist
 from enmp_jax.training.refine import Refined, refine
 
@@ -62,61 +60,57 @@ def refine_winner(
     return refined
 
 
-def merged_deltas(evaluator: Evaluator, best: Finalist) -> Any:
-    """The deltas of a finalist."""
-    return jax.jit(evaluator.merge.merge)(evaluator.ingredients, jnp.asarray(best.keep), best.scale)
-
-
 def test_refined(evaluator: Evaluator, refined: Refined) -> dict[str, Any]:
-    """Scores of a refined merge on the test split, as ``scores.json`` has them."""
-    loaded, scoring = evaluator.loaded, evaluator.scoring("test")
-    counts = evaluator.score_deltas(evaluator.inputs("test"), refined.deltas)
-    return {
-        "refined": by_task(loaded.tasks, np.asarray(scoring.accuracy(counts))),
-        "mean_normalised": float(np.asarray(scoring.normalised(counts))),
-        "steps": refined.step,
-    }
+    """Scores of a refined merge on the test split, and the step that it is from."""
+    return test_deltas(evaluator, refined.deltas) | {"steps": refined.step}
 
 
 def with_refined(scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Scores of a search with those of its refinement."""
     mean = scores["mean_normalised"] | {"refined": found["mean_normalised"]}
-    return scores | {"refined": found["refined"], "refine_steps": found["steps"], "mean_normalised": mean}
+    loss = scores.get("loss", {}) | {"refined": found["loss"]}
+    added = {
+        "refined": found["accuracy"],
+        "refine_steps": found["steps"],
+        "mean_normalised": mean,
+        "loss": loss,
+    }
+    return scores | added
 
 
-def export_refined(evaluator: Evaluator, refined: Refined, recipe: Recipe, out: Path) -> str:
-    """Write merge and LoRA as one PEFT adapter, their ranks added up; returns a line to print.
-
-    Raises:
-        UserError: as ``export_peft``.
-    """
-    return str(export_peft(out, evaluator.loaded.adapters, refined.deltas, recipe))
-
-
-def refine_run(run_dir: Path, config: RefineConfig, reporter: Reporter) -> dict[str, Any]:
+def refine_run(
+    run_dir: Path, config: RefineConfig, reporter: Reporter, out: Path | None = None
+) -> dict[str, Any]:
     """``enmp refine``: refine what a finished search found; adds to its ``scores.json`` and ``refined/``.
 
     Args:
         run_dir: of a finished search.
         config: see ``RefineConfig``.
         reporter: progress.
+        out: write the adapter here instead, and leave the run as it is.
 
     Raises:
         UserError: no finished search there, or one that was refined already.
     """
     run, scores = finished(run_dir)
-    if (run_dir / "refined").exists():
-        raise UserError(f"{run_dir / 'refined'} is already there: remove it to refine again")
+    if out is None and (run_dir / "refined").exists():
+        raise UserError(f"{run_dir / 'refined'} is already there: remove it, or give --out, to refine again")
+    target = check_unused(run_dir / "refined" if out is None else out)
     loaded = load(run, reporter=reporter)
     evaluator = Evaluator(loaded)
     saved = mask_file.load(run_dir / "mask.json", loaded.stack)
     best = Finalist(scores["seed"], saved.keep, saved.scale or 1.0, None)
     refined = refine_winner(evaluator, best, config, run_dir / "checkpoints" / "refine", reporter)
     scores = with_refined(scores, test_refined(evaluator, refined))
+    one = prepare_refined(evaluator, refined)
+    if one.exported:
+        scores["exported"] = {**(scores.get("exported") or {}), "refined": dict(one.exported)}
     if jax.process_index() == 0:
-        recipe = Recipe({**run.merge.recipe(), "scale": best.scale}, scores["pruned"], best.seed, scores)
-        reporter.say(export_refined(evaluator, refined, recipe, run_dir / "refined"))
-        text = json.dumps(scores, indent=1, allow_nan=False) + "\n"
-        write_bytes(run_dir / "scores.json", text.encode())
+        recipe = recipe_of(run, saved.spec, best.keep, best.scale, scores, run_dir)
+        for line in write_refined(target, loaded, best, recipe, one, config):
+            reporter.say(line)
+        if out is None:
+            text = json.dumps(scores, indent=1, allow_nan=False) + "\n"
+            write_bytes(run_dir / "scores.json", text.encode())
     barrier("refined")
     return scores

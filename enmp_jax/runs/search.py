@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enmp_jax.adapters.peft_export import export_adapters, export_peft
-from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.devices.distributed import all_or_none, barrier
 from enmp_jax.errors import UserError
@@ -25,24 +23,41 @@ from enmp_jax.io.progress import Reporter
 from enmp_jax.runs.climb import STEP_COST, climb
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import WarmStart, evolve, make_strategy
+from enmp_jax.runs.export import prepare_search, write_search
 from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none, rank, select, with_plain
-from enmp_jax.runs.refine import export_refined, merged_deltas, refine_winner, test_refined, with_refined
+from enmp_jax.runs.provenance import fingerprints
+from enmp_jax.runs.refine import refine_winner, test_refined, with_refined
+from enmp_jax.runs.task_scores import task_scores
 from enmp_jax.search import controls
 from enmp_jax.training.refine import Refined
 
 
-def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = False) -> dict[str, Any]:
+def search_run(
+    run: RunConfig, out: Path, reporter: Reporter, resume: bool = False, anyway: bool = False
+) -> dict[str, Any]:
     """Search, choose, test once, and write the run directory; returns the content of ``scores.json``.
+
+    Args:
+        run: the run.
+        out: the run directory.
+        reporter: progress.
+        resume: go on with the run in ``out``.
+        anyway: and begin anew the part of it whose settings or files have changed.
 
     Raises:
         UserError: bad input; nothing has been written by then.
     """
-    directory = all_or_none(lambda: RunDirectory(out, resume))
+    with all_or_none(lambda: RunDirectory(out, resume, anyway, reporter.say)) as directory:
+        return _search_in(directory, run, reporter)
+
+
+def _search_in(directory: RunDirectory, run: RunConfig, reporter: Reporter) -> dict[str, Any]:
+    out = directory.path
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
     evaluator = Evaluator(all_or_none(lambda: load(run, reporter=reporter)))
     loaded = evaluator.loaded
     check_search(evaluator)
-    all_or_none(lambda: directory.start(run))
+    all_or_none(lambda: directory.start(run, fingerprints(loaded)))
 
     inputs, scoring = evaluator.inputs("search"), evaluator.scoring("search")
     scale, grid = choose_scale(evaluator, inputs, scoring)
@@ -64,8 +79,12 @@ def search_run(run: RunConfig, out: Path, reporter: Reporter, resume: bool = Fal
     }  # fmt: skip
     directory.write_json("mask.json", spec.to_json(best.keep, best.scale, run.merge.recipe()))
     directory.write_json("scores.json", scores)
+    exports = prepare_search(evaluator, best, refined, reporter)
+    if own := {folder: dict(one.exported) for folder, one in exports.items() if one.exported}:
+        scores["exported"] = own
+        directory.write_json("scores.json", scores)
     if directory.writes:
-        export(evaluator, best, scores, out, reporter, refined)
+        write_search(evaluator, best, scores, out, reporter, exports)
         from enmp_jax.report.write import write_plots, write_report  # matplotlib is slow to import
 
         write_plots(out)
@@ -185,7 +204,7 @@ def test(
     masks = np.stack([plain, ~plain, *(f.keep for f in winners.values())])  # nothing left is the base
     scales = np.asarray([scale, scale, *(f.scale for f in winners.values())], np.float32)
     counts = evaluator.score(evaluator.inputs("test"), masks, scales)
-    accuracy, normalised = np.asarray(scoring.accuracy(counts)), np.asarray(scoring.normalised(counts))
+    normalised = np.asarray(scoring.normalised(counts))
     gains = normalised[2:] - normalised[0]
     row = 2 + list(winners).index(best.seed)
     found = {
@@ -193,9 +212,7 @@ def test(
         "agreement": not loaded.labelled("test"),
         "tasks": list(loaded.tasks),
         "reference": by_task(loaded.tasks, np.asarray(scoring.reference)),
-        "base": by_task(loaded.tasks, accuracy[1]),
-        "merged": by_task(loaded.tasks, accuracy[0]),
-        "enmp": by_task(loaded.tasks, accuracy[row]),
+        **task_scores(evaluator, "test", {"base": 1, "merged": 0, "enmp": row}, counts),
         "mean_normalised": {"merged": float(normalised[0]), "enmp": float(normalised[row])},
         "seeds": [
             {
@@ -213,40 +230,3 @@ def test(
     if best.keep.dtype != bool:
         found["weighted"] = len(spec.weighted_modules(best.keep))
     return found if refined is None else with_refined(found, test_refined(evaluator, refined))
-
-
-def export(
-    evaluator: Evaluator,
-    best: Finalist,
-    scores: Mapping[str, Any],
-    out: Path,
-    reporter: Reporter,
-    refined: Refined | None = None,
-) -> None:
-    """Write what there is to take away: the pruned adapters, the merge of them as one, and that refined.
-
-    What an interrupted export left whole is kept.
-    """
-    merge, spec = evaluator.loaded.run.merge, evaluator.loaded.mask_spec
-    recipe = Recipe(
-        merge={**merge.recipe(), "scale": best.scale},
-        pruned=scores["pruned"],
-        weights=spec.weighted_modules(best.keep) if "weighted" in scores else (),
-        seed=best.seed,
-        scores=scores,
-    )  # fmt: skip
-    adapters = evaluator.loaded.adapters
-    writers: dict[str, Callable[[Path], object]] = {
-        "adapters": lambda path: export_adapters(path, adapters, best.keep, recipe),
-        "merged": lambda path: export_peft(path, adapters, merged_deltas(evaluator, best), recipe),
-    }
-    if refined is not None:
-        writers["refined"] = lambda path: export_refined(evaluator, refined, recipe, path)
-    for name, write in writers.items():
-        if (out / name).exists():
-            continue  # written whole by the run that this one resumes
-        try:
-            write(out / name)
-        except UserError as error:
-            # The search is done and paid for: say what could not be written, lose nothing else.
-            reporter.say(f"{name} not written: {error}")

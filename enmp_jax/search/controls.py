@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
-from enmp_jax.masks import MaskSpec
+from enmp_jax.masks import Keep, MaskSpec
 
 ScoreMasks = Callable[[Bool[np.ndarray, "member ..."]], Float[np.ndarray, " member"]]
 Effects = Float[np.ndarray, "*module"]  # NaN where no module exists
@@ -55,6 +55,15 @@ def random_masks(key: PRNGKeyArray, spec: MaskSpec, count: int, masks: int) -> B
     chosen = np.asarray(spec.slots, int)[order[:, :count]]
     np.put_along_axis(keep, chosen, False, axis=1)
     return keep.reshape(masks, *spec.shape)
+
+
+def shuffled(key: PRNGKeyArray, spec: MaskSpec, keep: Keep, masks: int) -> Shaped[np.ndarray, "member ..."]:
+    """A mask's or weights' values on the existing modules in random orders: as many are pruned, elsewhere."""
+    slots = np.asarray(spec.slots, int)
+    order = np.argsort(np.asarray(jax.random.uniform(key, (masks, spec.n_modules))), axis=1)
+    flat = np.repeat(np.asarray(keep).reshape(1, -1), masks, axis=0)
+    flat[:, slots] = flat[0, slots][order]
+    return flat.reshape(masks, *spec.shape)
 
 
 def random_pruning(
