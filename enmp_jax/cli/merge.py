@@ -67,11 +67,11 @@ class Options:
     rank: int | None = None
     """peft, gguf: largest rank, whatever the error."""
     tolerance: float = TOLERANCE
-    """peft, gguf: relative error (Frobenius norm) that dense deltas may have; the rank is the smallest for it."""
+    """peft, gguf: relative error (Frobenius norm) that dense deltas may have, at the smallest rank for it."""
     strict: bool = False
     """peft, gguf: refuse to write an adapter that misses the tolerance, instead of a warning."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """checkpoint: type of the weights; default: the base's (of a GGUF file: float32). gguf: of the factors."""
+    """checkpoint: type of the weights; default: the base's (GGUF: float32). gguf: of the factors."""
     allow_base_mismatch: bool = False
     """Merge adapters that name different base models."""
 

@@ -18,6 +18,7 @@ from enmp_jax.models.base import Backbone, Inputs, Params
 from enmp_jax.models.causal import causal_mask, rotary
 from enmp_jax.models.layers import BlockSpec, Stream, declare_layers, normalise
 from enmp_jax.models.names import Spelling
+from enmp_jax.models.quantised import dense
 from enmp_jax.models.transformer import last_token, transformer
 
 SPELLING = Spelling(
@@ -162,7 +163,7 @@ def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
             )
         hidden = normalise(hidden, params["norm"], block.eps)
         weight = params["embeddings"]["tokens"] if c.head == "tied" else params["lm_head"]["weight"]
-        return times_transposed(hidden, weight, jnp.float32)
+        return times_transposed(hidden, dense(weight), jnp.float32)
 
     return transformer(
         str(config["model_type"]),

@@ -33,6 +33,7 @@ class Param:
         dtype: of the array.
         std: random values are ``std`` times a normal distribution cut off at 2; 0: all are ``fill``.
         fill: the initial value where nothing is random.
+        quantization: ``int8`` or ``int4`` where the device keeps a ``models.quantised.Quantised`` instead.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Param:
     dtype: Any
     std: float = 0.0
     fill: float = 0.0
+    quantization: str | None = None
 
 
 def normal(name: str, shape: tuple[int, ...], std: float, dtype: Any, axes: Axes | None = None) -> Param:

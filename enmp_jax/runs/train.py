@@ -53,7 +53,7 @@ def train_run(run: RunConfig, out: Path, say: Say = print) -> None:
         base = str(out / "base")
         if not (out / "base").exists():
             _train_base(run, out, say)
-    backbone, params = models.load(base, dtype=run.base.dtype)
+    backbone, params = models.load(base, dtype=run.base.dtype, quantization=run.base.quantization)
     _train_adapters(run, backbone, params, base, out, say)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
@@ -116,7 +116,8 @@ def _train_adapters(
             say("fitting the heads to the base's features")
             heads = fit_heads(backbone, params, examples, heads)
     out.mkdir(parents=True, exist_ok=True)
-    settings = [__version__, to_dict(config), run.base.dtype, checkpoint.base_identity(base)]
+    types = [run.base.dtype, run.base.quantization]
+    settings = [__version__, to_dict(config), *types, checkpoint.base_identity(base)]
     made_of = fingerprint(settings, _arrays(examples), heads)
     with Checkpoints(out / "checkpoints" / "adapters", made_of, say=say) as checkpoints:
         experts = train_experts(
