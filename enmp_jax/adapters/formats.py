@@ -28,7 +28,7 @@ class ExportOptions:
         rank: peft, gguf: largest rank, whatever the error.
         tolerance: peft, gguf: relative error that dense deltas may have.
         strict: peft, gguf: refuse what misses the tolerance.
-        dtype: checkpoint: type of the weights; None: the base's. gguf: of the factors; None: float32.
+        dtype: checkpoint: type of the weights, None: the base's; gguf: of the factors, None: float32.
         base_model: checkpoint, gguf: directory, hub id or GGUF file.
     """
 
@@ -92,27 +92,30 @@ def _peft(out: Path, merged: Merged, options: ExportOptions) -> Written:
         out, merged.loaded, merged.deltas(), merged.recipe, options.rank, options.tolerance,
         strict=options.strict, factors=merged.factors,
     )  # fmt: skip
-    return _within(found.error, found.line, options)
-
-
-def _within(error: float, line: str, options: ExportOptions) -> Written:
-    if error <= options.tolerance:
-        return Written([line])
-    warning = (
-        f"the relative error {error:.2e} is above the tolerance {options.tolerance:g}: raise the "
-        "rank or leave it out"
-    )
-    return Written([line], [warning])
+    return Written([found.line], _missed(found.error, options))
 
 
 def _gguf(out: Path, merged: Merged, options: ExportOptions) -> Written:
-    if options.base_model is None:
-        raise UserError("the format gguf needs a base model: --base-model DIR")
     error, line = export_gguf(
-        out, merged.loaded, merged.deltas(), options.base_model, merged.recipe, options.rank,
-        options.tolerance, dtype=options.dtype, strict=options.strict, factors=merged.factors,
+        out, merged.loaded, merged.deltas(), _base(options, "gguf"), merged.recipe, options.rank,
+        options.tolerance, dtype=options.dtype, strict=options.strict,
     )  # fmt: skip
-    return _within(error, line, options)
+    return Written([line], _missed(error, options))
+
+
+def _missed(error: float, options: ExportOptions) -> list[str]:
+    if error <= options.tolerance:
+        return []
+    return [
+        f"the relative error {error:.2e} is above the tolerance {options.tolerance:g}: raise the rank or "
+        "leave it out"
+    ]
+
+
+def _base(options: ExportOptions, kind: str) -> str:
+    if options.base_model is None:
+        raise UserError(f"the format {kind} needs a base model: --base-model DIR")
+    return options.base_model
 
 
 def _adapters(out: Path, merged: Merged, options: ExportOptions) -> Written:
@@ -120,11 +123,8 @@ def _adapters(out: Path, merged: Merged, options: ExportOptions) -> Written:
 
 
 def _checkpoint(out: Path, merged: Merged, options: ExportOptions) -> Written:
-    if options.base_model is None:
-        raise UserError("the format checkpoint needs a base model: --base-model DIR")
-    line = export_checkpoint(
-        out, merged.loaded, merged.deltas(), options.base_model, merged.recipe, dtype=options.dtype
-    )
+    base = _base(options, "checkpoint")
+    line = export_checkpoint(out, merged.loaded, merged.deltas(), base, merged.recipe, dtype=options.dtype)
     return Written([line])
 
 

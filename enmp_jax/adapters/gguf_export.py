@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from enmp_jax import models
-from enmp_jax.adapters.lora_factors import LoraFactors, lora_factors
+from enmp_jax.adapters.lora_factors import lora_factors
 from enmp_jax.adapters.matching import examples
 from enmp_jax.adapters.peft_export import TOLERANCE, write_texts
 from enmp_jax.adapters.peft_files import Modules
@@ -38,7 +38,6 @@ def export_gguf(
     *,
     dtype: str | None = None,
     strict: bool = False,
-    factors: LoraFactors | None = None,
 ) -> tuple[float, str]:
     """Write the merged deltas as ``adapter.gguf``, for ``llama-server --lora``.
 
@@ -55,7 +54,6 @@ def export_gguf(
         tolerance: as in ``export_peft``.
         dtype: of the factors; None: float32.
         strict: refuse to write what misses the tolerance.
-        factors: ``lora_factors`` of the same deltas, rank and tolerance, if they are there already.
 
     Returns:
         The relative error of truncation, and a line to print.
@@ -70,7 +68,7 @@ def export_gguf(
     if architecture not in gguf.ARCHITECTURES:
         known = ", ".join(("mistral", *gguf.ARCHITECTURES))
         raise UserError(f"--format gguf: the base model is a {architecture}; known are {known}")
-    found = factors or lora_factors(deltas, loaded.names, rank, tolerance)
+    found = lora_factors(deltas, loaded.names, rank, tolerance)
     if not found.modules:
         raise UserError("nothing is left to write: all modules are pruned or the merged deltas are zero")
     if strict and tolerance is not None and found.error > tolerance:

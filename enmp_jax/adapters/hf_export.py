@@ -94,8 +94,10 @@ def _export(
         raise UserError(f"{found.source} is quantised: merge into the model it was made from")
     shards, index = find_shards(found.directory)
     entries = {e.name: e for shard in shards for e in read_header(found.directory / shard).entries}
-    where = _match(entries, loaded, _canonical(config))
-    changes = _changes(jax.device_get(deltas), loaded, where, entries)
+    backbone = _backbone(config)
+    where = _match(entries, loaded, None if backbone is None else backbone.canonical)
+    transposed = _transposed(loaded) if backbone is None else backbone.config.block.transposed
+    changes = _changes(jax.device_get(deltas), loaded, where, entries, transposed)
     omit = _tied(config, entries)
 
     with new_directory(out) as directory:
@@ -137,14 +139,26 @@ def _written(directory: Path, names: set[str], changes: Mapping[str, object]) ->
     return checks
 
 
-def _canonical(config: Mapping[str, Any]) -> Callable[[str], str | None] | None:
-    """Spelling of module templates in the family's own way; None for families without a backbone."""
+def _backbone(config: Mapping[str, Any]) -> models.Backbone | None:
+    """The base's family, which knows how names are spelled; None for families without a backbone."""
     if config.get("model_type") not in models.FAMILIES:
         return None
     try:
-        return models.build(config).canonical
+        return models.build(config)
     except UserError:  # an unusual variant: its names can still be compared as they are
         return None
+
+
+def _transposed(loaded: LoadedAdapters) -> bool:
+    """Whether the base keeps its weights as [in, out], as the adapters say.
+
+    Raises:
+        UserError: they do not agree.
+    """
+    said = {adapter.settings.fan_in_fan_out for adapter in loaded.adapters.values()}
+    if len(said) > 1:
+        raise UserError("some adapters have fan_in_fan_out and some have not: their bases differ")
+    return said.pop()
 
 
 def _match(
@@ -194,18 +208,16 @@ def _changes(
     loaded: LoadedAdapters,
     where: Mapping[tuple[str, int], str],
     entries: Mapping[str, Entry],
+    transposed: bool,
 ) -> dict[str, LowRankUpdate | FullUpdate]:
     """Tensor name -> what is added to it; zero deltas are left out."""
-    transposed = {adapter.settings.fan_in_fan_out for adapter in loaded.adapters.values()}
-    if len(transposed) > 1:
-        raise UserError("some adapters have fan_in_fan_out and some have not: their bases differ")
     changes: dict[str, LowRankUpdate | FullUpdate] = {}
     for template, delta in deltas.items():
         present = loaded.stack.pairs[template].present.any(axis=1)
         for layer in np.flatnonzero(present).tolist():
             parts = one_layer(delta, layer)
             change = FullUpdate(*parts) if len(parts) == 1 else LowRankUpdate(*parts)
-            change = change.T if True in transposed else change
+            change = change.T if transposed else change
             name = where.get((template, layer))
             if name is None:
                 raise UserError(f"the base model has no layer {layer} of {template}: it is another base")

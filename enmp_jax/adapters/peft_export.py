@@ -35,6 +35,7 @@ from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters, read_adapter
 from enmp_jax.adapters.recipe import Recipe, config_yaml, mask_text
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
+from enmp_jax.io.files import is_file_name
 from enmp_jax.io.writing import new_directory, write_tensors, write_text
 from enmp_jax.masks import Keep
 
@@ -287,6 +288,6 @@ def write_texts(
 
 
 def _file_name(task: str) -> str:
-    if not task or task.startswith(".") or any(c in task for c in "/\\:\0") or len(task.encode()) > 200:
+    if not is_file_name(task):
         raise UserError(f"the task name {task!r} cannot be a file name: choose another")
     return task

@@ -243,6 +243,9 @@ class EvaluationConfig:
     """Examples per task of the search split; default: all."""
     selection_examples: int | None = None
     test_examples: int | None = None
+    seed: int = 0
+    """Of the search and selection splits: 0: as the tasks name them; other numbers draw both anew from what
+    they hold together. The test split stays."""
     member_chunk: int | None = None
     """Members merged and scored together on a device; default: what memory, and a CPU's caches, bear."""
     mesh: Mapping[str, int] | None = None

@@ -86,7 +86,8 @@ def batch(
         for rows, length in _buckets(inputs, batch_size, lengths):
             if order == "stratified":
                 rows = _stratified(rows, task)
-            fitted = _fit(*jax.tree.map(lambda a, rows=rows: a[rows], (inputs, answers)), length)
+            own, expected = jax.tree.map(lambda a, rows=rows: a[rows], (inputs, answers))
+            fitted = _fit(own, expected, length)
             shaped = jax.tree.map(lambda a: _fold(a, batch_size), (*fitted, label[rows], task[rows]))
             mask = np.arange(shaped[2].size).reshape(shaped[2].shape) < len(rows)
             made.append(Batches(*jax.device_put((shaped[0], *shaped[2:], mask, shaped[1]), device)))

@@ -33,6 +33,13 @@ USABLE = 0.85
 CACHED = 160 * 2**20
 """Bytes of activations of a chunk of members beyond which CPUs slow down (32 MiB of L3 cache: see
 benchmarks/results/population_throughput.md)."""
+HALVINGS = 3
+"""How often fewer members together are tried where memory did not suffice."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a compilation or a run asked for more memory than there is."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def device_memory(device: Any = None) -> int:

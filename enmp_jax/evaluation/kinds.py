@@ -58,6 +58,7 @@ def count_batch(
     """
     if kind_of(batch.inputs) != "completion":
         scores = option_log_probabilities(backbone, params, heads, batch, deltas, start)
+        assert not isinstance(batch.expert, LikeliestTokens)
         return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert)
     read = partial(read_tokens, kind=kind)
     correct, found, value = at_targets(backbone, params, batch, deltas, read, batch.expert, start)

@@ -17,7 +17,16 @@ from enmp_jax import merges, models
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.config.sections import TaskConfig
-from enmp_jax.data import Examples, Kind, check_splits, kind_of, load_examples, preprocess_for, task_kind
+from enmp_jax.data import (
+    Examples,
+    Kind,
+    check_splits,
+    kind_of,
+    load_examples,
+    preprocess_for,
+    redraw,
+    task_kind,
+)
 from enmp_jax.devices.mesh import AXES, choose_shape, make_mesh
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import budget
@@ -141,7 +150,8 @@ def load(
     adapters = load_run_adapters(run, backbone)
     examples = load_splits(run, backbone, base, splits, reporter)
     names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
-    kinds = {task.name: kind_of(e.inputs) for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
+    first = zip(run.tasks, examples[splits[0]], strict=True)
+    kinds: dict[str, Kind] = {task.name: kind_of(e.inputs) for task, e in first}
     heads = load_heads(run, adapters.heads, base, backbone, class_names=names, kinds=kinds)
     check_labels(run, heads, examples)
     return LoadedRun(run, base, backbone, params, mesh, adapters, heads, examples)
@@ -205,12 +215,16 @@ def load_splits(
         "test": run.evaluation.test_examples,
     }
     loaded: dict[str, dict[str, Examples]] = {}
+    seed, wanted = run.evaluation.seed, splits
+    both: tuple[Split, ...] = ("search", "selection")
+    drawn = both if seed and any(split in splits for split in both) else ()
+    splits = tuple(dict.fromkeys((*splits, *drawn)))
     for task in run.tasks:
         kind = checked_kind(task, run.root, backbone, run.base.model)
         preprocess = preprocess_for(base, backbone.family, task.data, kind)
         loaded[task.name] = {
             split: load_examples(
-                task.data, split, run.root, preprocess, limits.get(split),
+                task.data, split, run.root, preprocess, None if split in drawn else limits.get(split),
                 progress=reporter.reading(f"{task.name}, {split}"),
             )
             for split in splits
@@ -221,7 +235,9 @@ def load_splits(
         for split in splits:
             for note in checked[task.name][split].notes:  # what was truncated, left out, dropped
                 reporter.say(f"{task.name}, {split}: {note}")
-    return {split: [checked[task.name][split] for task in run.tasks] for split in splits}
+    if drawn:
+        checked = redraw(checked, seed, limits)
+    return {split: [checked[task.name][split] for task in run.tasks] for split in wanted}
 
 
 def checked_kind(task: TaskConfig, root: Path, backbone: Backbone, base: str) -> Kind:

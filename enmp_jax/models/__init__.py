@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from enmp_jax.errors import UserError
-from enmp_jax.models import bert, checkpoint, clip, convert, llama, quantised, vit
+from enmp_jax.models import bert, checkpoint, clip, convert, gemma, gpt2, llama, phi3, quantised, vit
 from enmp_jax.models.base import Backbone, Inputs, Params
 from enmp_jax.models.convert import Head, Placement
 from enmp_jax.models.parameters import Declared, flatten, initialise, unflatten
@@ -37,8 +37,22 @@ FAMILIES: dict[str, Callable[..., Backbone]] = {
     "mistral": llama.build,
     "qwen2": llama.build,
     "qwen3": llama.build,
+    "gemma": gemma.build,
+    "gemma2": gemma.build,
+    "gemma3_text": gemma.build,
+    "phi3": phi3.build,
+    "gpt2": gpt2.build,
 }
 """``model_type`` of config.json -> ``build(config, dtype)``. ``clip`` is its vision tower."""
+
+# Adapters of these can be merged, inspected and exported: that needs no backbone.
+WITHOUT_BACKBONE = {
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "deepseek_v2", "deepseek_v3"),
+        "a mixture of experts",
+    ),
+    **dict.fromkeys(("gemma3", "phi4_multimodal"), "a model of text and images"),
+}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -57,9 +71,15 @@ def build(
         quantization: ``int8`` or ``int4``: matrices are kept so on the device (``models.quantised``).
 
     Raises:
-        UserError: unknown ``model_type``, dtype or quantization, sizes that it cannot hold, or a config that contradicts itself.
+        UserError: unknown ``model_type``, dtype or quantization, sizes that it cannot hold, or a config
+            that contradicts itself.
     """
     kind = family or config.get("model_type")
+    if kind in WITHOUT_BACKBONE:
+        raise UserError(
+            f"config.json: model_type {kind!r} is {WITHOUT_BACKBONE[kind]}, which cannot be evaluated here: "
+            "its adapters can be inspected, merged and exported (enmp merge), but not searched or trained"
+        )
     if kind not in FAMILIES:
         raise UserError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
@@ -76,7 +96,10 @@ def build(
 
 def _initialise(declared: Declared, key: Array) -> Params:
     params = flatten(initialise(declared, key))
-    return unflatten({path: quantised.store(p, params[path]) for path, p in flatten(declared).items()})
+    stored = {
+        path: quantised.store(params[path], p.dtype, p.quantization) for path, p in flatten(declared).items()
+    }
+    return unflatten(stored)
 
 
 def load(

@@ -85,6 +85,7 @@ def _match(
     for path, p in wanted.items():
         layers = range(p.shape[0]) if is_stacked(path) else [None]
         shape = p.shape[1:] if is_stacked(path) else p.shape
+        shape = shape[::-1] if p.transposed else shape
         for layer in layers:
             source = found.get((p.name, layer))
             if source is None:
@@ -103,18 +104,18 @@ def _match(
     return sources
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _set_layer(p: Param, stacked: Any, layer: Array, i: Array) -> Any:
+@partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _set_layer(stacked: Any, layer: Array, i: Array, dtype: Any, kind: str | None) -> Any:
     def put(whole: Array, part: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(whole, part, i, 0)
 
-    return jax.tree.map(put, stacked, store(p, layer))
+    return jax.tree.map(put, stacked, store(layer, dtype, kind))
 
 
 def _place(tensors: checkpoint.Tensors, names: list[str], p: Param, sharding: Any) -> Any:
     whole = sharding.values if isinstance(sharding, Quantised) else sharding  # of the tensor in the file
     if len(names) == 1 and tensors.shape(names[0]) == p.shape:
-        value = store(p, _read(tensors, names[0], whole))
+        value = store(_read(tensors, names[0], whole), p.dtype, p.quantization)
         return jax.device_put(value, sharding) if p.quantization else value
     one = None
     if isinstance(whole, jax.sharding.NamedSharding):
@@ -127,15 +128,25 @@ def _place(tensors: checkpoint.Tensors, names: list[str], p: Param, sharding: An
     else:
         stacked = jax.tree.map(lambda a, at: jnp.zeros(a.shape, a.dtype, device=at), shapes, sharding)
     for i, name in enumerate(names):
-        stacked = _set_layer(p, stacked, _read(tensors, name, one), jnp.asarray(i))
+        layer = _read(tensors, name, one, p.transposed)
+        stacked = _set_layer(stacked, layer, jnp.asarray(i), jnp.dtype(p.dtype), p.quantization)
     return stacked
 
 
-def _read(tensors: checkpoint.Tensors, name: str, sharding: Sharding | None) -> Array:
+def _read(
+    tensors: checkpoint.Tensors, name: str, sharding: Sharding | None, transposed: bool = False
+) -> Array:
     if sharding is None:
-        return jnp.asarray(tensors.read(name))
+        value = tensors.read(name)
+        return jnp.asarray(value.T if transposed else value)
     shape = tensors.shape(name)
-    return jax.make_array_from_callback(shape, sharding, lambda index: tensors.read(name, index))
+    if not transposed:
+        return jax.make_array_from_callback(shape, sharding, lambda index: tensors.read(name, index))
+
+    def columns(index: tuple[slice, ...] | None) -> np.ndarray:
+        return tensors.read(name, index and index[::-1]).T
+
+    return jax.make_array_from_callback(shape[::-1], sharding, columns)
 
 
 def to_tensors(backbone: Backbone, params: Params) -> dict[str, np.ndarray]:
@@ -144,6 +155,7 @@ def to_tensors(backbone: Backbone, params: Params) -> dict[str, np.ndarray]:
     declared = flatten(backbone.parameters)
     for path, leaf in flatten(params).items():
         name, value = backbone.spelling.in_file(declared[path].name), np.asarray(dense(leaf))
+        value = value.swapaxes(-1, -2) if declared[path].transposed else value
         if is_stacked(path):
             tensors |= {name.replace("{}", str(i)): np.asarray(v, order="C") for i, v in enumerate(value)}
         else:

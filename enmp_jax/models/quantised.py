@@ -107,6 +107,6 @@ def arrays(p: Param, make: Callable[[tuple[int, ...], Any, Axes], Any]) -> Any:
     return jax.tree.map(lambda a: make(a.shape, a.dtype, p.axes), shapes)
 
 
-def store(p: Param, value: Shaped[Array, "..."]) -> Array | Quantised:
-    """A parameter's value in the form that the parameter has on the device."""
-    return value.astype(p.dtype) if p.quantization is None else quantise(value, p.quantization, p.dtype)
+def store(value: Shaped[Array, "..."], dtype: Any, kind: str | None) -> Array | Quantised:
+    """A parameter's value in the form in which the device keeps it (``Param.quantization``)."""
+    return value.astype(dtype) if kind is None else quantise(value, kind, dtype)

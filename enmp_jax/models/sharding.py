@@ -46,5 +46,8 @@ def shard_params(backbone: Backbone, mesh: Mesh) -> Any:
     place = param_sharding(mesh)
     params = flatten(backbone.parameters)
     return unflatten(
-        {path: arrays(p, lambda shape, _, axes, at=path: place(at, shape, axes)) for path, p in params.items()}
+        {
+            path: arrays(p, lambda shape, _, axes, at=path: place(at, shape, axes))
+            for path, p in params.items()
+        }
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +17,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from enmp_jax.errors import UserError
 from enmp_jax.report.data import Generation, RunData
 from enmp_jax.report.tables import measure
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ LIGHT = Theme("#ffffff", "#1f2430", "#667085", "#e4e7ec", "#b8bfca", "#4a7fc1", 
 DARK = Theme("#161a22", "#e6e9ef", "#98a2b3", "#2c3340", "#667085", "#6ea3e6", "#ff9f4a", "#262d3a")
 
 
-def render(draw: Callable[[RunData, Theme], Figure], data: RunData, theme: Theme = LIGHT) -> bytes:
-    """A figure as PNG bytes."""
+def render(draw: Callable[[T, Theme], Figure], data: T, theme: Theme = LIGHT) -> bytes:
+    """A figure of some data as PNG bytes."""
     figure = draw(data, theme)
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
@@ -46,7 +48,8 @@ def render(draw: Callable[[RunData, Theme], Figure], data: RunData, theme: Theme
     return buffer.getvalue()
 
 
-def _axes(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+    """An empty figure, in inches."""
     # Figure, not pyplot: no global state, no window system
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
@@ -60,7 +63,8 @@ def _axes(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes, theme: Theme, columns: int) -> None:
+def add_legend(axes: Axes, theme: Theme, columns: int) -> None:
+    """What the series are, above the axes."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, fontsize=9,
         labelcolor=theme.ink, handlelength=1.6, columnspacing=1.4, borderaxespad=0.2,
@@ -69,7 +73,7 @@ def _legend(axes: Axes, theme: Theme, columns: int) -> None:
 
 def convergence(data: RunData, theme: Theme = LIGHT) -> Figure:
     """Draw fitness against what was evaluated, or against the steps of a gradient search."""
-    figure, axes = _axes(8.0, 4.0, theme)
+    figure, axes = new_axes(8.0, 4.0, theme)
     seeds = list(data.by_seed().values())
     several, (x_name, x_label) = len(seeds) > 1, _progress(data)
     gradient = x_name == "step"
@@ -105,7 +109,7 @@ def convergence(data: RunData, theme: Theme = LIGHT) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.01)
-    _legend(axes, theme, 4)
+    add_legend(axes, theme, 4)
     return figure
 
 
@@ -132,7 +136,7 @@ def _cells(values: np.ndarray, names: list[str], theme: Theme, scale: bool = Fal
     layers, rows = values.shape
     cell = min(0.5, max(0.19, 6.4 / layers))
     width = layers * cell + 0.09 * max(map(len, names)) + 1
-    figure, axes = _axes(max(4.5, width), max(2.2, rows * 0.42 + 1.3), theme)
+    figure, axes = new_axes(max(4.5, width), max(2.2, rows * 0.42 + 1.3), theme)
     cells = axes.pcolormesh(values.T, edgecolors=theme.background, linewidth=2.5, **colours)
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
@@ -196,7 +200,7 @@ def weights(data: RunData, theme: Theme = LIGHT) -> Figure:
 def accuracies(data: RunData, theme: Theme = LIGHT) -> Figure:
     """Draw the accuracy (or agreement) of every task under its expert and both merges."""
     tasks = data.tasks
-    figure, axes = _axes(max(6.0, 1.15 * len(tasks) + 1.5), 4.0, theme)
+    figure, axes = new_axes(max(6.0, 1.15 * len(tasks) + 1.5), 4.0, theme)
     x, width = np.arange(len(tasks)), 0.26
     columns = (("reference", "expert, not merged", theme.expert), ("merged", "merged", theme.merged),
                ("enmp", "merged + ENMP", theme.enmp))  # fmt: skip
@@ -212,7 +216,7 @@ def accuracies(data: RunData, theme: Theme = LIGHT) -> Figure:
     axes.set_ylim(0, 105)
     axes.set_yticks(range(0, 101, 20))
     axes.margins(x=0.02)
-    _legend(axes, theme, 3)
+    add_legend(axes, theme, 3)
     return figure
 
 

@@ -43,7 +43,7 @@ def refine_winner(
     """
     loaded = evaluator.loaded
     search = dataclasses.replace(loaded.run.search, fitness=config.fitness)
-    own = Evaluator(dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, search=search)))
+    own = evaluator.under(dataclasses.replace(loaded.run, search=search))
     start = merged_deltas(evaluator, best)
     settings = {"refine": dataclasses.asdict(config), "merge": loaded.run.merge.recipe(), "scale": best.scale}
     made_of = fingerprint(settings, np.asarray(best.keep))

@@ -14,6 +14,7 @@ import numpy as np
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.devices.distributed import all_or_none, barrier
 from enmp_jax.errors import UserError
+from enmp_jax.evaluation import budget
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.fitness import get as fitness_kind
 from enmp_jax.evaluation.loaded_run import load
@@ -25,6 +26,7 @@ from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import WarmStart, evolve, make_strategy
 from enmp_jax.runs.export import prepare_search, write_search
 from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none, rank, select, with_plain
+from enmp_jax.runs.plan import out_of_memory
 from enmp_jax.runs.provenance import fingerprints
 from enmp_jax.runs.refine import refine_winner, test_refined, with_refined
 from enmp_jax.runs.task_scores import task_scores
@@ -52,9 +54,18 @@ def search_run(
 
 
 def _search_in(directory: RunDirectory, run: RunConfig, reporter: Reporter) -> dict[str, Any]:
-    out = directory.path
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
-    evaluator = Evaluator(all_or_none(lambda: load(run, reporter=reporter)))
+    evaluator = Evaluator(all_or_none(lambda: load(run, reporter=reporter)), reporter.say)
+    try:
+        return _search_with(evaluator, directory, reporter)
+    except Exception as error:
+        if not budget.out_of_memory(error):
+            raise
+        raise UserError(out_of_memory(evaluator, error)) from error
+
+
+def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Reporter) -> dict[str, Any]:
+    run, out = evaluator.loaded.run, directory.path
     loaded = evaluator.loaded
     check_search(evaluator)
     all_or_none(lambda: directory.start(run, fingerprints(loaded)))
