@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from enmp_jax import models
 from enmp_jax.adapters.peft_export import save_adapter
+from enmp_jax.config import run_file
 from enmp_jax.models import checkpoint
 
 WORDS = "the cat dog sat on mat a red green blue yes no maybe what is colour say sky grass sea"
@@ -84,7 +85,7 @@ def save_experts(path, base, names, rank=2, scale=0.4):
             if template.endswith(("q_proj", "v_proj", "down_proj"))
             for layer in range(backbone.n_layers)
         }
-        save_adapter(path / name, modules, rank, rank, str(base), task_type="CAUSAL_LM")
+        save_adapter(path / name, modules, rank, rank, base.name, task_type="CAUSAL_LM")
 
 
 def completions(n, seed=0):
@@ -123,7 +124,7 @@ def write_splits(path, make, sizes=(("train", 24), ("search", 9), ("selection", 
         write_jsonl(path / f"{split}.jsonl", make(n, seed))
 
 
-def run_text(tasks, search="", evaluation="", train=""):
+def run_text(tasks, search="", evaluation="", train="", strategy="random"):
     """A run file of the base ``base``; tasks: name -> lines of its data besides source and splits."""
     lines = ["base: {model: base}", "tasks:"]
     splits = "train: train, search: search, selection: selection, test: test"
@@ -132,8 +133,25 @@ def run_text(tasks, search="", evaluation="", train=""):
         lines.append(f"  - {{name: {name}, adapter: experts/{name}, data: {data}}}")
     lines += [
         "merge: {method: sum, scale: 0.5}",
-        f"search: {{strategy: random, population: 4, generations: 2, finalists: 2{search}}}",
+        f"search: {{strategy: {strategy}, population: 4, generations: 2, finalists: 2{search}}}",
         f"evaluation: {{batch_size: 4{evaluation}}}",
         f"train: {{steps: 3, batch_size: 4{train}}}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def save_all(path):
+    """Base, data and adapters of a task of completions, ``say``, and one of choices, ``pick``."""
+    save_base(path / "base")
+    save_experts(path / "experts", path / "base", ("say", "pick"))
+    write_splits(path / "say", completions)
+    write_splits(path / "pick", choices)
+    return path
+
+
+def loaded_run(root, tasks=("say", "pick"), choice=", choice_norm: token", **more):
+    """The run file of what ``save_all`` wrote; other arguments as in ``run_text``."""
+    data = {"say": "", "pick": choice}
+    path = root / "run.yaml"
+    path.write_text(run_text({name: data[name] for name in tasks}, **more))
+    return run_file.load(path)

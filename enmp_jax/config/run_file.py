@@ -96,6 +96,7 @@ def check(run: RunConfig) -> RunConfig:
         "search.checkpoint_every": search.checkpoint_every, "evaluation.batch_size": evaluation.batch_size,
         "train.steps": train.steps, "train.batch_size": train.batch_size, "train.rank": train.rank,
         "train.learning_rate": train.learning_rate, "train.alpha": train.alpha,
+        "train.epochs": 1 if train.epochs is None else train.epochs,
     }  # fmt: skip
     for key, value in positive.items():
         if not value > 0:
@@ -112,7 +113,7 @@ def check(run: RunConfig) -> RunConfig:
         raise UserError("merge.scale_grid is empty: give at least one scale, or set merge.scale")
     for task in run.tasks:
         if task.reference is not None and not 0 < task.reference <= 1:
-            raise UserError(f"tasks.{task.name}.reference is {task.reference}: accuracies lie in 0..1")
+            raise UserError(f"tasks.{task.name}.reference is {task.reference}: scores lie in 0..1")
     return run
 
 
@@ -163,6 +164,11 @@ def _check_racing(search: SearchConfig) -> None:
         raise UserError(
             "search.fidelity racing does not work with search.fitness calibrated, which has no value per "
             "example: take log_likelihood, or fidelity none"
+        )
+    if search.fitness == "expert_hidden":
+        raise UserError(
+            "search.fidelity racing does not work with search.fitness expert_hidden, which looks at hidden "
+            "states: take expert_kl, or fidelity none"
         )
     if search.strategy == "gradient":
         raise UserError(

@@ -176,7 +176,7 @@ class SearchConfig:
     granularity: Literal["layer", "projection"] = "layer"
     fitness: str = "margin"
     """What is maximised on the search split: accuracy (the paper's), probability, margin, log_likelihood,
-    calibrated; without labels expert_margin, expert_probability, expert_kl, entropy."""
+    calibrated; without labels expert_margin, expert_probability, expert_kl, expert_hidden, entropy."""
     objective: Literal["mean", "worst", "pareto"] = "mean"
     """Over tasks: the mean, the worst task, or the front of both."""
     importance: Mapping[str, float] | None = None

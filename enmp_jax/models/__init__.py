@@ -108,6 +108,7 @@ def load(
     place: Placement = None,
     family: str | None = None,
     quantization: str = "none",
+    gradient_checkpointing: bool = False,
 ) -> tuple[Backbone, Params]:
     """Read a base model.
 
@@ -117,12 +118,14 @@ def load(
         place: how to shard parameters (see ``convert.Placement``); None: the default device.
         family: see ``build``.
         quantization: see ``build``.
+        gradient_checkpointing: keep no activations inside a layer for the backward pass; needs less memory.
 
     Raises:
         UserError: not found, unreadable, or not what its config.json says.
     """
     directory = checkpoint.find(path)
-    backbone = build(checkpoint.read_config(directory), dtype, family, quantization)
+    config = checkpoint.read_config(directory) | {"gradient_checkpointing": gradient_checkpointing}
+    backbone = build(config, dtype, family, quantization)
     return backbone, convert.read_params(backbone, directory, place)
 
 

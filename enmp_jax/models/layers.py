@@ -303,7 +303,12 @@ def apply_layer(
 
 
 def run_layers(
-    spec: BlockSpec, params: Any, stream: Stream, deltas: Mapping[str, Delta], first: int | Array = 0
+    spec: BlockSpec,
+    params: Any,
+    stream: Stream,
+    deltas: Mapping[str, Delta],
+    first: int | Array = 0,
+    remat: bool = False,
 ) -> Float[Array, "batch query width"]:
     """The hidden states after the layers from ``first`` to the last, one compiled body.
 
@@ -314,6 +319,7 @@ def run_layers(
         deltas: by short name, with a leading layer axis.
         first: 0 to the number of layers. An array makes the number of steps unknown to the compiler: one
             program for every ``first``, but none that has a reverse-mode derivative.
+        remat: keep no activations inside a layer for the backward pass but compute them again.
 
     Returns:
         Those of the tokens that the stream names, [batch, 1, width] for one, else of all tokens.
@@ -328,7 +334,8 @@ def run_layers(
 
     if isinstance(first, int):
         layers = jnp.arange(first, stop)
-        hidden, _ = lax.scan(lambda hidden, i: (step(i, hidden), None), stream.hidden, layers)
+        one = jax.checkpoint(step, prevent_cse=False) if remat else step
+        hidden, _ = lax.scan(lambda hidden, i: (one(i, hidden), None), stream.hidden, layers)
     else:
         hidden = lax.fori_loop(first, stop, step, stream.hidden)
     if stream.token is None:

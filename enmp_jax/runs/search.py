@@ -118,6 +118,10 @@ def check_search(evaluator: Evaluator) -> None:
         kinds["search.refine.fitness"] = fitness_kind(search.refine.fitness)
     for key, kind in kinds.items():
         evaluator.loaded.check_fitness(key, kind, ("search", "selection"))
+    if search.fidelity == "racing" and "completion" in evaluator.loaded.kinds:
+        raise UserError(
+            "search.fidelity racing compares examples, and completions are scored by the token: take none"
+        )
     if search.strategy != "gradient":
         make_strategy(evaluator, 1.0)
         generation = int(search.population * search.generations_per_dispatch * sizes.sum())
