@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,3 +318,10 @@ def test_a_control_needs_its_splits(demo_run, capsys):
     controls.check(run, ["random", "greedy"], 20, 2)
     assert cli.main(["controls", "demo"]) == 2
     assert "give --out DIR" in capsys.readouterr().err
+
+
+def test_the_help_names_every_control():
+    from enmp_jax.cli import controls as command
+
+    text = " ".join(Path(command.__file__).read_text().split())
+    assert all(f"{kind}," in text or f"{kind};" in text for kind in control_rows.KINDS)
