@@ -126,7 +126,9 @@ def test_rows_of_other_settings_are_refused(searched, monkeypatch):
         controls_run(run, path, SILENT, ["random"], masks=21)
     controls_run(run, path, SILENT, ["random"], seeds=7)  # random masks do not depend on it
     monkeypatch.setattr(control_rows, "_transfer", lambda bench, method: controls._plain(bench))
-    controls_run(run, path, SILENT, ["random", "transfer"])  # nor on the other splits that others read
+    result = controls_run(run, path, SILENT, ["transfer"])  # nor on the other splits that others read
+    assert [row["row"] for row in result["rows"]][:4] == ["plain", "found", "random masks", "transfer to sum"]
+    controls_run(run, path, SILENT, ["random", "transfer"])
     mask = json.loads((path / "mask.json").read_text())
     (path / "mask.json").write_text(json.dumps(mask | {"pruned": mask["pruned"][:1]}))
     with pytest.raises(UserError, match="row plain was made with other settings for mask"):
