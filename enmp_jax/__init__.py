@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # what type checkers see of the names that __getattr__ loads
     from enmp_jax.api import (
         MaskSpec,
         Result,
+        compare,
+        controls,
         evaluate,
         export_peft,
         load_adapters,
@@ -42,8 +44,8 @@ else:
 
 
 __all__ = [
-    "MaskSpec", "Result", "UserError", "__version__", "evaluate", "export_peft", "load_adapters", "load_run",
-    "merges", "refine", "search",
+    "MaskSpec", "Result", "UserError", "__version__", "compare", "controls", "evaluate", "export_peft",
+    "load_adapters", "load_run", "merges", "refine", "search",
 ]  # fmt: skip
 
 # One BLAS thread: XLA's CPU thread pool calls LAPACK from several threads at once, and BLAS threads

@@ -33,13 +33,17 @@ from enmp_jax.io.files import read_json
 from enmp_jax.io.progress import SILENT, Reporter
 from enmp_jax.io.writing import write_text
 from enmp_jax.masks import MaskSpec
+from enmp_jax.runs.compare import compare_run
+from enmp_jax.runs.controls import DEFAULT as ALL_CONTROLS
+from enmp_jax.runs.controls import controls_run
 from enmp_jax.runs.directory import finished
 from enmp_jax.runs.evaluate import evaluate_run
 from enmp_jax.runs.refine import refine_run
 from enmp_jax.runs.search import search_run
 
 __all__ = [
-    "MaskSpec", "Result", "evaluate", "export_peft", "load_adapters", "load_run", "refine", "search",
+    "MaskSpec", "Result", "compare", "controls", "evaluate", "export_peft", "load_adapters", "load_run",
+    "refine", "search",
 ]  # fmt: skip
 
 OnProgress = Callable[[int, int, float], None]
@@ -253,6 +257,75 @@ def refine(
     settings = {"rank": rank, "steps": steps, "learning_rate": learning_rate, "fitness": fitness}
     given = {name: value for name, value in settings.items() if value is not None}
     return refine_run(Path(run_dir), dataclasses.replace(config, **given), _reporter(on_progress))
+
+
+def compare(
+    run: RunConfig,
+    out: str | Path | None = None,
+    *,
+    methods: Sequence[str] = (),
+    spaces: Sequence[str] = (),
+    search: bool = False,
+) -> dict[str, Any]:
+    """Score every merge method in every space, each at its best (as ``enmp compare`` does).
+
+    Args:
+        run: of ``load_run``.
+        out: a run directory that keeps the rows; those that it has are not made again. None: none is kept.
+        methods: names; default: all.
+        spaces: names; default: all.
+        search: also run the run's search under every method.
+
+    Returns:
+        ``rows``, the best first: method, space, scale and first hyperparameter as the search split chose
+        them, scores on the test split by task, ``mean_normalised``.
+
+    Raises:
+        UserError: an unknown method or space, rows of other settings in ``out``, or a bad run.
+
+    Example:
+        >>> import enmp_jax as enmp
+        >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
+        >>> run = enmp.load_run("demo", evaluation=few)
+        >>> rows = enmp.compare(run, methods=["sum", "mean"], spaces=["core"])["rows"]
+        >>> sorted((row["method"], row["space"]) for row in rows)
+        [('mean', 'core'), ('sum', 'core')]
+    """
+    return compare_run(run, None if out is None else Path(out), _reporter(None), methods, spaces, search)
+
+
+def controls(
+    run_dir: str | Path, rows: Sequence[str] = (), *, masks: int = 20, seeds: int = 3
+) -> dict[str, Any]:
+    """Compare what a finished search found with its controls (as ``enmp controls`` does).
+
+    Args:
+        run_dir: of a finished search; keeps the rows, and those that it has are not made again.
+        rows: kinds of controls, of those that ``enmp controls --help`` lists; default: all but sensitivity.
+        masks: random masks.
+        seeds: of what depends on one.
+
+    Returns:
+        ``rows``: ``mean_normalised`` on the test split, ``gain`` over the plain merge and ``found_better_by``
+        with 95 % intervals and p-values corrected over rows; ``sentences`` that say the same.
+
+    Raises:
+        UserError: no finished search there, an unknown control, or rows of other settings.
+
+    Example:
+        >>> import tempfile
+        >>> import enmp_jax as enmp
+        >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
+        >>> search = {"strategy": "cma_es", "population": 4, "generations": 2, "seeds": 1}
+        >>> run = enmp.load_run("demo", search=search, evaluation=few)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     result = enmp.search(run, out=directory)
+        ...     found = enmp.controls(directory, ["random", "norm"])
+        >>> [row["row"] for row in found["rows"]]
+        ['plain', 'found', 'random masks', 'by norm']
+    """
+    run = finished(Path(run_dir))[0]
+    return controls_run(run, Path(run_dir), _reporter(None), rows or ALL_CONTROLS, masks, seeds)
 
 
 def export_peft(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,7 +126,9 @@ def test_rows_of_other_settings_are_refused(searched, monkeypatch):
         controls_run(run, path, SILENT, ["random"], masks=21)
     controls_run(run, path, SILENT, ["random"], seeds=7)  # random masks do not depend on it
     monkeypatch.setattr(control_rows, "_transfer", lambda bench, method: controls._plain(bench))
-    controls_run(run, path, SILENT, ["random", "transfer"])  # nor on the other splits that others read
+    result = controls_run(run, path, SILENT, ["transfer"])  # nor on the other splits that others read
+    assert [row["row"] for row in result["rows"]][:4] == ["plain", "found", "random masks", "transfer to sum"]
+    controls_run(run, path, SILENT, ["random", "transfer"])
     mask = json.loads((path / "mask.json").read_text())
     (path / "mask.json").write_text(json.dumps(mask | {"pruned": mask["pruned"][:1]}))
     with pytest.raises(UserError, match="row plain was made with other settings for mask"):
@@ -317,3 +320,10 @@ def test_a_control_needs_its_splits(demo_run, capsys):
     controls.check(run, ["random", "greedy"], 20, 2)
     assert cli.main(["controls", "demo"]) == 2
     assert "give --out DIR" in capsys.readouterr().err
+
+
+def test_the_help_names_every_control():
+    from enmp_jax.cli import controls as command
+
+    text = " ".join(Path(command.__file__).read_text().split())
+    assert all(f"{kind}," in text or f"{kind};" in text for kind in control_rows.KINDS)

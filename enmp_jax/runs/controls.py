@@ -73,11 +73,10 @@ def controls_run(
         bench = make_bench(evaluator, run_dir, scores, masks, seeds, generations, reporter)
         table = Rows(run_dir / "controls.jsonl")
         files = of_files(evaluator.loaded)
-        mask = fingerprint(read_json(run_dir / "mask.json"))
+        base = _settings(run) | {"mask": fingerprint(read_json(run_dir / "mask.json"))}
 
         def settings(splits: Sequence[Split], *keys: str) -> dict[str, Any]:
-            own = {key: getattr(bench, key) for key in keys}
-            return _settings(run) | {"mask": mask} | files(splits) | own
+            return base | files(splits) | {key: getattr(bench, key) for key in keys}
 
         made = {"plain": (_plain, settings(["test"])), "found": (_found, settings(["test"]))} | {
             name: (make, settings(KINDS[kind].splits, *KINDS[kind].settings))
@@ -86,9 +85,13 @@ def controls_run(
         }
         for name, (_, given) in made.items():
             table.check(name, given)
+        for name, (make, given) in made.items():
+            table.row(name, given, functools.partial(_make_row, name, make, bench))
+        # what earlier calls made of the same search belongs into the table too
         rows = {
-            name: table.row(name, given, functools.partial(_make_row, name, make, bench))
-            for name, (make, given) in made.items()
+            name: row["content"]
+            for name, row in table.finished.items()
+            if name in made or all(row["settings"].get(key) == value for key, value in base.items())
         }
         compared = with_differences(rows, bench.test.task, bench.test.weight)
         result = table_head(evaluator) | {

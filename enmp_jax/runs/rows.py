@@ -70,6 +70,11 @@ class Rows:
                 raise UserError(f"cannot write {self.path}: {reason(error)}") from None
         return row["content"]
 
+    @property
+    def finished(self) -> Mapping[str, Row]:
+        """All rows by name, each with its ``settings`` and ``content``, in the order they were made in."""
+        return self._rows
+
     def check(self, name: str, settings: Mapping[str, Any]) -> bool:
         """Whether the row is there, before anything is paid for.
 
