@@ -13,7 +13,7 @@ from enmp_jax import models
 from enmp_jax.deltas import LowRank
 from enmp_jax.errors import UserError
 from enmp_jax.models.clip import zero_shot_head
-from enmp_jax.models.llama import rope_frequencies
+from enmp_jax.models.rope import rope
 
 GOLDEN = Path(__file__).parent / "data" / "models"
 VIT = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 64, "intermediate_size": 256}
@@ -201,8 +201,8 @@ def test_a_classifier_checkpoint_has_no_language_model():
 def test_both_generations_of_rope_settings_are_read():
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 8192
-    old = rope_frequencies({"rope_theta": 5e5, "rope_scaling": scaling}, 128)
-    new = rope_frequencies({"rope_parameters": scaling | {"rope_theta": 5e5}}, 128)
-    plain = rope_frequencies({"rope_theta": 5e5}, 128)
+    old = rope({"rope_theta": 5e5, "rope_scaling": scaling}, 128).frequencies
+    new = rope({"rope_parameters": scaling | {"rope_theta": 5e5}}, 128).frequencies
+    plain = rope({"rope_theta": 5e5}, 128).frequencies
     assert old == new and old[0] == plain[0] == 1.0
     np.testing.assert_allclose(old[-1], plain[-1] / 8, rtol=1e-6)

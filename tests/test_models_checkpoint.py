@@ -265,7 +265,8 @@ split = {"heads", "mlp", "vocab"}
 place = lambda path, shape, axes: NamedSharding(mesh, P(*("model" if a in split else None for a in axes)))
 backbone, params = models.load(sys.argv[1], place=place)
 _, plain = models.load(sys.argv[1])
-assert params["layers"]["q"]["weight"].sharding.spec == P(None, "model", None)
+fused = "qkv" in params["layers"]
+assert params["layers"]["qkv" if fused else "q"]["weight"].sharding.spec == P(None, "model", None)
 assert params["layers"]["down"]["weight"].sharding.spec == P(None, None, "model")
 assert params["layers"]["up"]["weight"].addressable_shards[1].data.shape == (3, 6, 16)
 jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, plain)
@@ -279,10 +280,11 @@ print("sharded")
 """
 
 
-def test_params_are_placed_with_their_shardings():
+@pytest.mark.parametrize("case", ["llama_lm", "gpt2"])
+def test_params_are_placed_with_their_shardings(case):
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(GOLDEN / "llama_lm")],
+        [sys.executable, "-c", SHARDED, str(GOLDEN / case)],
         check=False,
         capture_output=True,
         text=True,

@@ -72,7 +72,7 @@ def check_head(case, features, expected):
 
 
 def test_every_family_has_a_golden_case():
-    families = {load(case)[0].family for case in ("clip", "clip_text")} | set(CASES)
+    families = {load(case)[0].family for case in ("clip", "clip_text", "gemma3")} | set(CASES)
     assert families >= {
         "vit",
         "clip",
@@ -83,6 +83,11 @@ def test_every_family_has_a_golden_case():
         "mistral",
         "qwen2",
         "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "gpt2",
     }
 
 
@@ -118,7 +123,7 @@ def test_log_likelihoods_equal_torch_and_peft(case):
         close(language_model_loss(got, inputs["attention_mask"]), expected["loss"])
 
 
-@pytest.mark.parametrize("case", ["vit", "bert", "llama"])
+@pytest.mark.parametrize("case", ["vit", "bert", "llama", "gemma3"])
 def test_every_layer_equals_torch(case):
     backbone, params = load(case)
     data = golden(case)
@@ -144,10 +149,10 @@ def test_no_deltas_dense_deltas_and_some_deltas():
     close(features(params, inputs, some), features(params, inputs, some | rest))
 
 
-@pytest.mark.parametrize("case", ["vit", "bert", "llama"])
+@pytest.mark.parametrize("case", ["vit", "bert", "llama", "gemma2", "gpt2"])
 def test_bfloat16_is_close_to_float32(case):
     backbone, params = load(case, "bfloat16")
-    assert params["layers"]["q"]["weight"].dtype == jnp.bfloat16
+    assert params["layers"]["o"]["weight"].dtype == jnp.bfloat16
     assert params["layers"]["norm1"]["weight"].dtype == jnp.float32
     data = golden(case)
     features = jax.jit(backbone.features)(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from test_models_golden import as_arrays, golden, load, lora_deltas, without
 
-CASES = ("vit", "minilm", "llama_lm", "clip_text")  # one token, all tokens, last token, the marked one
+# one token, all tokens, last token, the marked one; layers that differ
+CASES = ("vit", "minilm", "llama_lm", "clip_text", "gemma3")
 
 
 def differing_from(deltas, first):

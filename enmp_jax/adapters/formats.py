@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from enmp_jax.adapters.delta_export import write_delta
+from enmp_jax.adapters.gguf_export import export_gguf
 from enmp_jax.adapters.hf_export import export_checkpoint
 from enmp_jax.adapters.lora_factors import LoraFactors
 from enmp_jax.adapters.peft_export import TOLERANCE, export_adapters, export_peft
 from enmp_jax.adapters.peft_import import LoadedAdapters
-from enmp_jax.adapters.recipe import Recipe, config_yaml, mask_text
+from enmp_jax.adapters.recipe import RECIPE, Recipe, config_yaml, mask_text
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import new_directory, write_text
@@ -24,11 +25,11 @@ class ExportOptions:
     """Settings of the formats; each takes what it knows.
 
     Attributes:
-        rank: peft: largest rank, whatever the error.
-        tolerance: peft: relative error that dense deltas may have.
-        strict: peft: refuse what misses the tolerance.
-        dtype: checkpoint: type of the weights; None: the base's.
-        base_model: checkpoint: directory or hub id.
+        rank: peft, gguf: largest rank, whatever the error.
+        tolerance: peft, gguf: relative error that dense deltas may have.
+        strict: peft, gguf: refuse what misses the tolerance.
+        dtype: checkpoint: type of the weights, None: the base's; gguf: of the factors, None: float32.
+        base_model: checkpoint, gguf: directory, hub id or GGUF file.
     """
 
     rank: int | None = None
@@ -82,7 +83,7 @@ def _delta(out: Path, merged: Merged, options: ExportOptions) -> Written:
         count = write_delta(directory / "delta.safetensors", merged.deltas(), merged.loaded.names)
         write_text(directory / "mask.json", mask_text(merged.loaded, merged.recipe))
         recipe = config_yaml("delta", merged.loaded, merged.recipe, merged.loaded.base_model)
-        write_text(directory / "enmp_config.yaml", recipe)
+        write_text(directory / RECIPE, recipe)
     return Written([f"{count} matrices in delta.safetensors"])
 
 
@@ -91,13 +92,30 @@ def _peft(out: Path, merged: Merged, options: ExportOptions) -> Written:
         out, merged.loaded, merged.deltas(), merged.recipe, options.rank, options.tolerance,
         strict=options.strict, factors=merged.factors,
     )  # fmt: skip
-    if found.error <= options.tolerance:
-        return Written([found.line])
-    warning = (
-        f"the relative error {found.error:.2e} is above the tolerance {options.tolerance:g}: raise the "
-        "rank or leave it out"
-    )
-    return Written([found.line], [warning])
+    return Written([found.line], _missed(found.error, options))
+
+
+def _gguf(out: Path, merged: Merged, options: ExportOptions) -> Written:
+    error, line = export_gguf(
+        out, merged.loaded, merged.deltas(), _base(options, "gguf"), merged.recipe, options.rank,
+        options.tolerance, dtype=options.dtype, strict=options.strict,
+    )  # fmt: skip
+    return Written([line], _missed(error, options))
+
+
+def _missed(error: float, options: ExportOptions) -> list[str]:
+    if error <= options.tolerance:
+        return []
+    return [
+        f"the relative error {error:.2e} is above the tolerance {options.tolerance:g}: raise the rank or "
+        "leave it out"
+    ]
+
+
+def _base(options: ExportOptions, kind: str) -> str:
+    if options.base_model is None:
+        raise UserError(f"the format {kind} needs a base model: --base-model DIR")
+    return options.base_model
 
 
 def _adapters(out: Path, merged: Merged, options: ExportOptions) -> Written:
@@ -105,11 +123,8 @@ def _adapters(out: Path, merged: Merged, options: ExportOptions) -> Written:
 
 
 def _checkpoint(out: Path, merged: Merged, options: ExportOptions) -> Written:
-    if options.base_model is None:
-        raise UserError("the format checkpoint needs a base model: --base-model DIR")
-    line = export_checkpoint(
-        out, merged.loaded, merged.deltas(), options.base_model, merged.recipe, dtype=options.dtype
-    )
+    base = _base(options, "checkpoint")
+    line = export_checkpoint(out, merged.loaded, merged.deltas(), base, merged.recipe, dtype=options.dtype)
     return Written([line])
 
 
@@ -118,4 +133,5 @@ FORMATS: dict[str, Callable[[Path, Merged, ExportOptions], Written]] = {
     "peft": _peft,
     "adapters": _adapters,
     "checkpoint": _checkpoint,
+    "gguf": _gguf,
 }

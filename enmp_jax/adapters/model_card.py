@@ -14,7 +14,7 @@ from enmp_jax.adapters.recipe import Recipe, adapter_names, command, public_name
 from enmp_jax.errors import one_line
 from enmp_jax.io.hub import hub_id
 
-Kind = Literal["adapters", "peft", "checkpoint"]
+Kind = Literal["adapters", "peft", "checkpoint", "gguf"]
 _MAX_ROWS = 400  # modules listed one by one
 
 
@@ -49,6 +49,7 @@ def model_card(
         "adapters": f"{kind_of_mask}{subject}",
         "peft": "Merged LoRA adapter",
         "checkpoint": "Merged model",
+        "gguf": "Merged LoRA adapter for llama.cpp",
     }[kind]
     lines = [f"# {title}", "", _what(kind, loaded, base, bool(dropped), bool(weighted)), ""]
     for note in notes:

@@ -30,17 +30,17 @@ from enmp_jax.runs import mask_file
 @dataclass(frozen=True)
 class Options:
     """Merge PEFT LoRA adapters, all modules or under a mask or weights. Needs no base model and no data
-    (but for --format checkpoint)."""
+    (but for --format checkpoint and gguf)."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK=DIR")]
     """A task's name and its PEFT directory or hub id (``name@revision``); once for each task."""
     out: Path
     """Directory to make."""
-    format: Literal["delta", "peft", "adapters", "checkpoint"] = "delta"
+    format: Literal["delta", "peft", "adapters", "checkpoint", "gguf"] = "delta"
     """``delta``: delta.safetensors, exact; ``peft``: one merged adapter, exact where the merged deltas are of
     low rank, else (ties, dare, dare_ties and breadcrumbs in full space: dense) within --tolerance;
     ``adapters``: the pruned or weighted adapters, to be merged by others; ``checkpoint``: the base model with
-    everything merged in, exact but for the rounding of its type."""
+    everything merged in, exact but for the rounding of its type; ``gguf``: as ``peft``, for llama.cpp."""
     method: Annotated[
         str | None, tyro.conf.arg(help=f"One of {', '.join(merges.METHODS)}; default: the mask's, else ties.")
     ] = None
@@ -63,15 +63,15 @@ class Options:
     """A mask.json of a search: modules, weights, scale and, unless told otherwise, the merge that it was
     found for. Another --method starts from its own defaults."""
     base_model: str | None = None
-    """Directory or hub id, for --format checkpoint."""
+    """Directory, hub id or GGUF file, for --format checkpoint and gguf."""
     rank: int | None = None
-    """peft: largest rank, whatever the error."""
+    """peft, gguf: largest rank, whatever the error."""
     tolerance: float = TOLERANCE
-    """peft: relative error (Frobenius norm) that dense deltas may have; the rank is the smallest for it."""
+    """peft, gguf: relative error (Frobenius norm) that dense deltas may have, at the smallest rank for it."""
     strict: bool = False
-    """peft: refuse to write an adapter that misses the tolerance, instead of a warning."""
+    """peft, gguf: refuse to write an adapter that misses the tolerance, instead of a warning."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """checkpoint: type of the weights; default: the base's."""
+    """checkpoint: type of the weights; default: the base's (GGUF: float32). gguf: of the factors."""
     allow_base_mismatch: bool = False
     """Merge adapters that name different base models."""
 
@@ -109,8 +109,8 @@ def run(args: Options) -> None:
     Raises:
         UserError: bad adapters, method, hyperparameters, modules or output directory.
     """
-    if args.format == "checkpoint" and args.base_model is None:
-        raise UserError("--format checkpoint needs --base-model DIR")
+    if args.format in ("checkpoint", "gguf") and args.base_model is None:
+        raise UserError(f"--format {args.format} needs --base-model DIR")
     check_unused(args.out)
     if args.mask is None:
         merges.make(**_merge(args, None))  # bad methods and values are found before anything is read

@@ -91,9 +91,10 @@ def batch(
         for rows, length in _buckets(inputs, batch_size, lengths):
             if order == "stratified":
                 rows = _stratified(rows, task)
-            fitted = _fit(*jax.tree.map(lambda a, rows=rows: a[rows], (inputs, answers)), length)
-            own = None if hidden is None else hidden[rows]
-            shaped = jax.tree.map(lambda a: _fold(a, batch_size), (*fitted, label[rows], task[rows], own))
+            own, expected = jax.tree.map(lambda a, rows=rows: a[rows], (inputs, answers))
+            fitted = _fit(own, expected, length)
+            targets = None if hidden is None else hidden[rows]
+            shaped = jax.tree.map(lambda a: _fold(a, batch_size), (*fitted, label[rows], task[rows], targets))
             mask = np.arange(shaped[2].size).reshape(shaped[2].shape) < len(rows)
             fields = shaped[0], *shaped[2:4], mask, shaped[1], shaped[4]
             made.append(Batches(*jax.device_put(fields, device)))

@@ -64,6 +64,7 @@ def count_batch(
         return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert, distance)
     if kind_of(batch.inputs) != "completion":
         scores = option_log_probabilities(backbone, params, heads, batch, deltas, start)
+        assert not isinstance(batch.expert, LikeliestTokens)
         return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert)
     read = partial(read_tokens, kind=kind)
     correct, found, value = at_targets(backbone, params, batch, deltas, read, batch.expert, start)
@@ -173,11 +174,15 @@ def _compared(
 ) -> tuple[Array, Array, Array]:
     """Both distributions over the expert's likeliest tokens and, as one more, all others.
 
-    What the KL divergence loses by that is never negative. A margin looks at the best of the others.
+    What the KL divergence loses by that is never negative. Other fitnesses ask for the expert's first choice,
+    which is never among the others, and compare it with the best of those.
     """
     rows = jnp.arange(x.shape[0])[:, None]
     others = x.at[rows, expert.ids].set(-jnp.inf)
-    rest = others.max(axis=1) if kind.name == "expert_margin" else jax.nn.logsumexp(others, axis=1)
+    if kind.name == "expert_kl":
+        rest = jax.nn.logsumexp(others, axis=1)
+        remaining = jnp.log(jnp.maximum(1 - jnp.exp(expert.log_probability).sum(axis=1), 0.0))
+    else:
+        rest, remaining = others.max(axis=1), jnp.full(x.shape[0], -jnp.inf)
     own = jnp.concatenate([jnp.take_along_axis(x, expert.ids, axis=1), rest[:, None]], axis=1)
-    remaining = jnp.log(jnp.maximum(1 - jnp.exp(expert.log_probability).sum(axis=1), 0.0))
     return own, target, jnp.concatenate([expert.log_probability, remaining[:, None]], axis=1)

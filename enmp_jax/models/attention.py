@@ -1,4 +1,4 @@
-"""Attention: JAX's own, but for bfloat16 on CPUs."""
+"""Attention: JAX's own where that can do it and is fast."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ def attend(
     k: Float[Array, "batch token kv_heads dim"],
     v: Float[Array, "batch token kv_heads dim"],
     mask: Bool[Array, "#batch #query token"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "batch query heads dim"]:
     """Scaled dot-product attention; softmax in float32.
 
@@ -22,13 +24,19 @@ def attend(
         k: keys.
         v: values.
         mask: True where a query may look at a token.
+        scale: what scores are multiplied with; None: one over the root of ``dim``.
+        softcap: scores become ``softcap tanh(score / softcap)``; None: they stay.
     """
-    if not bfloat16_on_cpu(q.dtype):
-        return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None])
-    # there jax.nn.dot_product_attention multiplies weights and values as float32, which is slower
+    if softcap is None and not bfloat16_on_cpu(q.dtype):
+        mask = None if mask is None else mask[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+    # jax.nn.dot_product_attention has no cap; on CPUs it multiplies bfloat16 weights and values as float32,
+    # which is slower
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[3] ** -0.5
+    scores = scores * (q.shape[3] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores).astype(q.dtype)

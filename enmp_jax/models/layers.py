@@ -18,6 +18,7 @@ from enmp_jax.errors import UserError
 from enmp_jax.models import parameters
 from enmp_jax.models.attention import attend
 from enmp_jax.models.parameters import Declared
+from enmp_jax.models.quantised import dense
 
 
 def _gelu(x: Array) -> Array:
@@ -42,8 +43,13 @@ class BlockSpec:
     """Shape and kind of a transformer layer.
 
     ``post_norm``: normalise after the residual sum (BERT) instead of before attention and MLP.
+    ``sandwich``: normalise what attention and MLP return too, before the residual sum (Gemma 2).
     ``gated``: MLP of the form ``down(activation(gate(x)) * up(x))``. ``qk_norm``: RMSNorm of each
-    head's queries and keys (Qwen3). ``eps``: of every norm.
+    head's queries and keys (Qwen3). ``eps``: of every norm. ``norm_offset``: added to the weight of every
+    norm (Gemma: 1). ``fused``: queries, keys and values come from one weight ``qkv``, their rows in this
+    order, and those of a gated MLP from one ``gate_up`` (Phi-3, GPT-2). ``transposed``: files hold the
+    weights as [in, out] (GPT-2's Conv1D). ``scale``: of the attention scores; None: one over the root of
+    the head's size. ``softcap``: bound of the attention scores (see ``attend``).
     """
 
     width: int
@@ -55,8 +61,14 @@ class BlockSpec:
     head_dim: int | None = None
     rms: bool = False
     post_norm: bool = False
+    sandwich: bool = False
     gated: bool = False
     qk_norm: bool = False
+    norm_offset: float = 0.0
+    fused: bool = False
+    transposed: bool = False
+    scale: float | None = None
+    softcap: float | None = None
     qkv_bias: bool = True
     o_bias: bool = True
     mlp_bias: bool = True
@@ -79,28 +91,38 @@ def declare_layers(spec: BlockSpec, n_layers: int, names: Mapping[str, str]) -> 
     Args:
         spec: a layer.
         n_layers: how many.
-        names: short name (q, k, v, o, gate, up, down; norm1, norm2, q_norm, k_norm) -> plain name with
-            ``{}`` for the layer's index.
+        names: short name (q, k, v, o, gate, up, down or, fused, qkv and gate_up; norm1, norm2, post1, post2,
+            q_norm, k_norm) -> plain name with ``{}`` for the layer's index.
     """
     s = spec
     head_dim = s.head_dim or s.width // s.heads
-    sizes = {"embed": s.width, "heads": s.heads * head_dim, "mlp": s.hidden}
-    sizes["kv_heads"] = (s.kv_heads or s.heads) * head_dim
-    weights = {  # [out, in]
-        "q": (("heads", "embed"), s.qkv_bias),
-        "k": (("kv_heads", "embed"), s.qkv_bias),
-        "v": (("kv_heads", "embed"), s.qkv_bias),
-        "o": (("embed", "heads"), s.o_bias),
-        **({"gate": (("mlp", "embed"), s.mlp_bias)} if s.gated else {}),
-        "up": (("mlp", "embed"), s.mlp_bias),
-        "down": (("embed", "mlp"), s.mlp_bias),
+    heads, kv_heads = s.heads * head_dim, (s.kv_heads or s.heads) * head_dim
+    attention = (  # rows, the name of their axis, bias
+        {"qkv": (heads + 2 * kv_heads, "heads", s.qkv_bias)}
+        if s.fused
+        else {
+            "q": (heads, "heads", s.qkv_bias),
+            "k": (kv_heads, "kv_heads", s.qkv_bias),
+            "v": (kv_heads, "kv_heads", s.qkv_bias),
+        }
+    )
+    mlp = {"gate": (s.hidden, "mlp", s.mlp_bias)} if s.gated else {}
+    mlp |= {"up": (s.hidden, "mlp", s.mlp_bias)}
+    if s.fused and s.gated:
+        mlp = {"gate_up": (2 * s.hidden, "mlp", s.mlp_bias)}
+    weights = {  # shape [out, in], names of the axes, bias
+        **{name: ((rows, s.width), (axis, "embed"), bias) for name, (rows, axis, bias) in attention.items()},
+        "o": ((s.width, heads), ("embed", "heads"), s.o_bias),
+        **{name: ((rows, s.width), (axis, "embed"), bias) for name, (rows, axis, bias) in mlp.items()},
+        "down": ((s.width, s.hidden), ("embed", "mlp"), s.mlp_bias),
     }
     norms = {"norm1": s.width, "norm2": s.width}
+    norms |= {"post1": s.width, "post2": s.width} if s.sandwich else {}
     norms |= {"q_norm": head_dim, "k_norm": head_dim} if s.qk_norm else {}
     layer = {
-        name: parameters.linear(names[name], tuple(sizes[a] for a in axes), s.init_std, s.dtype, axes, bias)
-        for name, (axes, bias) in weights.items()
-    } | {name: parameters.norm(names[name], size, s.rms) for name, size in norms.items()}
+        name: parameters.linear(names[name], shape, s.init_std, s.dtype, axes, bias, s.transposed)
+        for name, (shape, axes, bias) in weights.items()
+    } | {name: parameters.norm(names[name], size, s.rms, 1.0 - s.norm_offset) for name, size in norms.items()}
     return {
         name: {
             part: replace(p, shape=(n_layers, *p.shape), axes=("layer", *p.axes)) for part, p in entry.items()
@@ -110,14 +132,14 @@ def declare_layers(spec: BlockSpec, n_layers: int, names: Mapping[str, str]) -> 
 
 
 def linear(
-    x: Float[Array, "*batch in"], params: Mapping[str, Array], delta: Delta | None = None
+    x: Float[Array, "*batch in"], params: Mapping[str, Any], delta: Delta | None = None
 ) -> Float[Array, "*batch out"]:
     """``x (W + delta)^T + b``; no ``b`` where ``params`` has no bias.
 
     Low-rank deltas stay factored, so that population members share the weight; a dense delta belongs
     to one member anyway, and adding it first saves the second large product.
     """
-    weight = params["weight"]
+    weight = dense(params["weight"])
     if isinstance(delta, Dense):
         weight = (weight + delta.weight).astype(weight.dtype)
     y = times_transposed(x, weight)
@@ -127,13 +149,21 @@ def linear(
 
 
 def normalise(
-    x: Float[Array, "*batch width"], params: Mapping[str, Array], eps: float
+    x: Float[Array, "*batch width"], params: Mapping[str, Array], eps: float, offset: float = 0.0
 ) -> Float[Array, "*batch width"]:
-    """LayerNorm, or RMSNorm where ``params`` has no bias, over the last axis; float32 inside."""
+    """LayerNorm, or RMSNorm where ``params`` has no bias, over the last axis; float32 inside.
+
+    Args:
+        x: inputs.
+        params: ``weight`` and maybe ``bias``.
+        eps: added to the mean square.
+        offset: added to the weight.
+    """
     y = x.astype(jnp.float32)
     if "bias" in params:
         y = y - jnp.mean(y, -1, keepdims=True)
-    y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps) * params["weight"]
+    weight = params["weight"] + offset if offset else params["weight"]
+    y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps) * weight
     return (y + params["bias"] if "bias" in params else y).astype(x.dtype)
 
 
@@ -141,10 +171,14 @@ Rotary = tuple[Float[Array, "batch token half"], Float[Array, "batch token half"
 
 
 def rotate(x: Float[Array, "batch token heads dim"], rotary: Rotary) -> Float[Array, "batch token heads dim"]:
-    """Rotary position embedding, halves convention (Llama); computed in float32."""
+    """Rotary position embedding, halves convention (Llama); computed in float32.
+
+    Dimensions beyond twice the number of angles stay as they are (Phi-4's partial rotation).
+    """
     cos, sin = (part[:, :, None, :] for part in rotary)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    half = cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
 
 
 Tokens = Int[Array, " batch"] | Int[Array, "batch query"] | int
@@ -156,6 +190,20 @@ def take_token(x: Shaped[Array, "batch token *rest"], token: Tokens) -> Array:
         return lax.slice_in_dim(x, token, token + 1, axis=1)
     index = token.reshape((token.shape[0], -1) + (1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)
+
+
+class Windowed(NamedTuple):
+    """What the layers with a sliding window need instead of the other layers' mask and rotary angles.
+
+    Attributes:
+        layers: True for these layers.
+        mask: their ``Stream.mask``.
+        rotary: their ``Stream.rotary``.
+    """
+
+    layers: Bool[Array, " layer"]
+    mask: Bool[Array, "#batch #query token"] | None
+    rotary: Rotary | None
 
 
 class KeyValues(NamedTuple):
@@ -180,6 +228,7 @@ class Stream(NamedTuple):
             read from: the last layer computes no other. None: all tokens.
         cache: of one layer, and the slot in it for the first of these tokens; all of it is attended to, so
             the mask is [batch, query, slot]. None: tokens attend to each other.
+        windowed: where layers differ in their attention.
     """
 
     hidden: Float[Array, "batch token width"]
@@ -187,6 +236,7 @@ class Stream(NamedTuple):
     rotary: Rotary | None = None
     token: Tokens | None = None
     cache: tuple[KeyValues, int | Array] | None = None
+    windowed: Windowed | None = None
 
 
 def apply_layer(
@@ -198,31 +248,35 @@ def apply_layer(
         spec: the layer.
         params: its parameters, by short name.
         stream: what enters it.
-        deltas: by short name (q, k, v, o, gate, up, down), of this layer.
+        deltas: by short name (see ``declare_layers``), of this layer.
     """
     s = spec
     x, mask, rotary, token, *_ = stream
+    kv_heads = s.kv_heads or s.heads
 
     def project(name: str, inputs: Array) -> Array:
         return linear(inputs, params[name], deltas.get(name))
 
     def norm(name: str, inputs: Array) -> Array:
-        return normalise(inputs, params[name], s.eps)
+        return normalise(inputs, params[name], s.eps, s.norm_offset)
 
     def split(inputs: Array, heads: int) -> Array:
         return inputs.reshape(*inputs.shape[:-1], heads, -1)
 
     h = x if s.post_norm else norm("norm1", x)
-    k = split(project("k", h), s.kv_heads or s.heads)
-    v = split(project("v", h), s.kv_heads or s.heads)
+    if s.fused:
+        fused = split(project("qkv", h), s.heads + 2 * kv_heads)
+        q, k, v = jnp.split(fused, (s.heads, s.heads + kv_heads), axis=-2)
+    else:
+        q, k, v = h, split(project("k", h), kv_heads), split(project("v", h), kv_heads)
     rotary_q = rotary
     if token is not None:
-        x, h = take_token(x, token), take_token(h, token)
+        x, q = take_token(x, token), take_token(q, token)
         if rotary is not None:
             rotary_q = (take_token(rotary[0], token), take_token(rotary[1], token))
         if mask is not None and mask.shape[1] > 1:
             mask = take_token(jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:])), token)
-    q = split(project("q", h), s.heads)
+    q = q if s.fused else split(project("q", q), s.heads)
     if s.qk_norm:
         q, k = norm("q_norm", q), norm("k_norm", k)
     if rotary is not None and rotary_q is not None:
@@ -230,20 +284,31 @@ def apply_layer(
     own = KeyValues(k, v)
     if stream.cache is not None:
         k, v = stream.cache[0].put(own, stream.cache[1])
-    attended = attend(q, k, v, mask)
-    x = x + project("o", attended.reshape(*attended.shape[:-2], -1))
+    attended = attend(q, k, v, mask, s.scale, s.softcap)
+    h = project("o", attended.reshape(*attended.shape[:-2], -1))
+    x = x + (norm("post1", h) if s.sandwich else h)
     if s.post_norm:
         x = norm("norm1", x)
 
     h = x if s.post_norm else norm("norm2", x)
     activation = ACTIVATIONS[s.activation]
-    h = activation(project("gate", h)) * project("up", h) if s.gated else activation(project("up", h))
-    x = x + project("down", h)
+    if s.fused and s.gated:
+        gate, up = jnp.split(project("gate_up", h), 2, axis=-1)
+        h = activation(gate) * up
+    else:
+        h = activation(project("gate", h)) * project("up", h) if s.gated else activation(project("up", h))
+    h = project("down", h)
+    x = x + (norm("post2", h) if s.sandwich else h)
     return (norm("norm2", x) if s.post_norm else x), own
 
 
 def run_layers(
-    spec: BlockSpec, params: Any, stream: Stream, deltas: Mapping[str, Delta], first: int | Array = 0
+    spec: BlockSpec,
+    params: Any,
+    stream: Stream,
+    deltas: Mapping[str, Delta],
+    first: int | Array = 0,
+    remat: bool = False,
 ) -> Float[Array, "batch query width"]:
     """The hidden states after the layers from ``first`` to the last, one compiled body.
 
@@ -254,6 +319,7 @@ def run_layers(
         deltas: by short name, with a leading layer axis.
         first: 0 to the number of layers. An array makes the number of steps unknown to the compiler: one
             program for every ``first``, but none that has a reverse-mode derivative.
+        remat: keep no activations inside a layer for the backward pass but compute them again.
 
     Returns:
         Those of the tokens that the stream names, [batch, 1, width] for one, else of all tokens.
@@ -268,7 +334,8 @@ def run_layers(
 
     if isinstance(first, int):
         layers = jnp.arange(first, stop)
-        hidden, _ = lax.scan(lambda hidden, i: (step(i, hidden), None), stream.hidden, layers)
+        one = jax.checkpoint(step, prevent_cse=False) if remat else step
+        hidden, _ = lax.scan(lambda hidden, i: (one(i, hidden), None), stream.hidden, layers)
     else:
         hidden = lax.fori_loop(first, stop, step, stream.hidden)
     if stream.token is None:
@@ -333,12 +400,23 @@ def _apply_indexed(
     then run by itself, for one token only, without a copy of the others.
     """
     weights, delta = jax.tree.map(lambda a: _index(a, i), (params, dict(deltas)))
+    if stream.windowed is not None:
+        layers, *windowed = stream.windowed
+        others = [stream.mask, stream.rotary]
+        mask, rotary = jax.tree.map(lambda a, b: jnp.where(layers[i], a, b), windowed, others)
+        stream = stream._replace(mask=mask, rotary=rotary, windowed=None)
     return apply_layer(spec, weights, stream, delta)
 
 
-@jax.custom_jvp
 def _index(stacked: Array, i: Any) -> Array:
     """``stacked[i]``, clamped."""
+    if not jnp.issubdtype(stacked.dtype, jnp.floating):  # values of a quantised weight
+        return lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+    return _index_floats(stacked, i)
+
+
+@jax.custom_jvp
+def _index_floats(stacked: Array, i: Any) -> Array:
     if not bfloat16_on_cpu(stacked.dtype):
         return lax.dynamic_index_in_dim(stacked, i, keepdims=False)
     # XLA would convert the whole stack to float32 before it takes a slice
@@ -347,7 +425,7 @@ def _index(stacked: Array, i: Any) -> Array:
     return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-@_index.defjvp
+@_index_floats.defjvp
 def _index_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (stacked, i), (tangent, _) = primals, tangents
-    return _index(stacked, i), lax.dynamic_index_in_dim(tangent, i, keepdims=False)
+    return _index_floats(stacked, i), lax.dynamic_index_in_dim(tangent, i, keepdims=False)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
-from enmp_jax.devices.matmul import times_transposed
-from enmp_jax.errors import UserError
-from enmp_jax.models import parameters
-from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.causal import causal_mask, rotary
-from enmp_jax.models.layers import BlockSpec, Stream, declare_layers, normalise
+from enmp_jax.models.base import Backbone
+from enmp_jax.models.decoder import DecoderConfig, decoder, head_of, windowed_layers
+from enmp_jax.models.layers import BlockSpec
 from enmp_jax.models.names import Spelling
-from enmp_jax.models.transformer import last_token, transformer
+from enmp_jax.models.rope import rope
 
 SPELLING = Spelling(
     prefix="model.",
@@ -39,50 +32,6 @@ LAYER = {
     "q_norm": "layers.{}.self_attn.q_norm",
     "k_norm": "layers.{}.self_attn.k_norm",
 }
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Causal model. ``window``: a token sees so many tokens back, itself included; None: all.
-
-    ``head`` says where next-token logits come from: ``lm_head``, ``tied`` (the embeddings) or, for a
-    sequence classifier's checkpoint, None.
-    """
-
-    block: BlockSpec
-    n_layers: int
-    vocabulary: int
-    frequencies: tuple[float, ...]
-    window: int | None
-    head: str | None
-    raw: Mapping[str, Any] = field(hash=False)
-
-
-def rope_frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
-    """Angle per position of each pair of dimensions (RoPE, arXiv 2104.09864), Llama 3's scaling included.
-
-    Reads ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4).
-
-    Raises:
-        UserError: a kind of scaling that is not known.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    # as float32, step for step as transformers does, so that angles at position 8000 agree too
-    exponent = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
-    frequencies = (np.float32(1) / np.power(np.float32(theta), exponent)).astype(np.float32)
-    if kind == "linear":
-        frequencies = frequencies / np.float32(rope["factor"])
-    elif kind == "llama3":
-        original = rope["original_max_position_embeddings"]
-        low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-        wavelength = 2 * math.pi / frequencies
-        smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-        frequencies = (1 - smooth) * frequencies / factor + smooth * frequencies
-    elif kind != "default":
-        raise UserError(f"config.json: rope type {kind!r} is not supported, only default, linear and llama3")
-    return tuple(float(f) for f in frequencies)
 
 
 def _block(config: Mapping[str, Any], dtype: Any) -> BlockSpec:
@@ -108,70 +57,34 @@ def _block(config: Mapping[str, Any], dtype: Any) -> BlockSpec:
     )
 
 
-def _window(config: Mapping[str, Any]) -> int | None:
+def _windows(config: Mapping[str, Any], n_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """Size of the window, and which layers have it (none named: all)."""
     if config["model_type"] == "mistral":
-        return config.get("sliding_window", 4096)
-    if config.get("use_sliding_window", False):
-        raise UserError("config.json: use_sliding_window (a window in some layers only) is not supported")
-    return None
-
-
-def _head(config: Mapping[str, Any]) -> str | None:
-    if any("ForSequenceClassification" in name for name in config.get("architectures") or ()):
-        return None
-    return "tied" if config.get("tie_word_embeddings", False) else "lm_head"
+        return config.get("sliding_window", 4096), ()
+    if not config.get("use_sliding_window", False):
+        return None, ()
+    first = config.get("max_window_layers", 28)
+    default = tuple(i >= first for i in range(n_layers))
+    return config.get("sliding_window", 4096), windowed_layers(config, n_layers, default)
 
 
 def build(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Backbone:
-    """A causal model; features: the last token that is not padding, after the final norm.
-
-    Padding belongs on the right. Positions count from 0.
+    """A causal model; see ``decoder``.
 
     Raises:
-        UserError: sizes that do not fit each other, an unknown activation, RoPE or window kind.
+        UserError: sizes that do not fit each other, an unknown activation, RoPE or kind of layer.
     """
     block = _block(config, dtype)
-    frequencies = rope_frequencies(config, block.head_dim or block.width // block.heads)
-    n_layers, vocabulary = config.get("num_hidden_layers", 32), config.get("vocab_size", 32000)
-    c = LlamaConfig(block, n_layers, vocabulary, frequencies, _window(config), _head(config), config)
-
-    def table(name: str) -> parameters.Param:
-        shape = (c.vocabulary, block.width)
-        return parameters.normal(name, shape, block.init_std, block.dtype, ("vocab", "embed"))
-
-    declared = {
-        "embeddings": {"tokens": table("embed_tokens.weight")},
-        "layers": declare_layers(block, c.n_layers, LAYER),
-        "norm": parameters.norm("norm", block.width, rms=True),
-    }
-    if c.head == "lm_head":
-        declared["lm_head"] = {"weight": table("lm_head.weight")}
-
-    def embed(params: Params, inputs: Inputs) -> Stream:
-        hidden = params["embeddings"]["tokens"][inputs["input_ids"]]
-        token = last_token(inputs["attention_mask"])
-        return Stream(hidden, causal_mask(inputs, c.window), rotary(c.frequencies, inputs), token)
-
-    def pool(params: Params, hidden: Array, inputs: Inputs) -> Float[Array, "batch width"]:
-        return normalise(hidden[:, 0].astype(jnp.float32), params["norm"], block.eps)
-
-    def logits(params: Params, hidden: Array) -> Float[Array, "*token vocabulary"]:
-        if c.head is None:
-            raise UserError(
-                "the base model is a sequence classifier: it has no language-model head to score with"
-            )
-        hidden = normalise(hidden, params["norm"], block.eps)
-        weight = params["embeddings"]["tokens"] if c.head == "tied" else params["lm_head"]["weight"]
-        return times_transposed(hidden, weight, jnp.float32)
-
-    return transformer(
-        str(config["model_type"]),
-        c,
-        SPELLING,
-        width=block.width,
-        parameters=declared,
-        embed=embed,
-        pool=pool,
-        input_spec={name: ((None,), jnp.int32) for name in ("input_ids", "attention_mask")},
-        logits=logits,
+    n_layers = config.get("num_hidden_layers", 32)
+    window, windowed = _windows(config, n_layers)
+    c = DecoderConfig(
+        block,
+        n_layers,
+        vocabulary=config.get("vocab_size", 32000),
+        head=head_of(config),
+        raw=config,
+        rope=rope(config, block.head_dim or block.width // block.heads),
+        window=window,
+        windowed=windowed,
     )
+    return decoder(c, SPELLING, LAYER)

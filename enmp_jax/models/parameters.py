@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -33,6 +33,8 @@ class Param:
         dtype: of the array.
         std: random values are ``std`` times a normal distribution cut off at 2; 0: all are ``fill``.
         fill: the initial value where nothing is random.
+        transposed: files hold a layer's matrix as [in, out] (GPT-2's Conv1D).
+        quantization: ``int8`` or ``int4`` where the device keeps a ``models.quantised.Quantised`` instead.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Param:
     dtype: Any
     std: float = 0.0
     fill: float = 0.0
+    transposed: bool = False
+    quantization: str | None = None
 
 
 def normal(name: str, shape: tuple[int, ...], std: float, dtype: Any, axes: Axes | None = None) -> Param:
@@ -49,18 +53,24 @@ def normal(name: str, shape: tuple[int, ...], std: float, dtype: Any, axes: Axes
 
 
 def linear(
-    name: str, shape: tuple[int, ...], std: float, dtype: Any, axes: Axes | None = None, bias: bool = True
+    name: str,
+    shape: tuple[int, ...],
+    std: float,
+    dtype: Any,
+    axes: Axes | None = None,
+    bias: bool = True,
+    transposed: bool = False,
 ) -> Declared:
-    """Weight, [out, in] as Hugging Face and PEFT keep it, and bias of a linear map."""
-    weight = normal(f"{name}.weight", shape, std, dtype, axes)
+    """Weight, [out, in] as PEFT counts it whether files hold it ``transposed`` or not, and bias."""
+    weight = replace(normal(f"{name}.weight", shape, std, dtype, axes), transposed=transposed)
     return {"weight": weight} | (
         {"bias": Param(f"{name}.bias", shape[:1], weight.axes[:1], dtype)} if bias else {}
     )
 
 
-def norm(name: str, width: int, rms: bool = False) -> Declared:
+def norm(name: str, width: int, rms: bool = False, fill: float = 1.0) -> Declared:
     """Parameters of ``layers.normalise``: float32 whatever the model's type, no bias for RMSNorm."""
-    weight = {"weight": Param(f"{name}.weight", (width,), (None,), jnp.float32, fill=1.0)}
+    weight = {"weight": Param(f"{name}.weight", (width,), (None,), jnp.float32, fill=fill)}
     return weight if rms else weight | {"bias": Param(f"{name}.bias", (width,), (None,), jnp.float32)}
 
 

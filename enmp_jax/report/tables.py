@@ -136,11 +136,11 @@ def points(value: float | None) -> str:
 def cost_lines(scores: Mapping[str, Any]) -> dict[str, str]:
     """What a search cost, by name, as far as it is recorded."""
     forms = {"masks_evaluated": "", "distinct_masks": "", "example_evaluations": ",.0f",
-             "masks_per_second": ".1f"}  # fmt: skip
+             "masks_per_second": ".1f", "masks_failed": ""}  # fmt: skip
     return {
         key.replace("_", " "): format(value, form)
         for key, form in forms.items()
-        if (value := scores.get(key)) is not None
+        if (value := scores.get(key)) is not None and (value or key != "masks_failed")
     }
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 import transformers as hf  # noqa: E402
 
-from enmp_jax import models  # noqa: E402
+from enmp_jax import merges, models  # noqa: E402
+from enmp_jax.adapters import load_adapters  # noqa: E402
 from enmp_jax.deltas import LowRank  # noqa: E402
 from enmp_jax.lora import stack_adapters  # noqa: E402
 
@@ -101,7 +102,49 @@ def test_rgb_images_and_odd_patches(tmp_path):
     np.testing.assert_allclose(got, expected["features"], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "roberta", "llama", "llama_lm", "qwen3", "clip"])
+DECODERS = ("qwen2_window", "gemma", "gemma2", "gemma3", "phi3", "gpt2")
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_equal_transformers_with_pefts_adapter_as_it_is_on_disk(name, tmp_path):
+    """Base and adapter written by transformers and PEFT, read by us; longer texts than the windows."""
+    case = make.CASES[name]()
+    backbone, params = on_disk(case, tmp_path / "base")
+    config = peft.LoraConfig(
+        r=3, lora_alpha=4, use_rslora=True, target_modules=list(case.targets), init_lora_weights=False,
+        fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = peft.get_peft_model(case.model, config).eval()
+    model.save_pretrained(str(tmp_path / "adapter"))
+    loaded = load_adapters(
+        {"a": tmp_path / "adapter"}, backbone.canonical, n_layers=3, modules=backbone.modules
+    )
+    assert loaded.stack.projections == tuple(sorted(backbone.modules))
+    merge = merges.make("sum")
+    deltas = merge.merge(merge.prepare(loaded.stack), jnp.ones((3, 1), bool), 1.0)
+    inputs = make.texts(40, (17, 12, 3))
+
+    @jax.jit
+    def logits(params, inputs, deltas):
+        stream = backbone.embed(params, inputs)._replace(token=None)
+        return backbone.logits(params, backbone.run(params, stream, deltas))
+
+    x = {k: jnp.asarray(v) for k, v in inputs.items()}
+    real = inputs["attention_mask"][..., None] > 0
+    with torch.no_grad():
+        with_adapter = model(**make.tensors(inputs)).logits.numpy()
+        with model.disable_adapter():
+            without = model(**make.tensors(inputs)).logits.numpy()
+    assert np.abs(with_adapter - without).max() > 0.1
+    for expected, delta in ((with_adapter, deltas), (without, None)):
+        got = logits(params, x, delta)
+        np.testing.assert_allclose(got * real, expected * real, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit", "bert", "roberta", "llama", "llama_lm", "qwen3", "gemma2", "phi4", "gpt2", "clip"]
+)
 def test_transformers_reads_what_save_writes(name, tmp_path):
     case = make.CASES[name]()
     backbone, params = on_disk(case, tmp_path / "theirs")

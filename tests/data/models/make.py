@@ -57,7 +57,7 @@ def randomise(model: Any, seed: int) -> Any:
             if name.endswith("logit_scale"):
                 continue
             if p.ndim == 1 and "norm" in name.lower() and name.endswith("weight"):
-                p.copy_(1 + 0.2 * noise)
+                p.copy_(0.2 * noise + ("Gemma" not in type(model).__name__))  # Gemma adds the 1 itself
             elif p.ndim == 1:
                 p.copy_(0.2 * noise)
             else:
@@ -220,21 +220,25 @@ def roberta() -> Case:
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _classifier(model: Any, seed: int) -> Case:
+def _classifier(model: Any, seed: int, targets: tuple[str, ...] = LLAMA_TARGETS) -> Case:
     def run(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         x = tensors(inputs)
         last = torch.tensor(inputs["attention_mask"].sum(1) - 1).long()
-        hidden = model.model(**x).last_hidden_state
+        hidden = model.base_model(**x).last_hidden_state
         return {"features": hidden[torch.arange(len(last)), last], "logits": model(**x).logits}
 
-    return Case(randomise(model, seed), lambda m: m.model.layers, texts(40, (23, 7, 1)), run, LLAMA_TARGETS)
+    return Case(randomise(model, seed), decoder_layers, texts(40, (23, 7, 1)), run, targets)
 
 
-def _causal(model: Any, seed: int) -> Case:
+def decoder_layers(model: Any) -> Any:
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
+def _causal(model: Any, seed: int, targets: tuple[str, ...] = LLAMA_TARGETS) -> Case:
     def run(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         x = tensors(inputs)
         last = torch.tensor(inputs["attention_mask"].sum(1) - 1).long()
-        hidden = model.model(**x).last_hidden_state
+        hidden = model.base_model(**x).last_hidden_state
         logits = torch.log_softmax(model(**x).logits, -1)
         scores = logits[:, :-1].gather(-1, x["input_ids"][:, 1:, None])[..., 0] * x["attention_mask"][:, 1:]
         labels = torch.where(x["attention_mask"] > 0, x["input_ids"], -100)
@@ -244,7 +248,7 @@ def _causal(model: Any, seed: int) -> Case:
             "loss": model(**x, labels=labels).loss,
         }
 
-    return Case(randomise(model, seed), lambda m: m.model.layers, texts(40, (11, 6, 2)), run, LLAMA_TARGETS)
+    return Case(randomise(model, seed), decoder_layers, texts(40, (11, 6, 2)), run, targets)
 
 
 CAUSAL = TINY | {"vocab_size": 40, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 1}
@@ -273,10 +277,79 @@ def qwen3() -> Case:
     return _classifier(hf.Qwen3ForSequenceClassification(config), 10)
 
 
+def qwen2_window() -> Case:
+    """A window in the last of three layers only."""
+    config = hf.Qwen2Config(**CAUSAL, use_sliding_window=True, sliding_window=3, max_window_layers=2)
+    return _causal(hf.Qwen2ForCausalLM(config), 11)
+
+
+def gemma() -> Case:
+    return _causal(hf.GemmaForCausalLM(hf.GemmaConfig(**CAUSAL, head_dim=6, hidden_act="gelu")), 12)
+
+
+def gemma2() -> Case:
+    """Soft caps so low that they bend most scores and logits."""
+    config = hf.Gemma2Config(
+        **CAUSAL, head_dim=6, sliding_window=3, query_pre_attn_scalar=10, attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.0,
+    )  # fmt: skip
+    return _causal(hf.Gemma2ForCausalLM(config), 13)
+
+
+def gemma3() -> Case:
+    """Two layers with a window, one without, each kind with rotary angles of its own."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5.0},
+    }
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = hf.Gemma3TextConfig(
+        **CAUSAL, head_dim=6, sliding_window=3, query_pre_attn_scalar=10, layer_types=kinds,
+        rope_parameters=rope,
+    )  # fmt: skip
+    return _causal(hf.Gemma3ForCausalLM(config), 14)
+
+
+PHI3_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+def phi3() -> Case:
+    return _causal(hf.Phi3ForCausalLM(hf.Phi3Config(**CAUSAL, sliding_window=5)), 15, PHI3_TARGETS)
+
+
+def phi4() -> Case:
+    """Phi-4-mini: tied, half of each head rotated, LongRoPE."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 50.0, "partial_rotary_factor": 0.5,
+        "short_factor": [1.5], "long_factor": [3.0],
+    }  # fmt: skip
+    config = hf.Phi3Config(
+        **CAUSAL,
+        tie_word_embeddings=True,
+        rope_parameters=rope,
+        original_max_position_embeddings=32,
+        num_labels=3,
+    )
+    return _classifier(hf.Phi3ForSequenceClassification(config), 16, PHI3_TARGETS)
+
+
+GPT2_TARGETS = ("c_attn", "c_proj", "c_fc")
+GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 32, "n_inner": 24}
+
+
+def gpt2() -> Case:
+    return _causal(hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), 17, GPT2_TARGETS)
+
+
+# fmt: off
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
-    for f in (vit, clip, clip_text, bert, minilm, roberta, llama, llama_lm, mistral, qwen2, qwen3)
+    for f in (
+        vit, clip, clip_text, bert, minilm, roberta, llama, llama_lm, mistral, qwen2, qwen3, qwen2_window,
+        gemma, gemma2, gemma3, phi3, phi4, gpt2,
+    )
 }
+# fmt: on
 
 
 def outputs(case: Case, model: Any, base: Any) -> dict[str, np.ndarray]:
