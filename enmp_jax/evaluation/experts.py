@@ -140,9 +140,7 @@ def _read_answers(backbone: Backbone) -> Callable[..., Array]:
     return read
 
 
-def _compute(
-    loaded: LoadedRun, split: Split, read: Callable[..., Array] | None = None
-) -> list[np.ndarray]:
+def _compute(loaded: LoadedRun, split: Split, read: Callable[..., Array] | None = None) -> list[np.ndarray]:
     """What ``read(params, heads, batch, deltas) -> [row, ...]`` says of every task's examples; default: its
     answers."""
     read = read or _read_answers(loaded.backbone)
