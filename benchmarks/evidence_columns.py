@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -231,7 +232,8 @@ def greedy(group: Group, column: Setting, rows: Rows) -> Found:
 def masks(group: Group, column: Setting, rows: Rows) -> Found:
     """A search of masks; the selection split chooses among its finalists and the plain merge."""
     data, selection, scale = group.start(column)
-    fitness, spec, spent, effects = column["fitness"], group.suite.layers, 0.0, None
+    fitness, spent, effects = column["fitness"], 0.0, None
+    spec = dataclasses.replace(group.suite.layers, **{k: column[k] for k in ("max_pruned",) if k in column})
     if column.get("start") == "first_order":
         effects, spent = first_order(data, scale, fitness).reshape(-1)[list(spec.slots)], STEP_COST
     elif column.get("start") == "leave_one_out":
