@@ -19,10 +19,20 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """The process was told to end (SIGTERM, SIGHUP), and what it was doing is saved."""
+
+    def __init__(self, signal: int):
+        """Takes the number of the signal."""
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
+
+
 def suggestion(name: str, known: Iterable[str], otherwise: str = "known") -> str:
     """The hint for an unknown name: the nearest known one, or else all of them after ``otherwise``."""
     names = list(known)
-    near = difflib.get_close_matches(str(name).replace("-", "_").lower(), names, n=1, cutoff=0.5)
+    # no name is longer, and the comparison takes quadratic time
+    near = difflib.get_close_matches(str(name)[:100].replace("-", "_").lower(), names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(names)}"
 
 
@@ -30,6 +40,14 @@ def one_line(error: object, limit: int = 200) -> str:
     """An error's text, or any other, as one printable line."""
     text = "".join(c if c.isprintable() else " " for c in " ".join(str(error).split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Any value as a short printable line."""
+    try:
+        return one_line(repr(value), limit)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints
+        return f"a value of type {type(value).__name__} too large to show"
 
 
 def reason(error: BaseException) -> str:

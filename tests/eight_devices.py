@@ -28,6 +28,7 @@ from enmp_jax.evaluation.scoring import Heads, Scoring
 from enmp_jax.io.progress import SILENT
 from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.masks import MaskSpec
+from enmp_jax.models import causal
 from enmp_jax.models.sharding import shard_params
 from enmp_jax.runs.search import search_run
 from enmp_jax.search import device_memo, loop, strategies
@@ -222,6 +223,31 @@ def test_a_gradient_of_llama_3_8b_fits_what_the_plan_says():
     assert planned < 2 * memory.temp_size_in_bytes
 
 
+def test_sixteen_members_of_llama_3_8b_answer_in_little_more_than_one():
+    """1 x 2 x 4, all members together: peak memory, logits over 128,256 tokens included."""
+    mesh = make_mesh(1, 2, 4)
+    backbone, merge, inputs = abstract_problem(mesh, "bfloat16")
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    sizes = {"input_ids": 128, "attention_mask": 128, "target_ids": 32, "target_from": 32}
+    batch = {name: jax.ShapeDtypeStruct((8, n), jnp.int32, sharding=by_row) for name, n in sizes.items()}
+
+    def evaluate(params, ingredients, keep, batch):
+        def member(keep):
+            deltas = merge.merge(ingredients, keep, 0.5)
+            return causal.answer_log_probabilities(backbone, params, batch, deltas)
+
+        return jax.vmap(member)(keep)
+
+    def peak(members):
+        keep = jax.ShapeDtypeStruct((members, backbone.n_layers, 6), jnp.bool_)
+        compiled = jax.jit(evaluate).lower(inputs.params, inputs.ingredients, keep, batch).compile()
+        memory = compiled.memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+    core, _ = budget.delta_bytes(merge, inputs.ingredients, (backbone.n_layers, 6))
+    assert peak(16) - 16 * core < 1.1 * peak(1)
+
+
 def test_members_add_their_cores_and_no_weights():
     """16 masks against 1, at the widths of Llama-3-8B (2 layers, float32)."""
     mesh = make_mesh(1, 1, 1)
@@ -324,7 +350,7 @@ def test_a_whole_search_does_not_depend_on_the_devices(demo_run, tmp_path, strat
         mesh = dict(zip(("population", "data", "model"), shape, strict=True))
         run = dataclasses.replace(
             demo_run,
-            merge=MergeConfig("tsv", scale=0.6),
+            merge=MergeConfig("tsv", scale=0.2),  # too small, so that other weights win
             search=dataclasses.replace(
                 demo_run.search, generations=4, check_every=2, fitness="margin", **strategy
             ),
@@ -335,7 +361,7 @@ def test_a_whole_search_does_not_depend_on_the_devices(demo_run, tmp_path, strat
         history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
         found[shape] = json.loads((out / "mask.json").read_text()), history
     mask, history = found.pop((1, 1, 1))
-    assert mask["pruned"] or mask["weights"]  # something was found
+    assert mask["pruned"] or mask.get("weights")  # something was found
     for other, lines in found.values():
         assert other["pruned"] == mask["pruned"]
         weights, expected = (

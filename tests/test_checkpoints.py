@@ -140,9 +140,9 @@ def test_what_is_saved_is_a_copy(tmp_path, monkeypatch):
 
     given, save = [], ocp.CheckpointManager.save
 
-    def spy(self, step, args):
+    def spy(self, step, args, metrics):
         given.append(args)
-        return save(self, step, args=args)
+        return save(self, step, args=args, metrics=metrics)
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", spy)
     array, losses = np.zeros(3), [1.0]
@@ -150,6 +150,13 @@ def test_what_is_saved_is_a_copy(tmp_path, monkeypatch):
         checkpoints.save(1, {"x": array}, {"losses": losses})
     assert not np.shares_memory(given[0]["state"].item["x"], array)
     assert given[0]["meta"].item["record"]["meta"]["losses"] is not losses
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    with Checkpoints(tmp_path, "same") as checkpoints:
+        for step, value in enumerate((0.1, 0.9, 0.3, float("nan"), 0.5), 1):
+            checkpoints.save(step, {"x": np.zeros(2)}, {}, value)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["2", "4", "5"]
 
 
 @pytest.mark.parametrize("leaf", ["text", np.float32(1), 3])

@@ -62,10 +62,10 @@ BAD = {
     "two tasks of one name": (change(["tasks", 1, "name"], "a"), "two tasks are named 'a'"),
     "no tasks": (change(["tasks"], []), "at least one task"),
     "missing key": (change(["tasks", 0], {"name": "a"}), "the key 'adapter' is missing"),
-    "reference": (change(["tasks", 0, "reference"], 90.0), "accuracies lie in 0..1"),
+    "reference": (change(["tasks", 0, "reference"], 90.0), "scores lie in 0..1"),
     "scale": (change(["merge"], {"scale": "best"}), "merge: scale"),
     "empty grid": (change(["merge"], {"scale_grid": []}), "scale_grid is empty"),
-    "task name": (change(["tasks", 0, "name"], "a:b"), "without / and :"),
+    "task name": (change(["tasks", 0, "name"], "a:b"), "cannot be a file name"),
     "infinite": (change(["search"], {"sigma0": float("inf")}), "sigma0: expected a finite number, got inf"),
     "not a mapping": (change(["base"], "some/model"), "expected a mapping"),
 }

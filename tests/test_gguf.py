@@ -9,14 +9,30 @@ import jax
 import numpy as np
 import pytest
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 
-import gguf_files as files  # noqa: E402 (needs gguf)
+import gguf
+import gguf_files as files
+from safetensors.numpy import load_file
 
-from enmp_jax import models  # noqa: E402
-from enmp_jax.errors import UserError  # noqa: E402
-from enmp_jax.io.gguf import GgufFile  # noqa: E402
-from enmp_jax.models import checkpoint, gguf_tokenizer  # noqa: E402
+from enmp_jax import models
+from enmp_jax.adapters import read_adapter, save_adapter
+from enmp_jax.cli.main import main
+from enmp_jax.errors import UserError
+from enmp_jax.io.gguf import GgufFile
+from enmp_jax.models import checkpoint, convert, gguf_tokenizer
+from enmp_jax.models import gguf as gguf_models
+
+
+@pytest.fixture
+def run_cli(capsys):
+    """Run ``enmp``; what it printed."""
+
+    def run(*arguments, fails=False):
+        assert main([str(argument) for argument in arguments]) == (2 if fails else 0)
+        return capsys.readouterr()[1 if fails else 0]
+
+    return run
 
 
 def loaded(tmp_path, settings, quantisation="F32", **options):
@@ -229,3 +245,146 @@ def test_damaged_and_missing_files(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install 'enmp-jax\[gguf\]'"):
         GgufFile(path)
+
+
+def adapters(tmp_path, settings):
+    """Two LoRA adapters: of rank 2 on the attention, of rank 3 on q and k and one projection of the MLP."""
+    targets = {"one": ("q_proj", "k_proj", "v_proj", "o_proj"), "two": ("q_proj", "k_proj", "up_proj")}
+    rng = np.random.default_rng(3)
+    shapes = models.build(settings).modules
+    for task, rank in (("one", 2), ("two", 3)):
+        factors = {
+            template.replace("{}", str(layer)): (
+                rng.normal(size=(rank, shape[1])).astype(np.float32),
+                rng.normal(size=(shape[0], rank)).astype(np.float32),
+            )
+            for template, shape in shapes.items()
+            if template.endswith(targets[task])
+            for layer in range(2)
+        }
+        save_adapter(tmp_path / task, factors, rank, rank, "org/base")
+    return [flag for task in ("one", "two") for flag in ("--adapter", f"{task}={tmp_path / task}")]
+
+
+def deltas_in_gguf(path):
+    """Name of the base's tensor -> B A times alpha over the rank, as llama.cpp adds it."""
+    file = GgufFile(path)
+    alpha = file.metadata["adapter.lora.alpha"]
+    found = {}
+    for name in file.types:
+        if name.endswith(".lora_a"):
+            a, b = file.read(name), file.read(name.removesuffix("a") + "b")
+            found[name.removesuffix(".lora_a")] = b @ a * (alpha / len(a))
+    return file, found
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [("llama", "sum"), ("llama", "ties"), ("qwen2", "sum"), ("mistral", "sum")]
+)
+def test_merged_adapter_for_llama_cpp(kind, method, tmp_path, run_cli):
+    settings = files.config("llama" if kind == "mistral" else kind) | {"model_type": kind}
+    checkpoint.write(tmp_path / "base", settings, files.hf_tensors(settings))
+    merge = ["merge", *adapters(tmp_path, settings), "--prune", "1:two", "--scale", "0.5"]
+    merge += ["--method", method, "--tolerance", "1e-6"]
+    run_cli(*merge, "--format", "peft", "--out", tmp_path / "peft")
+    run_cli(*merge, "--format", "gguf", "--base-model", tmp_path / "base", "--out", tmp_path / "out")
+    file, found = deltas_in_gguf(tmp_path / "out" / "adapter.gguf")
+    said = {key: file.metadata[key] for key in ("general.architecture", "general.type", "adapter.type")}
+    architecture = "qwen2" if kind == "qwen2" else "llama"
+    assert list(said.values()) == [architecture, "adapter", "lora"]
+    peft = read_adapter(tmp_path / "peft").modules
+    ranks = {file.shape(name)[0] for name in file.types if name.endswith("lora_a")}
+    assert len(ranks) > 1  # llama.cpp divides by each module's own
+    heads = {"q_proj": 4, "k_proj": 2} if architecture == "llama" else {}
+    wanted = {}
+    for path, (a, b) in peft.items():
+        h = heads.get(path.rsplit(".", 1)[-1])
+        wanted[files.gguf_name(f"{path}.weight")] = b @ a if h is None else files.permute(b @ a, h)
+    assert found.keys() == wanted.keys()
+    for name, delta in wanted.items():
+        np.testing.assert_allclose(found[name], delta, rtol=1e-5, atol=1e-5)
+    assert (
+        "llama-server --model BASE.gguf --lora adapter.gguf" in (tmp_path / "out" / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_factors_in_half_precision(dtype, tmp_path, run_cli):
+    settings = files.config()
+    base = files.write(tmp_path / "base.gguf", settings, files.hf_tensors(settings), "Q8_0")
+    merge = [
+        "merge",
+        *adapters(tmp_path, settings),
+        "--method",
+        "sum",
+        "--format",
+        "gguf",
+        "--base-model",
+        base,
+    ]
+    run_cli(*merge, "--out", tmp_path / "full")
+    run_cli(*merge, "--dtype", dtype, "--out", tmp_path / "half")
+    file, half = deltas_in_gguf(tmp_path / "half" / "adapter.gguf")
+    assert set(file.types.values()) == {{"float16": "F16", "bfloat16": "BF16"}[dtype]}
+    for name, delta in deltas_in_gguf(tmp_path / "full" / "adapter.gguf")[1].items():
+        np.testing.assert_allclose(half[name], delta, atol=0.02 * np.abs(delta).max())
+
+
+def test_checkpoint_from_a_gguf_base(tmp_path, run_cli):
+    settings = files.config()
+    tensors = files.hf_tensors(settings)
+    base = files.write(tmp_path / "base.gguf", settings, tensors, "Q8_0")
+    merge = ["merge", *adapters(tmp_path, settings), "--method", "sum"]
+    run_cli(*merge, "--format", "checkpoint", "--base-model", base, "--out", tmp_path / "out")
+    run_cli(*merge, "--format", "peft", "--out", tmp_path / "peft")
+    backbone, params = models.load(base)
+    wanted = convert.to_tensors(backbone, params)
+    for path, (a, b) in read_adapter(tmp_path / "peft").modules.items():
+        wanted[f"{path}.weight"] = wanted[f"{path}.weight"] + b @ a
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == wanted.keys()  # the output is tied to the embeddings, so it is not there
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
+    carried = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    for name in carried:
+        assert (tmp_path / "out" / name).read_text() == (checkpoint.find(base) / name).read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_dequantised_shards(tmp_path):
+    settings = files.config(tied=False)
+    tensors = files.hf_tensors(settings)
+    base = files.write(tmp_path / "base.gguf", settings, tensors)
+    (tmp_path / "out").mkdir()
+    gguf_models.dequantise(checkpoint.find(base), tmp_path / "out", shard_bytes=100_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    _, params = models.load(tmp_path / "out")
+    _, wanted = models.load(base)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), params, wanted))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "bert"}, "the base model is a bert; known are mistral, llama, qwen2, qwen3"),
+        ({"num_hidden_layers": 1}, "the base model has no model.layers.1."),
+        ({"hidden_size": 32}, "in the base model: it is another base"),
+    ],
+)
+def test_gguf_of_another_base_is_one_line(change, says, tmp_path, run_cli):
+    settings = files.config()
+    flags = adapters(tmp_path, settings)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings | change))
+    merge = ["merge", *flags, "--method", "sum", "--format", "gguf", "--base-model", tmp_path / "base"]
+    assert says in run_cli(*merge, "--out", tmp_path / "out", fails=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_overflows_half_precision(tmp_path, run_cli):
+    settings = files.config()
+    flags = adapters(tmp_path, settings)
+    checkpoint.write(tmp_path / "base", settings, files.hf_tensors(settings))
+    merge = ["merge", *flags, "--method", "sum", "--scale", "1e9", "--format", "gguf", "--dtype", "float16"]
+    message = run_cli(*merge, "--base-model", tmp_path / "base", "--out", tmp_path / "out", fails=True)
+    assert "overflows float16: use --dtype float32 or bfloat16" in message

@@ -268,7 +268,7 @@ def test_pruning_must_win_its_place(monkeypatch, demo_evaluator, pruned, plain, 
 def test_checkpoints_are_saved_whenever_their_interval_was_crossed(demo_run, tmp_path, monkeypatch):
     """Two generations a dispatch and one checkpoint every three: after 4 and 6, not only at the end."""
     saved = []
-    monkeypatch.setattr(Checkpoints, "save", lambda self, step, tree, meta: saved.append(step))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *rest: saved.append(step))
     search = dataclasses.replace(
         demo_run.search, generations=7, generations_per_dispatch=2, checkpoint_every=3
     )

@@ -18,6 +18,7 @@ ROOMS = (
     ("evaluation",),
     ("training",),
     ("runs",),
+    ("integrations",),
     ("cli", "api"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

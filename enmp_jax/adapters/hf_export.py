@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,20 +14,22 @@ import jax
 import numpy as np
 
 from enmp_jax import models
+from enmp_jax.adapters.checks import Check, check_names, tensor_names
 from enmp_jax.adapters.lora_factors import one_layer
 from enmp_jax.adapters.matching import examples
-from enmp_jax.adapters.peft_export import write_heads, write_texts
+from enmp_jax.adapters.peft_export import refuse_failed, write_heads, write_texts
 from enmp_jax.adapters.peft_import import LoadedAdapters
 from enmp_jax.adapters.recipe import Recipe, public_name
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.files import read_json
-from enmp_jax.io.hub import locate
+from enmp_jax.io.hub import Located, locate
 from enmp_jax.io.reading import FLOATS
 from enmp_jax.io.shard_index import INDEX, find_shards
 from enmp_jax.io.shards import Entry, FullUpdate, LowRankUpdate, read_header, rewrite
 from enmp_jax.io.writing import new_directory, write_file, write_text
 from enmp_jax.lora import split_layer
+from enmp_jax.models import checkpoint, gguf
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Everything next to the weights that loading needs; licences travel along.
@@ -56,7 +59,8 @@ def export_checkpoint(
         out: a new or empty directory.
         loaded: the adapters.
         deltas: merged deltas, scale included, with a leading layer axis.
-        base: directory or hub id of the base model.
+        base: directory or hub id of the base model, or a GGUF file, which is dequantised to float32 on disk
+            (in TMPDIR) first.
         recipe: for the card and ``enmp_config.yaml``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None: as in the base.
 
@@ -69,17 +73,29 @@ def export_checkpoint(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    if str(base).endswith(".gguf"):
+        with tempfile.TemporaryDirectory() as directory:
+            gguf.dequantise(checkpoint.find(base), Path(directory))
+            return _export(out, loaded, deltas, Located(Path(directory), str(base), None), recipe, dtype)
     found = locate(base, _PATTERNS, "base model", ownerless=True)
+    return _export(out, loaded, deltas, found, recipe, dtype)
+
+
+def _export(
+    out: str | Path,
+    loaded: LoadedAdapters,
+    deltas: Deltas,
+    found: Located,
+    recipe: Recipe,
+    dtype: str | None,
+) -> str:
     config = read_json(found.directory / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{found.source} is quantised: merge into the model it was made from")
     shards, index = find_shards(found.directory)
     entries = {e.name: e for shard in shards for e in read_header(found.directory / shard).entries}
-    backbone = _backbone(config)
-    where = _match(entries, loaded, None if backbone is None else backbone.canonical)
-    transposed = _transposed(loaded) if backbone is None else backbone.config.block.transposed
-    changes = _changes(jax.device_get(deltas), loaded, where, entries, transposed)
-    omit = _tied(config, entries)
+    changes = planned_changes(config, entries, loaded, deltas)
+    omit = tied_copies(config, entries)
 
     with new_directory(out) as directory:
         kind = DTYPES.get(dtype or "")
@@ -98,11 +114,46 @@ def export_checkpoint(
             _set_dtype(config, dtype)
             write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
         write_heads(directory, loaded)
+        checks = _written(directory, set(entries) - omit, changes)
         notes = (f"{len(changes)} weights of the base model changed.",)
         options: dict[str, Any] = {"base_model": public_name(found.source), "dtype": dtype}
-        write_texts(directory, "checkpoint", loaded, recipe, notes=notes, **options)
+        write_texts(directory, "checkpoint", loaded, recipe, notes=notes, checks=checks, **options)
     size = sum(sizes.values()) / 1e9
     return f"{len(changes)} weights changed in {len(shards)} file{'s'[: len(shards) > 1]}, {size:.2f} GB"
+
+
+def planned_changes(
+    config: Mapping[str, Any], entries: Mapping[str, Entry], loaded: LoadedAdapters, deltas: Deltas
+) -> dict[str, LowRankUpdate | FullUpdate]:
+    """Name of the base's tensor -> what a merge adds to it.
+
+    Args:
+        config: ``config.json`` of the base.
+        entries: its tensors.
+        loaded: the adapters.
+        deltas: of the merge.
+
+    Raises:
+        UserError: the base does not have the adapted modules, or in other shapes.
+    """
+    backbone = _backbone(config)
+    where = _match(entries, loaded, None if backbone is None else backbone.canonical)
+    transposed = _transposed(loaded) if backbone is None else backbone.config.block.transposed
+    return _changes(jax.device_get(deltas), loaded, where, entries, transposed)
+
+
+def _written(directory: Path, names: set[str], changes: Mapping[str, object]) -> list[Check]:
+    """The cheap checks of a checkpoint; ``rewrite`` has compared every byte with what was meant.
+
+    Raises:
+        UserError: a tensor is missing or extra.
+    """
+    checks = [
+        check_names("tensors", tensor_names(directory), names),
+        Check("not the base", bool(changes), f"{len(changes)} weights changed", counts=False),
+    ]
+    refuse_failed(checks)
+    return checks
 
 
 def _backbone(config: Mapping[str, Any]) -> models.Backbone | None:
@@ -204,7 +255,7 @@ def _changes(
     return changes
 
 
-def _tied(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:
+def tied_copies(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:
     """Copies of tied weights, which loading fills in (and safetensors files should not hold)."""
     output, embedding = _TIED
     if config.get("tie_word_embeddings") is not True:

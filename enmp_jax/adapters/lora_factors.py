@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -16,6 +17,9 @@ from enmp_jax.deltas import Delta, Deltas, LowRank
 from enmp_jax.errors import UserError
 
 _DIRECT = 2048  # up to this side LAPACK's full SVD is quicker than Lanczos
+_FINEST = 1e-6  # what float32 factors of a dense matrix can keep to
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class LoraFactors(NamedTuple):
@@ -48,12 +52,9 @@ def lora_factors(
             as ``rank`` allows.
 
     Raises:
-        UserError: NaN or Inf in a delta, a rank below 1, or a tolerance that is negative or not finite.
+        UserError: NaN or Inf in a delta, a rank below 1, or a tolerance that no rank meets.
     """
-    if rank is not None and rank < 1:
-        raise UserError(f"rank {rank}: it must be at least 1")
-    if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise UserError(f"tolerance {tolerance}: it must be a number from 0, such as 0.01 for 1 %")
+    check_limits(rank, tolerance)
     modules: Modules = {}
     lost = whole = 0.0
     host: Deltas = jax.device_get(deltas)
@@ -63,13 +64,63 @@ def lora_factors(
         for layer in range(_n_layers(delta)):
             path = names[template].replace("{}", str(layer))
             a, b, missing, norm = _layer_factors(one_layer(delta, layer), limit)
-            if not math.isfinite(norm):
+            if not float(norm) <= _LARGEST:  # also where only the product of finite factors overflows
                 raise UserError(f"the merged delta of {path} has NaN or Inf in it")
             lost, whole = lost + missing**2, whole + norm**2
             if norm:
                 modules[path] = a, b
     largest = max((a.shape[0] for a, _ in modules.values()), default=0)
     return LoraFactors(modules, largest, math.sqrt(lost / whole) if whole else 0.0)
+
+
+def check_limits(rank: int | None, tolerance: float | None) -> None:
+    """Refuse limits that no factors keep to.
+
+    Raises:
+        UserError: a rank below 1, or a tolerance that is negative, not finite, or finer than float32.
+    """
+    if rank is not None and rank < 1:
+        raise UserError(f"rank {rank}: it must be at least 1")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UserError(f"tolerance {tolerance}: it must be a number from 0, such as 0.01 for 1 %")
+    if tolerance and tolerance < _FINEST:
+        raise UserError(
+            f"tolerance {tolerance:g}: no rank meets it in float32; give at least {_FINEST:g}, or 0 for as "
+            "little as float32 allows"
+        )
+
+
+def delta_parts(deltas: Deltas, names: Mapping[str, str]) -> dict[str, tuple[np.ndarray, ...]]:
+    """Module path -> its delta as (left, right) or (weight,), for every layer; see ``one_layer``."""
+    host: Deltas = jax.device_get(deltas)
+    return {
+        names[template].replace("{}", str(layer)): one_layer(delta, layer)
+        for template, delta in host.items()
+        for layer in range(_n_layers(delta))
+    }
+
+
+def low_rank_deltas(modules: Modules, names: Mapping[str, str], like: Deltas) -> Deltas:
+    """LoRA modules as deltas again, so that what was written can be scored.
+
+    Args:
+        modules: as in ``LoraFactors``.
+        names: template -> spelling in ``modules``.
+        like: what they were made of, for templates and shapes.
+    """
+    rank = max(a.shape[0] for a, _ in modules.values())
+    made: Deltas = {}
+    for template, delta in like.items():
+        out, inner = one_layer(delta, 0)[0].shape[0], one_layer(delta, 0)[-1].shape[1]
+        left = np.zeros((_n_layers(delta), out, rank), np.float32)
+        right = np.zeros((_n_layers(delta), rank, inner), np.float32)
+        for layer in range(_n_layers(delta)):
+            path = names[template].replace("{}", str(layer))
+            if path in modules:
+                a, b = modules[path]
+                left[layer, :, : a.shape[0]], right[layer, : a.shape[0]] = b, a
+        made[template] = LowRank(jnp.asarray(left), jnp.asarray(right), None)
+    return made
 
 
 def _n_layers(delta: Delta) -> int:

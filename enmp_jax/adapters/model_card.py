@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import yaml
 
+from enmp_jax.adapters.checks import Check
 from enmp_jax.adapters.peft_import import LoadedAdapters
-from enmp_jax.adapters.recipe import Recipe, adapter_name, command, public_name, versions
+from enmp_jax.adapters.recipe import Recipe, adapter_names, command, public_name, versions, where
 from enmp_jax.errors import one_line
 from enmp_jax.io.hub import hub_id
 
-Kind = Literal["adapters", "peft", "checkpoint"]
+Kind = Literal["adapters", "peft", "checkpoint", "gguf"]
 _MAX_ROWS = 400  # modules listed one by one
 
 
@@ -25,6 +26,7 @@ def model_card(
     *,
     task: str | None = None,
     notes: Sequence[str] = (),
+    checks: Sequence[Check] = (),
     **options: Any,
 ) -> str:
     """The model card of an export, without a local path.
@@ -36,6 +38,7 @@ def model_card(
         base: name of the base model (a hub id goes into the metadata).
         task: for ``adapters``: whose pruned adapter this directory holds; None: the directory of all.
         notes: paragraphs on this export (rank, error, types).
+        checks: what was looked at in the files written.
         options: as for ``recipe.config_yaml``.
     """
     dropped = [module for module in recipe.pruned if task is None or module[-1] == task]
@@ -46,22 +49,23 @@ def model_card(
         "adapters": f"{kind_of_mask}{subject}",
         "peft": "Merged LoRA adapter",
         "checkpoint": "Merged model",
+        "gguf": "Merged LoRA adapter for llama.cpp",
     }[kind]
     lines = [f"# {title}", "", _what(kind, loaded, base, bool(dropped), bool(weighted)), ""]
     for note in notes:
         lines += [note, ""]
     lines += ["## Adapters", "", "| task | adapter | rank | modules |", "|---|---|---|---|"]
+    names = adapter_names(loaded)
     for name, adapter in loaded.adapters.items():
         if task in (None, name):
             ranks = sorted({a.shape[0] for a, _ in adapter.modules.values()})
             text = ", ".join(map(str, ranks))
-            lines.append(
-                f"| {_escaped(name)} | {_escaped(adapter_name(adapter))} | {text} | {len(adapter.modules)} |"
-            )
+            lines.append(f"| {_escaped(name)} | {_escaped(names[name])} | {text} | {len(adapter.modules)} |")
     lines += ["", *_scores(recipe), *_modules("Dropped modules", dropped)]
     if weighted:
         shown = [(*module, f"weight {weight:.6g}") for *module, weight in weighted]
         lines += _modules("Weights of other modules", shown)
+    lines += _verified(checks)
     merge = ", ".join(f"{key} {value}" for key, value in recipe.merge.items() if value is not None)
     lines += ["## How it was made", ""]
     if merge and kind != "adapters":
@@ -71,7 +75,8 @@ def model_card(
     lines += [", ".join(f"{name} {version}" for name, version in versions().items()) + ".", ""]
     words = command(kind, loaded, recipe, **options)
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", words)), 0)
-    lines += [fence, words, fence, ""]
+    place = where(loaded, recipe)
+    lines += [f"To repeat it, {place}:", "", fence, words, fence, ""]
     return f"---\n{_metadata(kind, base)}---\n\n" + "\n".join(lines)
 
 
@@ -117,6 +122,12 @@ def _scores(recipe: Recipe) -> list[str]:
         if recipe.pruned
         else "merged, as searched",
     }
+    own = recipe.exported
+    if own:  # the files are not quite the model that was scored
+        scores = {**scores, "exported": own["accuracy"]}
+        columns.append("exported")
+        titles["exported"] = f"these files, error {own['error']:.1%}"
+        tasks = tasks or list(own["accuracy"])
     what = "Agreement with the own adapter" if scores.get("agreement") else "Accuracy"
     if "likelihood" in scores.get("metric", {}).values():
         what += ", of completions exp(-loss)"
@@ -127,6 +138,16 @@ def _scores(recipe: Recipe) -> list[str]:
         cells = ["" if value is None else f"{value:.4f}" for value in values]
         lines.append(f"| {_escaped(task)} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _verified(checks: Sequence[Check]) -> list[str]:
+    if not checks:
+        return []
+    lines = ["## Verified", "", "| what | | |", "|---|---|---|"]
+    rows = [
+        f"| {check.name} | {'ok' if check.ok else 'not'} | {_escaped(check.detail)} |" for check in checks
+    ]
+    return [*lines, *rows, ""]
 
 
 def _modules(title: str, modules: Sequence[Sequence[Any]]) -> list[str]:

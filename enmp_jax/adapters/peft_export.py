@@ -7,13 +7,22 @@ PEFT adds none of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from enmp_jax.adapters.lora_factors import lora_factors
+from enmp_jax.adapters.checks import (
+    VLLM_RANKS,
+    Check,
+    Parts,
+    check_deltas,
+    check_not_zero,
+    check_vllm,
+    parts_of,
+)
+from enmp_jax.adapters.lora_factors import LoraFactors, delta_parts, lora_factors
 from enmp_jax.adapters.model_card import Kind, model_card
 from enmp_jax.adapters.peft_files import (
     AdapterHeads,
@@ -22,17 +31,16 @@ from enmp_jax.adapters.peft_files import (
     save_adapter,
     write_adapter_files,
 )
-from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters
-from enmp_jax.adapters.recipe import Recipe, config_yaml, mask_text
+from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters, read_adapter
+from enmp_jax.adapters.recipe import RECIPE, Recipe, config_yaml, mask_text
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
+from enmp_jax.io.files import is_file_name
 from enmp_jax.io.writing import new_directory, write_tensors, write_text
 from enmp_jax.masks import Keep
 
 __all__ = ["PeftExport", "export_adapters", "export_peft", "save_adapter", "write_heads"]
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's ``--max-lora-rank`` can be; an adapter may have any rank up to it."""
 TOLERANCE = 0.01
 """Relative error that a merged adapter may have unless told otherwise."""
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT makes modules_to_save of their heads
@@ -74,7 +82,7 @@ def export_adapters(out: str | Path, loaded: LoadedAdapters, keep: Keep, recipe:
     lines, notes = [], _weight_notes(recipe)
     with new_directory(out) as directory:
         for i, (task, adapter) in enumerate(loaded.adapters.items()):
-            kept = _kept(adapter, loaded, task, keep[..., i])
+            kept = kept_modules(adapter, loaded, task, keep[..., i])
             rank = max(a.shape[0] for a, _ in kept.values())
             config = _config(kept, rank, [adapter], adapter.base_model, adapter.heads)
             config["task_type"] = adapter.settings.task_type
@@ -82,7 +90,10 @@ def export_adapters(out: str | Path, loaded: LoadedAdapters, keep: Keep, recipe:
             folder = directory / _file_name(task)
             folder.mkdir()
             write_adapter_files(folder, kept, config, adapter.heads)
-            card = model_card("adapters", loaded, recipe, adapter.base_model, task=task, notes=notes)
+            checks = _written(folder, parts_of(kept))
+            card = model_card(
+                "adapters", loaded, recipe, adapter.base_model, task=task, notes=notes, checks=checks
+            )
             write_text(folder / "README.md", card)
             lines.append(f"{task}: {len(kept)} of {len(adapter.modules)} modules, rank {rank}")
         write_texts(directory, "adapters", loaded, recipe, notes=notes)
@@ -98,6 +109,7 @@ def export_peft(
     tolerance: float | None = TOLERANCE,
     *,
     strict: bool = False,
+    factors: LoraFactors | None = None,
 ) -> PeftExport:
     """Write the merged deltas as one PEFT adapter, and the tasks' heads in ``heads/TASK.safetensors``.
 
@@ -112,13 +124,15 @@ def export_peft(
         rank: largest rank, whatever the error.
         tolerance: error (see ``PeftExport``) that dense deltas may have; None: as little as ``rank`` allows.
         strict: refuse to write what misses the tolerance.
+        factors: ``lora_factors`` of the same deltas, rank and tolerance, if they are there already.
 
     Raises:
-        UserError: nothing is left to write, NaN or Inf in a delta, the directory cannot be written, or,
-            if ``strict``, ``rank`` is too small for the tolerance.
+        UserError: nothing is left to write, NaN or Inf in a delta, the directory cannot be written, what was
+            written does not read back as the merge, or, if ``strict``, ``rank`` is too small for the
+            tolerance.
     """
     check_spelling(loaded)
-    found = lora_factors(deltas, loaded.names, rank, tolerance)
+    found = factors or lora_factors(deltas, loaded.names, rank, tolerance)
     if strict and tolerance is not None and found.error > tolerance:
         raise UserError(
             f"at rank {found.rank} the adapter misses the merged deltas by {found.error:.2e} (relative): the "
@@ -126,10 +140,10 @@ def export_peft(
         )
     error = f"relative error {found.error:.2e}" if found.error else "exact"
     fits = next((r for r in VLLM_RANKS if r >= found.rank), None)
-    serve = f"vLLM: --max-lora-rank {fits}" if fits else "more than vLLM serves (512): use --rank"
+    serve = f"vLLM: --max-lora-rank {fits}" if fits else "vLLM serves ranks up to 512: use --rank"
     notes = (
         f"Rank {found.rank}, {error} (Frobenius norm of what truncating the merged deltas lost).",
-        f"The scaling is in the weights: lora_alpha equals r. {serve[0].upper()}{serve[1:]}.",
+        f"The scaling is in the weights: lora_alpha equals r. {serve}.",
     )
     with new_directory(out) as directory:
         adapters = list(loaded.adapters.values())
@@ -140,9 +154,37 @@ def export_peft(
         write_adapter_files(directory, found.modules, config)
         write_heads(directory, loaded)
         options = {"rank": rank, "tolerance": None if tolerance == TOLERANCE else tolerance or 0.0}
-        write_texts(directory, "peft", loaded, recipe, notes=notes, **options)
+        checks = _written(directory, delta_parts(deltas, loaded.names), found.error * 1.001)
+        error_made = float(f"{found.error:.6g}")
+        write_texts(
+            directory, "peft", loaded, recipe, notes=notes, checks=checks, error=error_made, **options
+        )
     line = f"{len(found.modules)} modules, rank {found.rank}, {error} ({serve})"
     return PeftExport(found.rank, found.error, line)
+
+
+def _written(directory: Path, wanted: Mapping[str, Parts], tolerance: float = 0.0) -> list[Check]:
+    """The cheap checks of an adapter that was just written, read back from the disk.
+
+    Raises:
+        UserError: it is not what it should be.
+    """
+    adapter = read_adapter(directory)
+    modules = parts_of(adapter.modules)
+    checks = [*check_deltas(modules, wanted, tolerance), *check_vllm(adapter)]
+    refuse_failed(checks)
+    return [*checks[:2], check_not_zero(modules), *checks[2:]]
+
+
+def refuse_failed(checks: Sequence[Check]) -> None:
+    """Refuse to hand over what fails a check that counts.
+
+    Raises:
+        UserError: the first that failed.
+    """
+    for check in checks:
+        if check.counts and not check.ok:
+            raise UserError(f"what was written is not the merge: {check.name}: {check.detail}")
 
 
 def write_heads(directory: Path, loaded: LoadedAdapters) -> None:
@@ -190,7 +232,12 @@ def _weight_notes(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def _kept(adapter: Adapter, loaded: LoadedAdapters, task: str, keep: Keep) -> Modules:
+def kept_modules(adapter: Adapter, loaded: LoadedAdapters, task: str, keep: Keep) -> Modules:
+    """The modules of one adapter under its column of a mask or of weights; one of zeros if none is left.
+
+    Raises:
+        UserError: a weight that makes B overflow.
+    """
     order = {name: j for j, name in enumerate(loaded.stack.projections)}
     kept: Modules = {}
     for path, (a, b) in adapter.modules.items():
@@ -233,6 +280,8 @@ def write_texts(
     loaded: LoadedAdapters,
     recipe: Recipe,
     notes: Sequence[str] = (),
+    checks: Sequence[Check] = (),
+    error: float | None = None,
     **options: Any,
 ) -> None:
     """Write the model card, ``enmp_config.yaml`` and, where there are weights, ``mask.json``.
@@ -240,13 +289,14 @@ def write_texts(
     Arguments as in ``model_card``.
     """
     base = loaded.base_model
-    write_text(directory / "README.md", model_card(kind, loaded, recipe, base, notes=notes, **options))
-    write_text(directory / "enmp_config.yaml", config_yaml(kind, loaded, recipe, base, **options))
+    card = model_card(kind, loaded, recipe, base, notes=notes, checks=checks, **options)
+    write_text(directory / "README.md", card)
+    write_text(directory / RECIPE, config_yaml(kind, loaded, recipe, base, error, **options))
     if recipe.weights:
         write_text(directory / "mask.json", mask_text(loaded, recipe))
 
 
 def _file_name(task: str) -> str:
-    if not task or task.startswith(".") or any(c in task for c in "/\\:\0") or len(task.encode()) > 200:
+    if not is_file_name(task):
         raise UserError(f"the task name {task!r} cannot be a file name: choose another")
     return task

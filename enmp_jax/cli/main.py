@@ -7,24 +7,31 @@ import os
 import sys
 from collections.abc import Sequence
 
-from enmp_jax.errors import UserError
+from enmp_jax.cli.boundary import guarded
+from enmp_jax.errors import one_line, suggestion
 from enmp_jax.version import __version__
 
 COMMANDS = {
     "demo": "search on the digits that come with the package",
     "search": "find the negative modules of a run file's adapters",
+    "compare": "every merge method in every space at its best, in one table",
+    "controls": "is what a search found more than luck: random masks, joint LoRA, ...",
     "evaluate": "score adapters alone, merged, or merged under a mask",
     "merge": "merge adapters; needs no base model and no data",
+    "export": "write any format of what a search found",
+    "verify": "prove that adapters and exports are what they say",
     "inspect": "show what is in adapters",
+    "init": "write a run file to start from",
     "train": "train LoRA experts (and a small base) from a run file",
     "refine": "train one LoRA from the model that a search found",
     "report": "write the plots and report.html of a run directory again",
+    "completion": "print a shell's completion script",
 }
 """Each is a module of this room with ``Args`` and ``run(args)``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (2 for bad input, with one line on stderr)."""
+    """Run a command; returns the exit code (see ``boundary.guarded``), errors are one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
@@ -34,16 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = arguments.pop(0)
     if name not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
-        print(f"enmp: unknown command {name!r}; {hint}", file=sys.stderr)
+        hint = suggestion(name, COMMANDS, "commands")
+        print(f"enmp: unknown command {one_line(repr(name), 80)}; {hint}", file=sys.stderr)
         return 2
-    return run(name, arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    return guarded(f"enmp {name}", lambda: run(name, arguments), debug)
 
 
-def run(name: str, arguments: list[str]) -> int:
+def run(name: str, arguments: list[str]) -> int | None:
     """Parse and run one command."""
     import tyro
 
@@ -56,17 +62,7 @@ def run(name: str, arguments: list[str]) -> int:
         module.Args, args=arguments, prog=f"enmp {name}",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )  # fmt: skip
-    try:
-        module.run(args)
-    except UserError as error:
-        print(f"enmp {name}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 1
-    except KeyboardInterrupt:
-        print(f"enmp {name}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return module.run(args)
 
 
 def keep_compiled() -> None:
@@ -86,5 +82,6 @@ def overview() -> str:
         "usage: enmp COMMAND [OPTIONS]      (enmp COMMAND --help says more)",
         "",
     ]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    lines += ["", "--debug shows the traceback of an error."]
     return "\n".join(lines)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
 
 from enmp_jax import masks, merges
-from enmp_jax.adapters.delta_export import write_delta
-from enmp_jax.adapters.hf_export import export_checkpoint
-from enmp_jax.adapters.peft_export import TOLERANCE, export_adapters, export_peft
+from enmp_jax.adapters.formats import ExportOptions, Merged, Written, write
+from enmp_jax.adapters.peft_export import TOLERANCE
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
-from enmp_jax.adapters.recipe import Recipe, config_yaml, mask_text
+from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
-from enmp_jax.io.writing import check_unused, new_directory, write_text
+from enmp_jax.io.writing import check_unused
 from enmp_jax.masks import Keep, Module
 from enmp_jax.merges.hyperparameters import Hyperparameter, hyperparameters
 from enmp_jax.runs import mask_file
@@ -31,17 +30,17 @@ from enmp_jax.runs import mask_file
 @dataclass(frozen=True)
 class Options:
     """Merge PEFT LoRA adapters, all modules or under a mask or weights. Needs no base model and no data
-    (but for --format checkpoint)."""
+    (but for --format checkpoint and gguf)."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK=DIR")]
     """A task's name and its PEFT directory or hub id (``name@revision``); once for each task."""
     out: Path
     """Directory to make."""
-    format: Literal["delta", "peft", "adapters", "checkpoint"] = "delta"
+    format: Literal["delta", "peft", "adapters", "checkpoint", "gguf"] = "delta"
     """``delta``: delta.safetensors, exact; ``peft``: one merged adapter, exact where the merged deltas are of
     low rank, else (ties, dare, dare_ties and breadcrumbs in full space: dense) within --tolerance;
     ``adapters``: the pruned or weighted adapters, to be merged by others; ``checkpoint``: the base model with
-    everything merged in, exact but for the rounding of its type."""
+    everything merged in, exact but for the rounding of its type; ``gguf``: as ``peft``, for llama.cpp."""
     method: Annotated[
         str | None, tyro.conf.arg(help=f"One of {', '.join(merges.METHODS)}; default: the mask's, else ties.")
     ] = None
@@ -66,15 +65,15 @@ class Options:
     """A mask.json of a search: modules, weights, scale and, unless told otherwise, the merge that it was
     found for. Another --method starts from its own defaults."""
     base_model: str | None = None
-    """Directory or hub id, for --format checkpoint."""
+    """Directory, hub id or GGUF file, for --format checkpoint and gguf."""
     rank: int | None = None
-    """peft: largest rank, whatever the error."""
+    """peft, gguf: largest rank, whatever the error."""
     tolerance: float = TOLERANCE
-    """peft: relative error (Frobenius norm) that dense deltas may have; the rank is the smallest for it."""
+    """peft, gguf: relative error (Frobenius norm) that dense deltas may have, at the smallest rank for it."""
     strict: bool = False
-    """peft: refuse to write an adapter that misses the tolerance, instead of a warning."""
+    """peft, gguf: refuse to write an adapter that misses the tolerance, instead of a warning."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """checkpoint: type of the weights; default: the base's."""
+    """checkpoint: type of the weights; default: the base's (GGUF: float32). gguf: of the factors."""
     allow_base_mismatch: bool = False
     """Merge adapters that name different base models."""
 
@@ -106,23 +105,14 @@ Args = make_dataclass(
 Args.__doc__ = Options.__doc__
 
 
-class Merged(NamedTuple):
-    """What the writers of formats get."""
-
-    loaded: LoadedAdapters
-    keep: Keep
-    deltas: Callable[[], Deltas]  # merging is left to the formats that need it
-    recipe: Recipe
-
-
 def run(args: Options) -> None:
     """Merge and write.
 
     Raises:
         UserError: bad adapters, method, hyperparameters, modules or output directory.
     """
-    if args.format == "checkpoint" and args.base_model is None:
-        raise UserError("--format checkpoint needs --base-model DIR")
+    if args.format in ("checkpoint", "gguf") and args.base_model is None:
+        raise UserError(f"--format {args.format} needs --base-model DIR")
     check_unused(args.out)
     if args.mask is None:
         merges.make(**_merge(args, None))  # bad methods and values are found before anything is read
@@ -145,9 +135,17 @@ def run(args: Options) -> None:
     def deltas() -> Deltas:
         return jax.jit(method.merge)(method.prepare(loaded.stack), jnp.asarray(keep), scale)
 
-    for line in FORMATS[args.format](args, Merged(loaded, keep, deltas, recipe)):
+    options = ExportOptions(args.rank, args.tolerance, args.strict, args.dtype, args.base_model)
+    show(write(args.out, args.format, Merged(loaded, keep, deltas, recipe), options), args.out, "merge")
+
+
+def show(written: Written, out: Path, command: str) -> None:
+    """Print what was written; warnings on standard error."""
+    for warning in written.warnings:
+        print(f"enmp {command}: warning: {warning}", file=sys.stderr)
+    for line in written.lines:
         print(line)
-    print(f"wrote {args.out}")
+    print(f"wrote {out}")
 
 
 def _merge(args: Options, found_for: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -216,45 +214,3 @@ def _mask(
         raise UserError("--prune: give LAYER:TASK everywhere or LAYER:PROJECTION:TASK everywhere")
     spec = masks.MaskSpec.of(loaded.stack, "projection" if finer else "layer", max_pruned=1.0)
     return spec, spec.keep_from_pruned(modules), 1.0 if args.scale is None else args.scale, None
-
-
-def _delta(args: Options, merged: Merged) -> list[str]:
-    with new_directory(args.out) as directory:
-        count = write_delta(directory / "delta.safetensors", merged.deltas(), merged.loaded.names)
-        write_text(directory / "mask.json", mask_text(merged.loaded, merged.recipe))
-        recipe = config_yaml("delta", merged.loaded, merged.recipe, merged.loaded.base_model)
-        write_text(directory / "enmp_config.yaml", recipe)
-    return [f"{count} matrices in delta.safetensors"]
-
-
-def _peft(args: Options, merged: Merged) -> list[str]:
-    found = export_peft(
-        args.out, merged.loaded, merged.deltas(), merged.recipe, args.rank, args.tolerance, strict=args.strict
-    )
-    if found.error > args.tolerance:
-        print(
-            f"enmp merge: warning: the relative error {found.error:.2e} is above the tolerance "
-            f"{args.tolerance:g}: raise --rank or leave it out",
-            file=sys.stderr,
-        )
-    return [found.line]
-
-
-def _adapters(args: Options, merged: Merged) -> list[str]:
-    return export_adapters(args.out, merged.loaded, merged.keep, merged.recipe)
-
-
-def _checkpoint(args: Options, merged: Merged) -> list[str]:
-    assert args.base_model is not None
-    line = export_checkpoint(
-        args.out, merged.loaded, merged.deltas(), args.base_model, merged.recipe, dtype=args.dtype
-    )
-    return [line]
-
-
-FORMATS: dict[str, Callable[[Options, Merged], list[str]]] = {
-    "delta": _delta,
-    "peft": _peft,
-    "adapters": _adapters,
-    "checkpoint": _checkpoint,
-}

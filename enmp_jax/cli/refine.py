@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class Args:
     learning_rate: float | None = None
     fitness: str | None = None
     """What is maximised: expert_kl, expert_probability, expert_margin, probability, margin, ..."""
+    out: Path | None = None
+    """Write the adapter here instead, and leave the run as it is."""
 
 
 def run(args: Args) -> None:
@@ -36,6 +39,7 @@ def run(args: Args) -> None:
     from enmp_jax.devices import distributed
 
     distributed.initialize(distributed.find_job())
+    from enmp_jax.io.lock import occupied
     from enmp_jax.io.progress import make_reporter
     from enmp_jax.report.terminal import print_scores
     from enmp_jax.report.write import write_plots, write_report
@@ -45,9 +49,11 @@ def run(args: Args) -> None:
     config = finished(args.run_dir)[0].search.refine or RefineConfig()
     names = ("rank", "steps", "learning_rate", "fitness")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    with make_reporter() as reporter:
-        scores = refine_run(args.run_dir, dataclasses.replace(config, **given), reporter)
+    alone = occupied(args.run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with make_reporter() as reporter, alone:
+        scores = refine_run(args.run_dir, dataclasses.replace(config, **given), reporter, args.out)
     if jax.process_index() == 0:
-        write_plots(args.run_dir)
-        write_report(args.run_dir)
+        if args.out is None:
+            write_plots(args.run_dir)
+            write_report(args.run_dir)
         print_scores(scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -20,6 +21,27 @@ Settings = Annotated[
         "A new ``merge.method`` brings its own hyperparameters.",
     ),
 ]
+
+
+RunOrDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN.yaml|DIR")]
+
+
+def load_run_or_directory(
+    name: str, settings: Settings, skip_bad: bool = False
+) -> tuple[run_file.RunConfig, Path | None]:
+    """A run file, or that of a finished search by its directory, which comes second.
+
+    Raises:
+        UserError: as ``load_run_file``; or a directory that holds no finished search; or settings for one.
+    """
+    if not Path(name).is_dir():
+        return load_run_file(name, settings, skip_bad), None
+    if settings:
+        raise UserError(f"--set changes a run file, and the search in {name} is finished: give its run file")
+    from enmp_jax.runs.directory import finished
+
+    config = finished(Path(name))[0]
+    return (run_file.skip_bad_images(config) if skip_bad else config), Path(name)
 
 
 def load_run_file(

@@ -20,10 +20,16 @@ import yaml
 
 from enmp_jax.config import schema
 from enmp_jax.config.paths import SUITES, moved_path
-from enmp_jax.errors import UserError, one_line, reason, suggestion
+from enmp_jax.errors import UserError, one_line, reason, shown, suggestion
+from enmp_jax.io.files import is_file
 
 _VARIANTS = "knots-methods"  # suite -> name -> merge section; SUITE-NAME is the suite with that section
 _TABLES = ("prompts", _VARIANTS)  # what lies beside the packaged run files
+
+
+_MAX_BYTES = 2**18
+_MAX_VALUES = 100_000
+_MAX_DEPTH = 50
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,6 +46,11 @@ class _Loader(yaml.SafeLoader):
                 seen.add((key.tag, key.value))
         return node
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_VALUES:  # mappings merged into each other double every time
+            raise yaml.YAMLError(f"more than {_MAX_VALUES} keys in one mapping")
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -50,12 +61,38 @@ def parse_yaml(text: str, where: str) -> Any:
     """YAML to Python values.
 
     Raises:
-        UserError: no YAML, or a key given twice.
+        UserError: no YAML, a key given twice, or more values or levels than a run file can need.
     """
+    if len(text) > _MAX_BYTES:
+        raise UserError(f"{where} is too large for a run file: {len(text)} characters, at most {_MAX_BYTES}")
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        data = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, OverflowError, AttributeError) as error:
+        # the constructors of dates and numbers raise what Python does
         raise UserError(f"{where} is not valid YAML: {one_line(error)}") from None
+    _check_extent(data, where)
+    return data
+
+
+def _check_extent(data: Any, where: str) -> None:
+    """Aliases make little text stand for a lot: what they stand for is counted."""
+    left, level = _MAX_VALUES, [data]
+    for _ in range(_MAX_DEPTH):
+        left -= len(level)
+        if left < 0:
+            raise UserError(f"{where} has more than {_MAX_VALUES} values: too many for a run file")
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value.values()
+            elif isinstance(value, list | set | tuple):
+                below += value
+            if len(below) > left:
+                break
+        if not below:
+            return
+        level = below
+    raise UserError(f"{where} is nested too deeply: at most {_MAX_DEPTH} levels")
 
 
 def read_yaml(path: Path) -> Any:
@@ -64,7 +101,11 @@ def read_yaml(path: Path) -> Any:
     Raises:
         UserError: unreadable, no YAML, or a key given twice.
     """
+    if not is_file(path):
+        raise UserError(f"cannot read run file {path}: no such file")
     try:
+        if path.stat().st_size > 4 * _MAX_BYTES:  # bytes of a character
+            raise UserError(f"{path} is too large for a run file: {path.stat().st_size} bytes")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
@@ -134,7 +175,7 @@ def _read(cls: type, name: str, root: Path, below: tuple[Path, ...]) -> tuple[di
     parent = data.pop("extends", None)
     if parent is not None:
         if not isinstance(parent, str):
-            raise UserError(f"{path}: extends: expected the name or path of one run file, got {parent!r}")
+            raise UserError(f"{path}: extends: expected the name or path of one run file: {shown(parent)}")
         try:
             lower, its_path = _read(cls, parent, path.parent, (*below, resolved))
         except UserError as error:

@@ -19,13 +19,20 @@ from enmp_jax.config.schema import parse
 from enmp_jax.config.sections import (
     BaseConfig,
     EvaluationConfig,
+    ExportConfig,
     MergeConfig,
     PretrainConfig,
     SearchConfig,
     TaskConfig,
     TrainConfig,
 )
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, shown
+from enmp_jax.io.files import is_file_name
+
+_MOST = {"batch_size": 10**6, "rank": 65536, "finalists": 10**6, "seeds": 10**4, "max_length": 10**6}
+_MOST_MASKS = 10**8  # the archive of a search has a row for each
+_MOST_FLOAT = 1e9
+_MOST_SCALE = 1e4
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class RunConfig:
     merge: MergeConfig = field(default_factory=MergeConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     pretrain: PretrainConfig | None = None
     root: Path = field(default=Path(), metadata={"internal": True})
@@ -75,8 +83,11 @@ def check(run: RunConfig) -> RunConfig:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"tasks: two tasks are named {name!r}; give each its own name")
-        if not name or "/" in name or ":" in name:
-            raise UserError(f"tasks: the name {name!r} must be non-empty, without / and :")
+        if not is_file_name(name):
+            raise UserError(
+                f"tasks: the name {shown(name)} cannot be a file name: at most 200 bytes, no . in front, "
+                'none of / \\ : * ? " < > |'
+            )
     search, evaluation, train = run.search, run.evaluation, run.train
     positive: dict[str, float] = {
         "search.population": search.population, "search.generations": search.generations,
@@ -85,19 +96,55 @@ def check(run: RunConfig) -> RunConfig:
         "search.checkpoint_every": search.checkpoint_every, "evaluation.batch_size": evaluation.batch_size,
         "train.steps": train.steps, "train.batch_size": train.batch_size, "train.rank": train.rank,
         "train.learning_rate": train.learning_rate, "train.alpha": train.alpha,
+        "train.epochs": 1 if train.epochs is None else train.epochs,
     }  # fmt: skip
     for key, value in positive.items():
         if not value > 0:
             raise UserError(f"{key} is {value}: it must be above 0")
+    _check_sizes(run)
     if not 0 <= search.max_pruned <= 1:
         raise UserError(f"search.max_pruned is {search.max_pruned}: it must lie in 0..1")
     _check_racing(search)
+    if not 0 <= evaluation.seed < 2**32:
+        raise UserError(
+            f"evaluation.seed is {evaluation.seed}: it must be a whole number from 0 to {2**32 - 1}"
+        )
     if run.merge.scale == "auto" and not run.merge.scale_grid:
         raise UserError("merge.scale_grid is empty: give at least one scale, or set merge.scale")
     for task in run.tasks:
         if task.reference is not None and not 0 < task.reference <= 1:
-            raise UserError(f"tasks.{task.name}.reference is {task.reference}: accuracies lie in 0..1")
+            raise UserError(f"tasks.{task.name}.reference is {task.reference}: scores lie in 0..1")
     return run
+
+
+def _check_sizes(run: RunConfig) -> None:
+    """Whole numbers that memory would not bear, seeds that are none, factors that no float32 bears."""
+    search = run.search
+    sections = (search, run.evaluation, run.train, run.pretrain, search.refine)
+    for name, section in zip(("search", "evaluation", "train", "pretrain", "search.refine"), sections):
+        for f in () if section is None else dataclasses.fields(section):
+            value = getattr(section, f.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if isinstance(value, float) or f.name == "seed":
+                if not abs(value) <= (2**31 - 1 if f.name == "seed" else _MOST_FLOAT):
+                    raise UserError(f"{name}.{f.name} is {shown(value)}: that is too large")
+            elif not 0 <= value <= (most := _MOST.get(f.name, 10**9)):
+                raise UserError(f"{name}.{f.name} is {shown(value)}: it must lie in 0..{most}")
+    for task in run.tasks:
+        if not 0 < task.data.max_length <= _MOST["max_length"]:
+            raise UserError(f"tasks.{task.name}.data.max_length is {task.data.max_length}: out of range")
+    if search.seed + search.seeds >= 2**31 or not abs(run.merge.seed or 0) < 2**31:
+        raise UserError("search.seed and merge.seed must be below 2^31")
+    masks = search.population * search.generations * search.seeds
+    if masks > _MOST_MASKS:
+        raise UserError(
+            f"search.population x generations x seeds is {masks}: more than {_MOST_MASKS} masks are not kept"
+        )
+    scales = () if run.merge.scale == "auto" else (run.merge.scale,)
+    for value in (*run.merge.scale_grid, *scales):
+        if not abs(value) <= _MOST_SCALE:
+            raise UserError(f"merge.scale is {value:g}: it must lie in -{_MOST_SCALE:g}..{_MOST_SCALE:g}")
 
 
 def _check_racing(search: SearchConfig) -> None:
@@ -117,6 +164,11 @@ def _check_racing(search: SearchConfig) -> None:
         raise UserError(
             "search.fidelity racing does not work with search.fitness calibrated, which has no value per "
             "example: take log_likelihood, or fidelity none"
+        )
+    if search.fitness == "expert_hidden":
+        raise UserError(
+            "search.fidelity racing does not work with search.fitness expert_hidden, which looks at hidden "
+            "states: take expert_kl, or fidelity none"
         )
     if search.strategy == "gradient":
         raise UserError(

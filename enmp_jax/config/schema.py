@@ -7,13 +7,15 @@ plain form they stand beside the others. Fields with the metadata ``internal`` h
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from enmp_jax.errors import UserError, suggestion
+from enmp_jax.errors import UserError, shown, suggestion
+
+_LARGEST = sys.float_info.max
 
 
 def keys(cls: Any) -> dict[str, dataclasses.Field[Any]]:
@@ -45,11 +47,12 @@ def parse(cls: type, data: Any, where: str) -> Any:
     fields, hints, other = keys(cls), typing.get_type_hints(cls), rest(cls)
     if not isinstance(data, Mapping):
         raise UserError(
-            f"{where}: expected a mapping with keys such as {', '.join(list(fields)[:3])}, got {_show(data)}"
+            f"{where}: expected a mapping with keys such as {', '.join(list(fields)[:3])}, got {shown(data)}"
         )
     for key in data:
         if key not in fields and (other is None or not isinstance(key, str)):
-            raise UserError(f"{where}: unknown key {key!r}; {suggestion(key, fields, 'known keys')}")
+            hint = suggestion(key if isinstance(key, str) else shown(key), fields, "known keys")
+            raise UserError(f"{where}: unknown key {shown(key)}; {hint}")
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in data:
@@ -79,24 +82,25 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise UserError(f"{where}: expected a list, got {_show(value)}")
+            raise UserError(f"{where}: expected a list, got {shown(value)}")
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
     if origin is Literal:
         if value not in args:
-            raise UserError(f"{where}: expected one of {', '.join(map(str, args))}, got {_show(value)}")
+            raise UserError(f"{where}: expected one of {', '.join(map(str, args))}, got {shown(value)}")
         return value
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}: expected a mapping, got {_show(value)}")
+            raise UserError(f"{where}: expected a mapping, got {shown(value)}")
         return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is Any:
         return value
     if kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{where}: expected a finite number, got {_show(value)}")
+        # compared, as an integer may be larger than any float
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+            raise UserError(f"{where}: expected a finite number, got {shown(value)}")
         return float(value)
     if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
-        raise UserError(f"{where}: expected {kind.__name__}, got {_show(value)}")
+        raise UserError(f"{where}: expected {kind.__name__}, got {shown(value)}")
     return value
 
 
@@ -111,8 +115,3 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [to_dict(value) for value in config]
     return config
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -37,6 +37,8 @@ class BaseConfig:
     """Compute type of the backbone; norms, softmax and logits stay in float32."""
     allow_mismatch: bool = False
     """Accept adapters that name another base model."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Keep the base model's matrices in 8 or 4 bits on the device, to search on what will serve."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class SearchConfig:
     granularity: Literal["layer", "projection"] = "layer"
     fitness: str = "margin"
     """What is maximised on the search split: accuracy (the paper's), probability, margin, log_likelihood,
-    calibrated; without labels expert_margin, expert_probability, expert_kl, entropy."""
+    calibrated; without labels expert_margin, expert_probability, expert_kl, expert_hidden, entropy."""
     objective: Literal["mean", "worst", "pareto"] = "mean"
     """Over tasks: the mean, the worst task, or the front of both."""
     importance: Mapping[str, float] | None = None
@@ -216,6 +218,23 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """What a search hands over, and the defaults of ``enmp export``."""
+
+    formats: tuple[Literal["adapters", "peft", "checkpoint", "delta", "gguf"], ...] = ("adapters", "peft")
+    """``adapters``: each task's own, pruned or weighted; ``peft``: the merge as one adapter;
+    ``checkpoint``: the base model with the merge in it; ``delta``: what the merge adds to the base;
+    ``gguf``: as ``peft``, for llama.cpp."""
+    rank: int | None = None
+    """peft, gguf: largest rank, whatever the error; default: as high as the tolerance needs."""
+    tolerance: float = 0.01
+    """peft, gguf: relative error (Frobenius norm) that a merge without low rank may have. Low-rank merges are
+    exact. Where ``rank`` is too small for it, the exported model is scored too."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """checkpoint: type of the weights; default: the base's."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How examples are batched and devices used."""
 
@@ -224,6 +243,9 @@ class EvaluationConfig:
     """Examples per task of the search split; default: all."""
     selection_examples: int | None = None
     test_examples: int | None = None
+    seed: int = 0
+    """Of the search and selection splits: 0: as the tasks name them; other numbers draw both anew from what
+    they hold together. The test split stays."""
     member_chunk: int | None = None
     """Members merged and scored together on a device; default: what memory, and a CPU's caches, bear."""
     mesh: Mapping[str, int] | None = None

@@ -10,10 +10,10 @@ from enmp_jax.data.labels import require_class_names
 from enmp_jax.data.layout import Kind, kind_of
 from enmp_jax.data.load import load_examples, open_source, task_kind
 from enmp_jax.data.preprocess import preprocess_for
-from enmp_jax.data.splits import check_splits, leaks
+from enmp_jax.data.splits import check_splits, leaks, redraw
 
 __all__ = [
     "Batches", "Examples", "Kind", "Preprocess", "Prompts", "Raw", "Source", "Span", "Split", "batch",
     "check_splits", "kind_of", "leaks", "load_examples", "open_source", "preprocess_for", "prompts",
-    "require_class_names", "task_kind",
+    "redraw", "require_class_names", "task_kind",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 from enmp_jax.config.sections import DataConfig
 from enmp_jax.data.base import Modality
 from enmp_jax.data.layout import Kind
+from enmp_jax.data.packing import pack, stack
 from enmp_jax.data.questions import Question
 from enmp_jax.data.tokenizer import load_tokenizer, tokenizer_digest
 from enmp_jax.errors import UserError, one_line
@@ -66,7 +67,7 @@ class AnswerTokens:
     def __call__(self, values: Sequence[Question]) -> tuple[dict[str, np.ndarray], int]:
         """See ``Preprocess``; the inputs of ``data.layout``."""
         prompts, answers = self._tokens(values)
-        rows: list[dict[str, list]] = []
+        rows: list[dict[str, list[int]]] = []
         truncated = 0
         place = 0
         for question, prompt in zip(values, prompts, strict=True):
@@ -78,32 +79,19 @@ class AnswerTokens:
                 raise self._too_long(question, len(prompt), longest)
             truncated += longest > room
             rows.append(self._row(question, prompt, [answer[:room] for answer in own]))
-        return {name: _stack([row[name] for row in rows], name) for name in self.padding}, truncated
+        arrays = stack([{name: row[name] for name in self.padding} for row in rows])
+        if self.kind == "choice":
+            arrays["choice_length"] = arrays["choice_length"].astype(np.float32)
+        return arrays, truncated
 
-    def _row(self, question: Question, prompt: list[int], answers: Sequences) -> dict[str, list]:
+    def _row(self, question: Question, prompt: list[int], answers: Sequences) -> dict[str, list[int]]:
         """Lists of different lengths: one example."""
-        tokens, position, branch = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        targets: list[int] = []
-        target_from: list[int] = []
-        target_branch: list[int] = []
-        for number, answer in enumerate(answers, 1):
-            inner = answer[:-1]  # the last token predicts nothing
-            target_from += [len(prompt) - 1, *range(len(tokens), len(tokens) + len(inner))]
-            targets += answer
-            target_branch += [number] * len(answer)
-            tokens += inner
-            position += range(len(prompt), len(prompt) + len(inner))
-            branch += [number] * len(inner)
-        lengths = {
-            "none": [1.0] * len(answers),
-            "token": [float(len(answer)) for answer in answers],
-            "character": [float(len(text)) for text in question.answers],
+        length = {
+            "none": [1] * len(answers),
+            "token": [len(answer) for answer in answers],
+            "character": [len(text) for text in question.answers],
         }
-        return {
-            "input_ids": tokens, "attention_mask": [1] * len(tokens), "position": position, "branch": branch,
-            "target_ids": targets, "target_from": target_from, "target_branch": target_branch,
-            "choice_length": lengths[self._norm],
-        }  # fmt: skip
+        return pack(prompt, answers) | {"choice_length": length[self._norm]}
 
     def _tokens(self, questions: Sequence[Question]) -> tuple[Sequences, Sequences]:
         """Tokens of every prompt, and of all answers one after the other."""
@@ -185,11 +173,3 @@ class AnswerTokens:
             f"{question.name}: {what}, and the window is {self._window}: raise data.max_length as far as the "
             "model bears, or shorten the prompt"
         )
-
-
-def _stack(rows: Sequence[list], name: str) -> np.ndarray:
-    """[row, longest], padded with zeros on the right."""
-    made = np.zeros((len(rows), max(map(len, rows))), np.float32 if name == "choice_length" else np.int32)
-    for i, row in enumerate(rows):
-        made[i, : len(row)] = row
-    return made

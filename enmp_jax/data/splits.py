@@ -6,6 +6,7 @@ split is reported. An example in two of them makes the reported number a lie, so
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -100,6 +101,64 @@ def check_splits(
         note = f"{int((~keep).sum())} examples of {split} recur in another split and were left out"
         checked[task][split] = examples.take(keep)._replace(notes=(*examples.notes, note))
     return checked
+
+
+def redraw(
+    tasks: Mapping[str, Mapping[str, Examples]], seed: int, limits: Mapping[str, int | None]
+) -> dict[str, dict[str, Examples]]:
+    """Draw the search and selection splits anew from what both hold, for intervals over splits.
+
+    Where an example goes follows from the seed and its content alone: tasks that share images, and rows that
+    repeat, cannot tear the two splits open. So their sizes are kept on average, not exactly. A smaller limit
+    takes a part of what a larger one takes. All other splits stay as they are.
+
+    Args:
+        tasks: task -> split -> its examples, checked (``check_splits``); ``search`` and ``selection`` whole.
+        seed: another draw for every number.
+        limits: split -> most examples of a task; default: all.
+
+    Raises:
+        UserError: a split of a task with nothing in it.
+    """
+    total = {split: sum(len(s[split].labels) for s in tasks.values()) for split in ("search", "selection")}
+    share = total["search"] / sum(total.values())
+    drawn = {}
+    for task, splits in tasks.items():
+        pool = _joined(splits["search"], splits["selection"])
+        place = np.asarray([_place(key, seed) for key in pool.keys])
+        order = np.argsort(place, kind="stable")
+        found = dict(splits)
+        for split, chosen in (
+            ("search", order[place[order] < share]), ("selection", order[place[order] >= share])
+        ):  # fmt: skip
+            if not len(chosen):
+                raise UserError(
+                    f"tasks.{task}.data.{split}: evaluation.seed {seed} draws no example for it: give the "
+                    "task more data, or take another seed"
+                )
+            found[split] = pool.take(np.sort(chosen[: limits.get(split)]))
+        drawn[task] = found
+    return drawn
+
+
+def _place(key: bytes, seed: int) -> float:
+    """A number in 0..1 that a seed gives to an example's content."""
+    digest = hashlib.blake2b(bytes(key), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _joined(a: Examples, b: Examples) -> Examples:
+    """The examples of both; texts padded on the right to the longer one (their attention mask is 0 there)."""
+
+    def join(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        if x.ndim == 2 and x.shape[1] != y.shape[1]:
+            longest = max(x.shape[1], y.shape[1])
+            x, y = (np.pad(z, ((0, 0), (0, longest - z.shape[1]))) for z in (x, y))
+        return np.concatenate([x, y])
+
+    inputs = {name: join(value, b.inputs[name]) for name, value in a.inputs.items()}
+    keys, labels = np.concatenate([a.keys, b.keys]), np.concatenate([a.labels, b.labels])
+    return a._replace(inputs=inputs, labels=labels, keys=keys, spans=(*a.spans, *b.spans))
 
 
 def _common_spans(a: Examples, b: Examples) -> tuple[str, ...]:

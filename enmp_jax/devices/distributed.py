@@ -7,10 +7,12 @@ process 0 alone writes files.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 from enmp_jax.errors import UserError, one_line
+from enmp_jax.io import signals
 
 T = TypeVar("T")
 
@@ -96,6 +98,19 @@ def barrier(name: str) -> None:
 
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def told_to_end(step: int) -> int:
+    """The number of the signal that told the job to end, 0 if none did; asked by every process at every step.
+
+    Several processes hear of it at the same step, whichever of them was told.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return signals.received()
+    return int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
 
 
 def all_or_none(work: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ of dense ones every full matrix, and while they are merged three arrays per task
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -19,12 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from enmp_jax.data.layout import kind_of
 from enmp_jax.deltas import Dense, LowRank
 from enmp_jax.devices.flops import count_flops
 from enmp_jax.devices.matmul import times_transposed
 from enmp_jax.evaluation.delta_format import delta_shapes
 from enmp_jax.merges.base import Ingredients, Merge
 from enmp_jax.models.base import Backbone
+from enmp_jax.models.causal import LOGITS_BYTES, answer_log_probabilities
 
 BASE_SHARE = 0.6
 """Most of a device's memory that base weights may take; above it they are divided over ``model``."""
@@ -33,6 +36,13 @@ USABLE = 0.85
 CACHED = 160 * 2**20
 """Bytes of activations of a chunk of members beyond which CPUs slow down (32 MiB of L3 cache: see
 benchmarks/results/population_throughput.md)."""
+HALVINGS = 3
+"""How often fewer members together are tried where memory did not suffice."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a compilation or a run asked for more memory than there is."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def device_memory(device: Any = None) -> int:
@@ -91,7 +101,16 @@ def activation_bytes(backbone: Backbone, inputs: Any, platform: str | None = Non
     tokens = n_tokens(backbone, inputs)
     width = 4 if (platform or jax.default_backend()) == "cpu" else jnp.dtype(block.dtype).itemsize
     per_token = 6 * block.width + (3 if block.gated else 2) * block.hidden
-    return rows * (tokens * width * per_token + 8 * block.heads * tokens**2)
+    return rows * (tokens * width * per_token + 8 * block.heads * tokens**2) + _logits_bytes(backbone, inputs)
+
+
+def _logits_bytes(backbone: Backbone, inputs: Any) -> int:
+    """A block of next-token logits, their log-probabilities and what a fitness makes of them, if any."""
+    if kind_of(inputs) == "classification" or backbone.logits is None:
+        return 0
+    params = jax.eval_shape(backbone.init, jax.random.key(0))
+    hidden = jax.ShapeDtypeStruct((*inputs["target_ids"].shape, backbone.width), jnp.float32)
+    return 3 * min(LOGITS_BYTES, n_bytes(jax.eval_shape(backbone.logits, params, hidden)))
 
 
 def delta_bytes(
@@ -199,5 +218,8 @@ def mask_flops(backbone: Backbone, merge: Merge, fixed: Any, keep_shape: tuple[i
     total = 0
     for bucket in fixed.batches:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), bucket.inputs)
-        total += bucket.label.shape[0] * count_flops(backbone.features, fixed.params, one, deltas)
+        run = backbone.features
+        if kind_of(one) != "classification":
+            run = functools.partial(answer_log_probabilities, backbone)
+        total += bucket.label.shape[0] * count_flops(run, fixed.params, one, deltas)
     return total

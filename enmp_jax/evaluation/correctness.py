@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Shaped
 from enmp_jax.data.batches import Batches
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.mesh import replicate
+from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator, ExecutionPlan
+from enmp_jax.evaluation.kinds import option_log_probabilities
 from enmp_jax.evaluation.loaded_run import Split
 from enmp_jax.evaluation.population import EvalInputs
-from enmp_jax.evaluation.scoring import class_log_probabilities
 from enmp_jax.merges.base import Ingredients, Merge
 from enmp_jax.models.base import Backbone
 
@@ -36,6 +37,16 @@ class Correctness:
     """
 
     def __init__(self, evaluator: Evaluator, split: Split):
+        """Put the examples on the devices.
+
+        Raises:
+            UserError: a completion task, whose answers are not simply right or wrong.
+        """
+        for task, kind in zip(evaluator.loaded.tasks, evaluator.loaded.kinds, strict=True):
+            if kind == "completion":
+                raise UserError(
+                    f"the task {task} completes texts: only classes and choices are compared one by one"
+                )
         self._evaluator = evaluator
         self._inputs = evaluator.spread(evaluator.inputs(split))
         self._compiled: dict[ExecutionPlan, Any] = {}
@@ -51,7 +62,7 @@ class Correctness:
     def of_masks(
         self,
         keep: Shaped[np.ndarray, "member *module"],
-        scale: float,
+        scale: float | Float[np.ndarray, " member"],
         merge: Merge | None = None,
         ingredients: Ingredients | None = None,
     ) -> PerExample:
@@ -59,7 +70,7 @@ class Correctness:
 
         Args:
             keep: the masks.
-            scale: merge coefficient of all.
+            scale: merge coefficients, or one for all.
             merge: default: the run's.
             ingredients: what its ``prepare`` made; default: of the run's adapters.
         """
@@ -72,13 +83,14 @@ class Correctness:
             backbone = evaluator.loaded.backbone
 
             def answers(inputs: EvalInputs, keep: Array, scale: Array) -> tuple[Array, ...]:
-                def member(mask: Array) -> tuple[Array, ...]:
-                    return _answers(backbone, inputs, plan.merge.merge(inputs.ingredients, mask, scale))
+                def member(given: tuple[Array, Array]) -> tuple[Array, ...]:
+                    return _answers(backbone, inputs, plan.merge.merge(inputs.ingredients, *given))
 
-                return jax.lax.map(member, keep, batch_size=min(plan.member_chunk, len(keep)))
+                return jax.lax.map(member, (keep, scale), batch_size=min(plan.member_chunk, len(keep)))
 
             self._compiled[plan] = jax.jit(answers)
-        return self._ordered(self._compiled[plan](inputs, keep, jnp.float32(scale)))
+        scales = np.broadcast_to(np.asarray(scale, np.float32), len(keep))
+        return self._ordered(self._compiled[plan](inputs, keep, scales))
 
     def of_deltas(self, deltas: Deltas) -> PerExample:
         """Of one model with these deltas."""
@@ -91,7 +103,7 @@ class Correctness:
 
     def normalised(self, correct: PerExample) -> Float[np.ndarray, "*member"]:
         """Mean over tasks of accuracy / accuracy of the task's own adapter."""
-        return self.accuracy(correct) @ self.weight
+        return np.asarray(self.accuracy(correct) @ self.weight)
 
     def _ordered(self, answers: tuple[Array, ...]) -> PerExample:
         rows = [_real(b, x) for b, x in zip(self._inputs.batches, answers, strict=True)]
@@ -102,8 +114,8 @@ def _answers(backbone: Backbone, inputs: EvalInputs, deltas: Deltas) -> tuple[Ar
     """Whether each row is answered rightly, of every bucket: [batches, rows]."""
 
     def one(batch: Batches) -> Array:
-        features = backbone.features(inputs.params, batch.inputs, deltas)
-        return jnp.argmax(class_log_probabilities(inputs.heads, features, batch.task), axis=-1) == batch.label
+        scores = option_log_probabilities(backbone, inputs.params, inputs.heads, batch, deltas)
+        return jnp.argmax(scores, axis=-1) == batch.label
 
     return tuple(jax.lax.map(one, bucket) for bucket in inputs.batches)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
+from enmp_jax.config.run_file import RunConfig
 from enmp_jax.data import Examples, batch
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
@@ -23,6 +26,8 @@ from enmp_jax.evaluation.loaded_run import LoadedRun, Split, make_merge
 from enmp_jax.evaluation.population import EvalInputs, EvaluateMasks, count_all, make_evaluate, place
 from enmp_jax.evaluation.scoring import Counts, Scoring
 from enmp_jax.merges.base import Ingredients, Merge
+
+T = TypeVar("T")
 
 
 class ExecutionPlan(NamedTuple):
@@ -36,8 +41,8 @@ class ExecutionPlan(NamedTuple):
 class Evaluator:
     """Scores the masks of one loaded run. Everything static is decided here, before anything is traced."""
 
-    def __init__(self, loaded: LoadedRun):
-        self.loaded, self.mesh = loaded, loaded.mesh
+    def __init__(self, loaded: LoadedRun, say: Callable[[str], None] = print):
+        self.loaded, self.mesh, self.say = loaded, loaded.mesh, say
         self.merge = make_merge(loaded.run)
         search = loaded.run.search
         self.kind = fitness.get(search.fitness)
@@ -47,10 +52,24 @@ class Evaluator:
         self._compiled: dict[ExecutionPlan, Callable[..., Counts]] = {}
         self._compiled_from: dict[ExecutionPlan, Callable[..., Counts]] = {}
 
+    def under(self, run: RunConfig) -> Evaluator:
+        """The same base, adapters and data under other settings of merge and search; the experts' answers are
+        shared."""
+        other = Evaluator(dataclasses.replace(self.loaded, run=run))
+        other._answers = self._answers
+        return other
+
     @functools.cached_property
     def ingredients(self) -> Ingredients:
         """What the merge method made of the adapters, once."""
         return self.merge.prepare(self.loaded.stack)
+
+    def on(self, examples: Mapping[Split, list[Examples]]) -> Evaluator:
+        """This evaluator on other examples of the same tasks; compiled functions are shared."""
+        self.ingredients  # noqa: B018 (computed once for all)
+        other = copy.copy(self)
+        other.loaded, other._answers = dataclasses.replace(self.loaded, examples=examples), {}
+        return other
 
     def examples(self, split: Split) -> Sequence[Examples]:
         """The tasks' examples of a split; where it has no labels, the experts' choices stand in for them."""
@@ -81,6 +100,7 @@ class Evaluator:
             loaded.run.evaluation.batch_size,
             expert=expert,
             order="stratified" if racing else "given",
+            states=experts.hidden_states(loaded, split) if self.kind.hidden else None,
         )
         prepared = self.ingredients if ingredients is None else ingredients
         return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh, loaded.backbone)
@@ -132,6 +152,28 @@ class Evaluator:
         sharding = NamedSharding(self.mesh, PartitionSpec(None, axes))
         return inputs._replace(batches=put(inputs.batches, sharding))
 
+    def bearing(self, plan: ExecutionPlan, work: Callable[[ExecutionPlan], T]) -> T:
+        """Do work; where memory does not suffice, again with half the members together, at most three times.
+
+        Args:
+            plan: how many that are.
+            work: called with the plan.
+        """
+        for halvings in range(budget.HALVINGS + 1):
+            try:
+                return work(plan)
+            except Exception as error:
+                # several processes cannot know of each other's
+                last = halvings == budget.HALVINGS or plan.member_chunk == 1 or jax.process_count() > 1
+                if last or not budget.out_of_memory(error):
+                    raise
+            fewer = plan.member_chunk // 2
+            self.say(f"out of memory with {plan.member_chunk} members together: trying {fewer}")
+            plan = plan._replace(member_chunk=fewer)
+            for key, known in self._plans.items():
+                self._plans[key] = known._replace(member_chunk=min(known.member_chunk, fewer))
+        raise AssertionError("unreachable")
+
     def relaxed_fitness(self) -> Callable[..., Float[Array, ""]]:
         """``(weights [*module], inputs, scoring, scale) -> fitness``, to be differentiated.
 
@@ -161,11 +203,14 @@ class Evaluator:
             scale: merge coefficients.
             plan: default: that of the run's merge method.
         """
-        plan = plan or self.plan(inputs)
-        if plan not in self._compiled:
-            self._compiled[plan] = jax.jit(self.evaluate(plan))
-        together = self.mesh.shape["population"] * plan.member_chunk
-        return in_chunks(functools.partial(self._compiled[plan], inputs), keep, scale, together)
+
+        def scored(plan: ExecutionPlan) -> Counts:
+            if plan not in self._compiled:
+                self._compiled[plan] = jax.jit(self.evaluate(plan))
+            together = self.mesh.shape["population"] * plan.member_chunk
+            return in_chunks(functools.partial(self._compiled[plan], inputs), keep, scale, together)
+
+        return self.bearing(plan or self.plan(inputs), scored)
 
     def fitness_of(
         self,
@@ -221,7 +266,9 @@ class Evaluator:
         merge, chunk = plan
         most = prefix.most_members(loaded.backbone, merge, inputs, parent.shape, self.mesh, chunk)
         first = np.asarray(prefix.first_changed(parent, keep))
-        if not prefix.pays(first, loaded.backbone.n_layers, most, self.mesh.shape["population"], chunk):
+        if self.kind.hidden or not prefix.pays(
+            first, loaded.backbone.n_layers, most, self.mesh.shape["population"], chunk
+        ):
             return self.score(inputs, keep, np.full(len(keep), scale, np.float32), plan)
         if plan not in self._compiled_from:
             evaluate = prefix.make_evaluate_from(

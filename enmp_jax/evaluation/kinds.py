@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from enmp_jax.data.batches import Batches, LikeliestTokens
 from enmp_jax.data.layout import kind_of
 from enmp_jax.deltas import Deltas
-from enmp_jax.evaluation.fitness import Fitness
+from enmp_jax.evaluation.fitness import Fitness, state_distance
 from enmp_jax.evaluation.scoring import Counts, Heads, class_log_probabilities, count
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.models.causal import at_answers, choice_scores, log_probability
@@ -56,8 +56,15 @@ def count_batch(
         kind: the fitness whose values are summed.
         start: where to begin; default: from the embeddings.
     """
+    if kind.hidden:
+        states = pooled_states(backbone, params, batch, deltas)
+        scores = class_log_probabilities(heads, states[:, -1], batch.task)
+        assert batch.states is not None, "this fitness needs the experts' hidden states"
+        distance = state_distance(states, batch.states)
+        return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert, distance)
     if kind_of(batch.inputs) != "completion":
         scores = option_log_probabilities(backbone, params, heads, batch, deltas, start)
+        assert not isinstance(batch.expert, LikeliestTokens)
         return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert)
     read = partial(read_tokens, kind=kind)
     correct, found, value = at_targets(backbone, params, batch, deltas, read, batch.expert, start)
@@ -69,6 +76,15 @@ def count_batch(
         return jnp.tensordot(member.T, kept.sum(axis=1), 1)
 
     return Counts(summed(correct.astype(jnp.float32)), summed(found), summed(value))
+
+
+def pooled_states(
+    backbone: Backbone, params: Params, batch: Batches, deltas: Deltas
+) -> Float[Array, "row layer width"]:
+    """What the pooling makes of the hidden states after every layer; the last are the features."""
+    hidden = backbone.hidden_states(params, batch.inputs, deltas)[1:]
+    pooled = jax.lax.map(lambda h: backbone.pool(params, h, batch.inputs), hidden)
+    return jnp.swapaxes(pooled, 0, 1)
 
 
 def option_log_probabilities(
@@ -158,11 +174,15 @@ def _compared(
 ) -> tuple[Array, Array, Array]:
     """Both distributions over the expert's likeliest tokens and, as one more, all others.
 
-    What the KL divergence loses by that is never negative. A margin looks at the best of the others.
+    What the KL divergence loses by that is never negative. Other fitnesses ask for the expert's first choice,
+    which is never among the others, and compare it with the best of those.
     """
     rows = jnp.arange(x.shape[0])[:, None]
     others = x.at[rows, expert.ids].set(-jnp.inf)
-    rest = others.max(axis=1) if kind.name == "expert_margin" else jax.nn.logsumexp(others, axis=1)
+    if kind.name == "expert_kl":
+        rest = jax.nn.logsumexp(others, axis=1)
+        remaining = jnp.log(jnp.maximum(1 - jnp.exp(expert.log_probability).sum(axis=1), 0.0))
+    else:
+        rest, remaining = others.max(axis=1), jnp.full(x.shape[0], -jnp.inf)
     own = jnp.concatenate([jnp.take_along_axis(x, expert.ids, axis=1), rest[:, None]], axis=1)
-    remaining = jnp.log(jnp.maximum(1 - jnp.exp(expert.log_probability).sum(axis=1), 0.0))
     return own, target, jnp.concatenate([expert.log_probability, remaining[:, None]], axis=1)

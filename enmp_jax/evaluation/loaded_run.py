@@ -17,7 +17,16 @@ from enmp_jax import merges, models
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.config.sections import TaskConfig
-from enmp_jax.data import Examples, Kind, check_splits, kind_of, load_examples, preprocess_for, task_kind
+from enmp_jax.data import (
+    Examples,
+    Kind,
+    check_splits,
+    kind_of,
+    load_examples,
+    preprocess_for,
+    redraw,
+    task_kind,
+)
 from enmp_jax.devices.mesh import AXES, choose_shape, make_mesh
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import budget
@@ -103,7 +112,7 @@ class LoadedRun:
         return _labelled(self.tasks, split, self.examples[split])
 
     def check_fitness(self, key: str, kind: Fitness, splits: Sequence[Split]) -> None:
-        """Refuse a fitness that needs labels where there are none.
+        """Refuse a fitness that needs what is not there.
 
         Args:
             key: what sets it in the run file.
@@ -111,8 +120,13 @@ class LoadedRun:
             splits: where it will be computed.
 
         Raises:
-            UserError: the first split without labels, if the fitness needs them.
+            UserError: the first split without labels, if the fitness needs them; or generative tasks, if it
+                looks at hidden states.
         """
+        if kind.hidden and set(self.kinds) != {"classification"}:
+            raise UserError(
+                f"{key} {kind.name} compares hidden states of classification tasks only: take expert_kl"
+            )
         for split in splits:
             if kind.needs_labels and not self.labelled(split):
                 raise UserError(
@@ -133,16 +147,32 @@ def load(
     """
     make_merge(run)  # a bad method is said before anything is read
     base = run.path(run.base.model)
-    backbone = models.build(checkpoint.read_config(checkpoint.find(base)), run.base.dtype)
+    dtype, quantization = run.base.dtype, run.base.quantization
+    config = checkpoint.read_config(checkpoint.find(base))
+    backbone = models.build(config, dtype, quantization=quantization)
     mesh = choose_mesh(run, backbone)
-    backbone, params = models.load(base, dtype=run.base.dtype, place=param_sharding(mesh))
+    backbone, params = models.load(base, dtype, param_sharding(mesh), quantization=quantization)
     adapters = load_run_adapters(run, backbone)
     examples = load_splits(run, backbone, base, splits, reporter)
     names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
-    kinds = {task.name: kind_of(e.inputs) for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
+    first = zip(run.tasks, examples[splits[0]], strict=True)
+    kinds: dict[str, Kind] = {task.name: kind_of(e.inputs) for task, e in first}
+    _check_task_types(run, adapters, kinds)
     heads = load_heads(run, adapters.heads, base, backbone, class_names=names, kinds=kinds)
     check_labels(run, heads, examples)
     return LoadedRun(run, base, backbone, params, mesh, adapters, heads, examples)
+
+
+def _check_task_types(run: RunConfig, adapters: LoadedAdapters, kinds: Mapping[str, Kind]) -> None:
+    """Refuse adapters of causal language models where classes are asked for, and no head is given."""
+    for task in run.tasks:
+        adapter = adapters.adapters[task.name]
+        causal = adapter.settings.task_type == "CAUSAL_LM" and not adapter.heads
+        if causal and kinds[task.name] == "classification" and task.head.source == "adapter":
+            raise UserError(
+                f"the adapter of {task.name!r} is of a causal language model (CAUSAL_LM) and has no head to "
+                f"classify with: give data with choices or answers, or set tasks.{task.name}.head.source"
+            )
 
 
 def make_merge(run: RunConfig) -> Merge:
@@ -203,12 +233,16 @@ def load_splits(
         "test": run.evaluation.test_examples,
     }
     loaded: dict[str, dict[str, Examples]] = {}
+    seed, wanted = run.evaluation.seed, splits
+    both: tuple[Split, ...] = ("search", "selection")
+    drawn = both if seed and any(split in splits for split in both) else ()
+    splits = tuple(dict.fromkeys((*splits, *drawn)))
     for task in run.tasks:
         kind = checked_kind(task, run.root, backbone, run.base.model)
         preprocess = preprocess_for(base, backbone.family, task.data, kind)
         loaded[task.name] = {
             split: load_examples(
-                task.data, split, run.root, preprocess, limits.get(split),
+                task.data, split, run.root, preprocess, None if split in drawn else limits.get(split),
                 progress=reporter.reading(f"{task.name}, {split}"),
             )
             for split in splits
@@ -219,7 +253,9 @@ def load_splits(
         for split in splits:
             for note in checked[task.name][split].notes:  # what was truncated, left out, dropped
                 reporter.say(f"{task.name}, {split}: {note}")
-    return {split: [checked[task.name][split] for task in run.tasks] for split in splits}
+    if drawn:
+        checked = redraw(checked, seed, limits)
+    return {split: [checked[task.name][split] for task in run.tasks] for split in wanted}
 
 
 def checked_kind(task: TaskConfig, root: Path, backbone: Backbone, base: str) -> Kind:

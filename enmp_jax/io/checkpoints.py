@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ class Checkpoints:
         Args:
             path: the directory.
             fingerprint: see ``fingerprint``.
-            max_to_keep: older checkpoints are deleted.
+            max_to_keep: older checkpoints are deleted, but for the best one.
             say: told of every checkpoint that cannot be used.
 
         Raises:
@@ -68,19 +69,25 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # slow to import
 
         self.path, self.fingerprint, self.say, self._ocp = Path(path).resolve(), fingerprint, say, ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
+        managers = ocp.checkpoint_managers
+        best = managers.BestN(
+            get_metric_fn=lambda metrics: metrics["value"], n=1, keep_checkpoints_without_metrics=False
+        )
+        policy = managers.AnyPreservationPolicy([managers.LatestN(n=max_to_keep), best])
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy)
         try:
             self._manager = ocp.CheckpointManager(self.path, options=options)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot keep checkpoints in {path}: {reason(error)}") from None
 
-    def save(self, step: int, tree: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, tree: Any, meta: dict[str, Any], value: float = math.nan) -> None:
         """Save in the background; the caller may change its arrays and ``meta`` meanwhile.
 
         Args:
             step: above those of all checkpoints there.
             tree: pytree of numpy and JAX arrays.
             meta: anything that JSON can hold.
+            value: what tells the best checkpoint, higher is better; NaN: nothing does.
 
         Raises:
             TypeError: a leaf that is no array.
@@ -99,8 +106,9 @@ class Checkpoints:
             meta=self._ocp.args.JsonSave({"record": record, "digest": fingerprint(record)}),
         )
         try:
-            saved = self._manager.save(step, args=args)
-        except (OSError, ValueError) as error:
+            metrics = {"value": float(value)} if math.isfinite(value) else None
+            saved = self._manager.save(step, args=args, metrics=metrics)
+        except (OSError, ValueError, RuntimeError) as error:
             raise self._not_written(error) from None
         if not saved:
             raise ValueError(f"step {step} does not follow {self._manager.latest_step()}")
@@ -166,7 +174,10 @@ class Checkpoints:
         self._manager.reload()
 
     def _not_written(self, error: Exception) -> UserError:
-        return UserError(f"cannot write a checkpoint to {self.path}: {reason(error)}")
+        return UserError(
+            f"cannot write a checkpoint to {self.path}: {reason(error)}; make room, then --resume goes on "
+            "from the newest whole one"
+        )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -179,7 +190,7 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             if kind is None:
                 raise self._not_written(error) from None
         finally:

@@ -39,6 +39,13 @@ def is_file(path: Path) -> bool:
     return True
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a directory or a file, hidden ones excepted, can have this name on any system."""
+    if not name or name.startswith(".") or name != name.strip() or any(c in '/\\:*?"<>|' for c in name):
+        return False
+    return name.isprintable() and len(name.encode("utf-8", "surrogatepass")) <= 200
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 

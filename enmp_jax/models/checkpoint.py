@@ -17,8 +17,8 @@ from enmp_jax.io.hub import locate
 from enmp_jax.io.shard_index import SINGLE, find_shards
 from enmp_jax.models import gguf
 
-_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")
-"""Configuration, weights and tokenizers (``*.model``: SentencePiece) of a model on the hub."""
+_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+"""Configuration, weights, tokenizers (``*.model``: SentencePiece) and chat templates of models on the hub."""
 
 
 def find(model: str | Path) -> Path:

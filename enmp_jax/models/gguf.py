@@ -7,6 +7,7 @@ llama.cpp stores the rows of llama's q and k permuted, for rotary embeddings of 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from jaxtyping import Shaped
 
 from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io import cache
+from enmp_jax.io.files import read_json
 from enmp_jax.io.gguf import GgufFile
-from enmp_jax.io.writing import new_directory, write_text
+from enmp_jax.io.shard_index import INDEX, SINGLE
+from enmp_jax.io.writing import new_directory, write_tensors, write_text
 from enmp_jax.models import gguf_tokenizer
 from enmp_jax.models.names import split_index
 
@@ -198,6 +201,38 @@ def module_of(name: str) -> str | None:
     if module not in NAMES or part not in ("weight", "bias"):
         return None
     return f"{NAMES[module].replace('{}', str(index))}.{part}"
+
+
+def dequantise(directory: Path, target: Path, shard_bytes: int = 2**31) -> None:
+    """Write the model of an unpacked file with its tensors in float32, as shards of safetensors.
+
+    Args:
+        directory: what ``unpack`` made.
+        target: an empty directory.
+        shard_bytes: of a shard at most, but for larger tensors; so much is in memory at a time.
+
+    Raises:
+        UserError: a quantisation that cannot be read, or the disk is full.
+    """
+    for path in directory.iterdir():
+        if path.name != LINK:
+            write_text(target / path.name, path.read_text(encoding="utf-8"))
+    readers = dict(slices(directory, read_json(directory / "config.json")))
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, reader in readers.items():
+        size += 4 * math.prod(reader.get_shape())
+        if shards[-1] and size > shard_bytes:
+            shards.append([])
+            size = 4 * math.prod(reader.get_shape())
+        shards[-1].append(name)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        write_tensors(target / file, {name: readers[name][...] for name in names}, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_text(target / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
 
 
 class GgufSlice:

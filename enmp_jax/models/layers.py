@@ -18,6 +18,7 @@ from enmp_jax.errors import UserError
 from enmp_jax.models import parameters
 from enmp_jax.models.attention import attend
 from enmp_jax.models.parameters import Declared
+from enmp_jax.models.quantised import dense
 
 
 def _gelu(x: Array) -> Array:
@@ -131,14 +132,14 @@ def declare_layers(spec: BlockSpec, n_layers: int, names: Mapping[str, str]) -> 
 
 
 def linear(
-    x: Float[Array, "*batch in"], params: Mapping[str, Array], delta: Delta | None = None
+    x: Float[Array, "*batch in"], params: Mapping[str, Any], delta: Delta | None = None
 ) -> Float[Array, "*batch out"]:
     """``x (W + delta)^T + b``; no ``b`` where ``params`` has no bias.
 
     Low-rank deltas stay factored, so that population members share the weight; a dense delta belongs
     to one member anyway, and adding it first saves the second large product.
     """
-    weight = params["weight"]
+    weight = dense(params["weight"])
     if isinstance(delta, Dense):
         weight = (weight + delta.weight).astype(weight.dtype)
     y = times_transposed(x, weight)
@@ -302,7 +303,12 @@ def apply_layer(
 
 
 def run_layers(
-    spec: BlockSpec, params: Any, stream: Stream, deltas: Mapping[str, Delta], first: int | Array = 0
+    spec: BlockSpec,
+    params: Any,
+    stream: Stream,
+    deltas: Mapping[str, Delta],
+    first: int | Array = 0,
+    remat: bool = False,
 ) -> Float[Array, "batch query width"]:
     """The hidden states after the layers from ``first`` to the last, one compiled body.
 
@@ -313,6 +319,7 @@ def run_layers(
         deltas: by short name, with a leading layer axis.
         first: 0 to the number of layers. An array makes the number of steps unknown to the compiler: one
             program for every ``first``, but none that has a reverse-mode derivative.
+        remat: keep no activations inside a layer for the backward pass but compute them again.
 
     Returns:
         Those of the tokens that the stream names, [batch, 1, width] for one, else of all tokens.
@@ -327,7 +334,8 @@ def run_layers(
 
     if isinstance(first, int):
         layers = jnp.arange(first, stop)
-        hidden, _ = lax.scan(lambda hidden, i: (step(i, hidden), None), stream.hidden, layers)
+        one = jax.checkpoint(step, prevent_cse=False) if remat else step
+        hidden, _ = lax.scan(lambda hidden, i: (one(i, hidden), None), stream.hidden, layers)
     else:
         hidden = lax.fori_loop(first, stop, step, stream.hidden)
     if stream.token is None:
@@ -400,9 +408,15 @@ def _apply_indexed(
     return apply_layer(spec, weights, stream, delta)
 
 
-@jax.custom_jvp
 def _index(stacked: Array, i: Any) -> Array:
     """``stacked[i]``, clamped."""
+    if not jnp.issubdtype(stacked.dtype, jnp.floating):  # values of a quantised weight
+        return lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+    return _index_floats(stacked, i)
+
+
+@jax.custom_jvp
+def _index_floats(stacked: Array, i: Any) -> Array:
     if not bfloat16_on_cpu(stacked.dtype):
         return lax.dynamic_index_in_dim(stacked, i, keepdims=False)
     # XLA would convert the whole stack to float32 before it takes a slice
@@ -411,7 +425,7 @@ def _index(stacked: Array, i: Any) -> Array:
     return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-@_index.defjvp
+@_index_floats.defjvp
 def _index_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (stacked, i), (tangent, _) = primals, tangents
-    return _index(stacked, i), lax.dynamic_index_in_dim(tangent, i, keepdims=False)
+    return _index_floats(stacked, i), lax.dynamic_index_in_dim(tangent, i, keepdims=False)

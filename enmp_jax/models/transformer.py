@@ -50,8 +50,11 @@ def transformer(
         if len(weight.shape) == 3
     }
 
+    remat = bool(config.raw.get("gradient_checkpointing", False))
+
     def run(params: Params, stream: Stream, deltas: Deltas | None = None, first: int | Array = 0) -> Array:
-        return run_layers(config.block, params["layers"], stream, _by_short_name(deltas, short), first)
+        by_name = _by_short_name(deltas, short)
+        return run_layers(config.block, params["layers"], stream, by_name, first, remat)
 
     def features(params: Params, inputs: Inputs, deltas: Deltas | None = None) -> Array:
         return pool(params, run(params, embed(params, inputs), deltas), inputs)

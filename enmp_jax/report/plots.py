@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +16,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from enmp_jax.errors import UserError
 from enmp_jax.report.data import Generation, RunData
+from enmp_jax.report.limits import as_label
 from enmp_jax.report.tables import measure
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ LIGHT = Theme("#ffffff", "#1f2430", "#667085", "#e4e7ec", "#b8bfca", "#4a7fc1", 
 DARK = Theme("#161a22", "#e6e9ef", "#98a2b3", "#2c3340", "#667085", "#6ea3e6", "#ff9f4a", "#262d3a")
 
 
-def render(draw: Callable[[RunData, Theme], Figure], data: RunData, theme: Theme = LIGHT) -> bytes:
-    """A figure as PNG bytes."""
+def render(draw: Callable[[T, Theme], Figure], data: T, theme: Theme = LIGHT) -> bytes:
+    """A figure of some data as PNG bytes."""
     figure = draw(data, theme)
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
@@ -46,7 +49,8 @@ def render(draw: Callable[[RunData, Theme], Figure], data: RunData, theme: Theme
     return buffer.getvalue()
 
 
-def _axes(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
+    """An empty figure, in inches."""
     # Figure, not pyplot: no global state, no window system
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
@@ -60,7 +64,8 @@ def _axes(width: float, height: float, theme: Theme) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes, theme: Theme, columns: int) -> None:
+def add_legend(axes: Axes, theme: Theme, columns: int) -> None:
+    """What the series are, above the axes."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, fontsize=9,
         labelcolor=theme.ink, handlelength=1.6, columnspacing=1.4, borderaxespad=0.2,
@@ -69,7 +74,7 @@ def _legend(axes: Axes, theme: Theme, columns: int) -> None:
 
 def convergence(data: RunData, theme: Theme = LIGHT) -> Figure:
     """Draw fitness against what was evaluated, or against the steps of a gradient search."""
-    figure, axes = _axes(8.0, 4.0, theme)
+    figure, axes = new_axes(8.0, 4.0, theme)
     seeds = list(data.by_seed().values())
     several, (x_name, x_label) = len(seeds) > 1, _progress(data)
     gradient = x_name == "step"
@@ -101,11 +106,11 @@ def convergence(data: RunData, theme: Theme = LIGHT) -> Figure:
     if data.plain_fitness is not None:
         axes.axhline(data.plain_fitness, color=theme.merged, lw=1.8, ls=(0, (5, 3)), label="plain merge")
     axes.set_xlabel(f"{x_label} (per seed)" if several else x_label, color=theme.ink)
-    axes.set_ylabel(f"{data.fitness_label}\non the search split, % of the experts", color=theme.ink)
+    axes.set_ylabel(f"{as_label(data.fitness_label)}\non the search split, % of the experts", color=theme.ink)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.01)
-    _legend(axes, theme, 4)
+    add_legend(axes, theme, 4)
     return figure
 
 
@@ -131,8 +136,8 @@ def _cells(values: np.ndarray, names: list[str], theme: Theme, scale: bool = Fal
     """A coloured cell for each of ``values [layer, row]``, layers from left to right."""
     layers, rows = values.shape
     cell = min(0.5, max(0.19, 6.4 / layers))
-    width = layers * cell + 0.09 * max(map(len, names)) + 1
-    figure, axes = _axes(max(4.5, width), max(2.2, rows * 0.42 + 1.3), theme)
+    width = layers * cell + 0.09 * max(len(as_label(name)) for name in names) + 1
+    figure, axes = new_axes(max(4.5, width), max(2.2, rows * 0.42 + 1.3), theme)
     cells = axes.pcolormesh(values.T, edgecolors=theme.background, linewidth=2.5, **colours)
     axes.grid(False)
     axes.spines["bottom"].set_visible(False)
@@ -140,7 +145,7 @@ def _cells(values: np.ndarray, names: list[str], theme: Theme, scale: bool = Fal
     axes.invert_yaxis()
     ticks = range(0, layers, 1 if layers <= 40 else 5)
     axes.set_xticks([n + 0.5 for n in ticks], [str(n) for n in ticks], fontsize=9)
-    axes.set_yticks(np.arange(rows) + 0.5, names, fontsize=9.5)
+    axes.set_yticks(np.arange(rows) + 0.5, list(map(as_label, names)), fontsize=9.5)
     axes.set_xlabel("layer", color=theme.ink)
     if scale:
         bar = figure.colorbar(cells, ax=axes, pad=0.02, aspect=12, spacing="proportional")
@@ -196,7 +201,7 @@ def weights(data: RunData, theme: Theme = LIGHT) -> Figure:
 def accuracies(data: RunData, theme: Theme = LIGHT) -> Figure:
     """Draw the accuracy (or agreement) of every task under its expert and both merges."""
     tasks = data.tasks
-    figure, axes = _axes(max(6.0, 1.15 * len(tasks) + 1.5), 4.0, theme)
+    figure, axes = new_axes(max(6.0, 1.15 * len(tasks) + 1.5), 4.0, theme)
     x, width = np.arange(len(tasks)), 0.26
     columns = (("reference", "expert, not merged", theme.expert), ("merged", "merged", theme.merged),
                ("enmp", "merged + ENMP", theme.enmp))  # fmt: skip
@@ -204,15 +209,17 @@ def accuracies(data: RunData, theme: Theme = LIGHT) -> Figure:
         values = [100 * data.scores[key][task] for task in tasks]
         bars = axes.bar(x + (i - 1) * width, values, width * 0.92, color=colour, label=label)
         axes.bar_label(bars, fmt="%.0f", fontsize=7.5, color=theme.muted, padding=1.5)
-    crowded = max(map(len, tasks)) > 11
-    axes.set_xticks(x, tasks, rotation=25 if crowded else 0, ha="right" if crowded else "center",
-                    rotation_mode="anchor")  # fmt: skip
+    crowded = max(len(as_label(task)) for task in tasks) > 11
+    axes.set_xticks(
+        x, list(map(as_label, tasks)), rotation=25 if crowded else 0, ha="right" if crowded else "center",
+        rotation_mode="anchor",
+    )  # fmt: skip
     split = data.scores.get("split", "test")
-    axes.set_ylabel(f"{measure(data.scores)} on the {split} split, %", color=theme.ink)
+    axes.set_ylabel(f"{measure(data.scores)} on the {as_label(split)} split, %", color=theme.ink)
     axes.set_ylim(0, 105)
     axes.set_yticks(range(0, 101, 20))
     axes.margins(x=0.02)
-    _legend(axes, theme, 3)
+    add_legend(axes, theme, 3)
     return figure
 
 

@@ -111,6 +111,18 @@ def pruned_lines(scores: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def export_lines(scores: Mapping[str, Any]) -> list[str]:
+    """Exports that are not quite the model that was scored, with their own scores."""
+    lines = []
+    for name, own in (scores.get("exported") or {}).items():
+        whole = scores["mean_normalised"].get("refined" if name == "refined" else "enmp")
+        lines.append(
+            f"{name}/ has rank {own['rank']} and misses the merge by {percent(own['error'])} %: it has "
+            f"{percent(own['mean_normalised'])} % {mean_measure(scores)} instead of {percent(whole)} %"
+        )
+    return lines
+
+
 def percent(value: float | None) -> str:
     """A share as per cent, a dash for NaN and None."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"
@@ -124,11 +136,11 @@ def points(value: float | None) -> str:
 def cost_lines(scores: Mapping[str, Any]) -> dict[str, str]:
     """What a search cost, by name, as far as it is recorded."""
     forms = {"masks_evaluated": "", "distinct_masks": "", "example_evaluations": ",.0f",
-             "masks_per_second": ".1f"}  # fmt: skip
+             "masks_per_second": ".1f", "masks_failed": ""}  # fmt: skip
     return {
         key.replace("_", " "): format(value, form)
         for key, form in forms.items()
-        if (value := scores.get(key)) is not None
+        if (value := scores.get(key)) is not None and (value or key != "masks_failed")
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -10,7 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from enmp_jax.report.tables import cost_lines, measure, pruned_lines, score_rows, seed_sentence, verdict
+from enmp_jax.report.comparison import comparison_rows, control_rows
+from enmp_jax.report.tables import (
+    cost_lines,
+    export_lines,
+    mean_measure,
+    measure,
+    pruned_lines,
+    score_rows,
+    seed_sentence,
+    verdict,
+)
 
 
 def final_table(scores: Mapping[str, Any]) -> Table:
@@ -37,6 +47,8 @@ def print_scores(scores: Mapping[str, Any]) -> None:
     if sentence := seed_sentence(scores):
         console.print(sentence)
     _print_pruned(console, scores)
+    for line in export_lines(scores):
+        console.print(line)
     if costs := cost_lines(scores):
         console.print(", ".join(f"{value} {name}" for name, value in costs.items()))
 
@@ -48,6 +60,31 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     if "enmp" in result:
         console.print(verdict(result), style="bold")
     _print_pruned(console, result)
+
+
+def print_comparison(result: Mapping[str, Any]) -> None:
+    """Print the content of ``compare.json``, on standard output."""
+    title = f"{measure(result)} on the test split, %; mean: {mean_measure(result)}"
+    _console().print(_table(title, *comparison_rows(result)))
+
+
+def print_controls(result: Mapping[str, Any]) -> None:
+    """Print the content of ``controls.json``, on standard output."""
+    console = _console()
+    console.print(_table(f"{mean_measure(result)} on the test split, %, and differences in points",
+                         *control_rows(result)))  # fmt: skip
+    for sentence in result["sentences"]:
+        console.print(sentence)
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    text = ("method", "space", "hyperparameters", "row", "note")
+    for name in header:
+        table.add_column(name, justify="left" if name in text else "right", no_wrap=name != "note")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
 
 
 def _print_pruned(console: Console, scores: Mapping[str, Any]) -> None:

@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
-from enmp_jax.devices.distributed import put
-from enmp_jax.errors import UserError
+from enmp_jax.devices.distributed import put, told_to_end
+from enmp_jax.errors import Stopped, UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring
+from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.io.progress import Reporter
 from enmp_jax.runs.directory import RunDirectory
@@ -76,7 +77,7 @@ def climb(
     for seed in range(search.seed, search.seed + search.seeds):
         state = ascent.init(put(jax.random.key(seed), whole), present)
         path = directory.path / "checkpoints" / f"seed-{seed}"
-        with Checkpoints(path, directory.fingerprint, say=reporter.say) as checkpoints:
+        with Checkpoints(path, directory.fingerprint, say=reporter.say) as checkpoints, signals.saving():
             record = _Record(evaluator, directory, reporter, checkpoints, seed, examples)
             state, looks = record.restore(state)
             looks = gradient.run(
@@ -200,9 +201,13 @@ class _Record:
             "pruned": [int((look.weights[self.spec.present()] == 0).sum())],
         })  # fmt: skip
         self.reporter.advance(look.step, self.search.generations, best)
-        if done % self.search.checkpoint_every == 0 or look.step >= self.search.generations:
+        told = told_to_end(done)
+        if done % self.search.checkpoint_every == 0 or look.step >= self.search.generations or told:
+            self.directory.flush_history()
             tree = {"state": state, "weights": self.weights, "rows": self.rows}
-            self.checkpoints.save(done, tree, {})
+            self.checkpoints.save(done, tree, {}, best)
+        if told:
+            raise Stopped(told)
 
     def spent(self, looks: list[gradient.Look]) -> int:
         """Example-evaluations so far."""

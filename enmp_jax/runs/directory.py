@@ -27,6 +27,7 @@ from enmp_jax.io.checkpoints import fingerprint
 from enmp_jax.io.files import is_temporary, read_json, remove_leftovers
 from enmp_jax.io.lock import NAME as LOCK
 from enmp_jax.io.lock import Lock
+from enmp_jax.io.signals import GO_ON
 from enmp_jax.io.writing import write_file
 from enmp_jax.runs.provenance import changed_inputs, changed_settings, of_search, only_results
 
@@ -173,7 +174,9 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and not isinstance(error, UserError) and self._is_run():
+            error.add_note(GO_ON)
         self.close()
 
     def write(self, name: str, text: str) -> None:
@@ -204,6 +207,13 @@ class RunDirectory:
                 raise UserError(
                     f"cannot write {path}: {reason(error)}; --resume goes on from the newest checkpoint"
                 ) from None
+
+    def flush_history(self) -> None:
+        """Have ``history.jsonl`` on disk: a checkpoint that outlives a power cut must find its lines."""
+        path = self.path / "history.jsonl"
+        if self.writes and path.exists():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
 
     def keep_history(self, generations: int, seed: int | None = None) -> None:
         """Drop history from generation ``generations`` on (of one seed): a resumed search repeats it."""

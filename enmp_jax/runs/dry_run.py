@@ -68,7 +68,8 @@ def _describe(loaded: LoadedRun, spec: MaskSpec) -> list[str]:
     for i, (task, config) in enumerate(zip(loaded.tasks, run.tasks, strict=True)):
         classes = int(np.asarray(loaded.heads.allowed[i]).sum())
         sizes = ", ".join(f"{len(e[i].labels)} {split}" for split, e in loaded.examples.items())
-        lines.append(f"{task}: {config.adapter}, {classes} classes, {sizes}")
+        what = f"{classes} classes" if loaded.kinds[i] == "classification" else f"{loaded.kinds[i]}s"
+        lines.append(f"{task}: {config.adapter}, {what}, {sizes}")
     merge = run.merge
     options = "".join(f", {name} {value}" for name, value in merge.arguments().items())
     isotropic = ", isotropized" if merge.isotropize else ""

@@ -11,12 +11,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from enmp_jax.devices.distributed import put
+from enmp_jax.devices.distributed import put, told_to_end
+from enmp_jax.errors import Stopped, UserError, one_line
 from enmp_jax.evaluation.evaluator import Evaluator, ExecutionPlan
 from enmp_jax.evaluation.fitness import objective
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.racing import Details, make_race, stops
 from enmp_jax.evaluation.scoring import Scoring
+from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.io.progress import Reporter
 from enmp_jax.runs.directory import RunDirectory
@@ -24,6 +26,9 @@ from enmp_jax.runs.finalists import Finalist, Searched
 from enmp_jax.search import device_memo, loop, strategies
 from enmp_jax.search.device_memo import DeviceMemo
 from enmp_jax.search.memo import Candidate, Memo, front
+
+SAVE_SECONDS = 60.0
+"""A checkpoint is saved at least so often, whatever ``search.checkpoint_every`` says."""
 
 
 class MemberScores(NamedTuple):
@@ -70,9 +75,10 @@ def make_score(evaluator: Evaluator, plan: ExecutionPlan) -> loop.ScoreGenomes:
         details: Details = found.details
         cost = jnp.where(found.evaluated, details.cost, 0.0)
         whole = found.evaluated & found.final
+        fitness = jnp.where(jnp.isfinite(found.fitness), found.fitness, jnp.nan)  # Inf is no better than NaN
         mean, worst = (jnp.where(whole, x, jnp.nan) for x in (details.mean, details.worst))
         return MemberScores(
-            found.fitness, keep, scales, found.evaluated, found.final, cost, mean, worst
+            fitness, keep, scales, found.evaluated, found.final, cost, mean, worst
         ), memo  # fmt: skip
 
     return score
@@ -129,18 +135,24 @@ def evolve(
         )
     strategy, mean = make_strategy(evaluator, scale, known)
     sharding = NamedSharding(evaluator.mesh, PartitionSpec())
-    score = make_score(evaluator, evaluator.plan(inputs))
-    step = loop.make_step(strategy, score, search.generations_per_dispatch, sharding)
     keys = jnp.stack([jax.random.key(search.seed + i) for i in range(search.seeds)])
     operands = (inputs, *put((scoring, np.float32(scale)), sharding))
-    with Checkpoints(directory.path / "checkpoints", directory.fingerprint, say=reporter.say) as checkpoints:
-        record = _Record(evaluator, directory, reporter, checkpoints, known.passes if known else 0)
-        resume = record.restore(step.init(*put((keys, mean), sharding)))
-        loop.run(
-            step, keys, mean, search.generations,
-            operands=operands, memory=record.device_memo(), resume=resume, watch=record.watch(),
-        )  # fmt: skip
-    return record.searched(scale)
+
+    def searched(plan: ExecutionPlan) -> Searched:
+        step = loop.make_step(
+            strategy, make_score(evaluator, plan), search.generations_per_dispatch, sharding
+        )
+        path = directory.path / "checkpoints"
+        with Checkpoints(path, directory.fingerprint, say=reporter.say) as checkpoints, signals.saving():
+            record = _Record(evaluator, directory, reporter, checkpoints, known.passes if known else 0)
+            resume = record.restore(step.init(*put((keys, mean), sharding)))
+            loop.run(
+                step, keys, mean, search.generations,
+                operands=operands, memory=record.device_memo(), resume=resume, watch=record.watch(),
+            )  # fmt: skip
+        return record.searched(scale)
+
+    return evaluator.bearing(evaluator.plan(inputs), searched)
 
 
 def make_strategy(
@@ -197,6 +209,8 @@ class _Record:
         self.run_examples = [0 for _ in self.seeds]
         self.improved = 0  # the last generation in which any seed found a better mask
         self.start = self.saved_at = 0
+        self.saved_time = time.perf_counter()
+        self.failed = 0  # masks whose fitness is no finite number
         self.clock: float | None = None
         # time and masks run of the dispatches after the first, which compiles
         self.seconds, self.masks, self.counted = 0.0, 0, 0
@@ -238,6 +252,7 @@ class _Record:
             "masks_evaluated": sum(memo.evaluated for memo in self.memos),
             "distinct_masks": sum(len(memo) for memo in self.memos),
             "masks_run": int(self.archive["evaluated"].sum()),
+            "masks_failed": self.failed,
             "masks_per_second": self.masks / self.seconds if self.masks else None,
             "example_evaluations": sum(self._spent(i) for i in range(len(self.seeds))),
         }
@@ -274,11 +289,20 @@ class _Record:
             self.run_examples[i] += int(np.rint(seen["cost"] * self.examples).sum())
             if memo.best > before:
                 self.improved = generation
+        self.failed += int(
+            (self.archive["evaluated"] & ~np.isfinite(self.archive["fitness"]))[generation].sum()
+        )
 
     def _on_generation(self, generation: int, genomes: np.ndarray, scores: MemberScores) -> None:
         for name, value in scores._asdict().items():
             self.archive[name][generation] = value
+        failed, none = self.failed, np.isnan(scores.fitness).all()
         self._remember(generation)
+        if self.failed > failed == 0 and not none:
+            self.reporter.say(
+                f"generation {generation}: {self.failed} masks have no finite fitness; they rank last and "
+                "are counted in scores.json (masks_failed)"
+            )
         for i, (seed, memo) in enumerate(zip(self.seeds, self.memos, strict=True)):
             rows = self._rows(i)
             fitness = scores.fitness[rows]
@@ -292,8 +316,19 @@ class _Record:
                 "pruned": [self.spec.n_pruned(mask) for mask in scores.keep[rows]],
                 "scale": [float(s) for s in scores.scale[rows]],
             })  # fmt: skip
+        if none:
+            raise UserError(self._all_failed(generation, scores.keep))
         best = max(memo.best for memo in self.memos)
         self.reporter.advance(generation + 1, self.search.generations, best)
+
+    def _all_failed(self, generation: int, keep: Any) -> str:
+        masks = {str(self.spec.pruned_modules(mask)): None for mask in keep}
+        shown = "; ".join(one_line(mask, 200) for mask in list(masks)[:3])
+        more = f" and {len(masks) - 3} more" if len(masks) > 3 else ""
+        return (
+            f"no mask of generation {generation} has a finite fitness: check merge.scale, the adapters and "
+            f"base.dtype; the masks prune {shown}{more}"
+        )
 
     def _on_dispatch(self, done: int, state: Any) -> None:
         now, run = time.perf_counter(), int(self.archive["evaluated"][:done].sum())
@@ -302,9 +337,16 @@ class _Record:
             self.masks += run - self.counted
         self.clock, self.counted = now, run  # the next dispatch runs meanwhile
         every = self.search.checkpoint_every
-        if done // every > self.saved_at // every or done == self.search.generations:
-            self.checkpoints.save(done, {"state": state, "archive": self.archive}, {})
-            self.saved_at = done
+        told = told_to_end(done)
+        # no more than one slow generation is lost; several processes must agree, and their clocks do not
+        late = jax.process_count() == 1 and now - self.saved_time > SAVE_SECONDS
+        if done // every > self.saved_at // every or done == self.search.generations or late or told:
+            self.directory.flush_history()
+            best = max(memo.best for memo in self.memos)
+            self.checkpoints.save(done, {"state": state, "archive": self.archive}, {}, best)
+            self.saved_at, self.saved_time = done, now
+        if told:
+            raise Stopped(told)
 
     def _stop(self) -> bool:
         """Whether another dispatch might go over the budget, or nothing better comes any more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from enmp_jax.errors import one_line
 from enmp_jax.evaluation.budget import (
     backward_bytes,
     delta_bytes,
@@ -112,6 +113,24 @@ def make_plan(evaluator: Evaluator, rate: float | None = None) -> Plan:
         devices=evaluator.mesh.size,
         gradient=gradient,
     )
+
+
+def out_of_memory(evaluator: Evaluator, error: BaseException) -> str:
+    """What took the memory of a search that ran out of it, and which setting to change."""
+    advice = (
+        "set a smaller evaluation.batch_size or evaluation.member_chunk, or divide the model over devices "
+        "with evaluation.mesh; --resume goes on"
+    )
+    try:
+        plan = make_plan(evaluator, rate=1.0)
+    except Exception:  # there is no memory even for that
+        return f"out of memory ({one_line(error)}): {advice}"
+    parts = {
+        "base weights": plan.base, "adapters and heads": plan.adapters, "batches": plan.batches,
+        f"deltas of {plan.member_chunk} members": plan.deltas, "their activations": plan.activations,
+    }  # fmt: skip
+    sizes = ", ".join(f"{name} {_bytes(value)}" for name, value in parts.items())
+    return f"out of memory: a device has {_bytes(plan.memory)} for {sizes}; {advice}"
 
 
 def _bytes(n: int) -> str:

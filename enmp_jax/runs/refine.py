@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from enmp_jax.adapters.peft_export import export_peft
-from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.config.sections import RefineConfig
 from enmp_jax.devices.distributed import barrier
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import load
+from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints, fingerprint
 from enmp_jax.io.files import write_bytes
 from enmp_jax.io.progress import Reporter
+from enmp_jax.io.writing import check_unused
 from enmp_jax.runs import mask_file
 from enmp_jax.runs.directory import finished
+from enmp_jax.runs.export import merged_deltas, prepare_refined, recipe_of, test_deltas, write_refined
 from enmp_jax.runs.finalists import Finalist
-from enmp_jax.runs.task_scores import one_model, task_scores
 from enmp_jax.training.refine import Refined, refine
 
 
@@ -45,7 +44,7 @@ def refine_winner(
     """
     loaded = evaluator.loaded
     search = dataclasses.replace(loaded.run.search, fitness=config.fitness)
-    own = Evaluator(dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, search=search)))
+    own = evaluator.under(dataclasses.replace(loaded.run, search=search))
     start = merged_deltas(evaluator, best)
     settings = {"refine": dataclasses.asdict(config), "merge": loaded.run.merge.recipe(), "scale": best.scale}
     made_of = fingerprint(settings, np.asarray(best.keep))
@@ -53,7 +52,7 @@ def refine_winner(
     def advance(done: int, loss: float) -> None:
         reporter.advance(done, config.steps, -loss)
 
-    with Checkpoints(checkpoints, made_of, say=reporter.say) as saved:
+    with Checkpoints(checkpoints, made_of, say=reporter.say) as saved, signals.saving():
         refined = refine(own, start, config, best.seed, advance, saved)
     reporter.say(
         f"refined: {refined.step} of {config.steps} steps, {config.fitness} {refined.fitness[0]:.4f} -> "
@@ -62,22 +61,9 @@ def refine_winner(
     return refined
 
 
-def merged_deltas(evaluator: Evaluator, best: Finalist) -> Any:
-    """The deltas of a finalist."""
-    return jax.jit(evaluator.merge.merge)(evaluator.ingredients, jnp.asarray(best.keep), best.scale)
-
-
 def test_refined(evaluator: Evaluator, refined: Refined) -> dict[str, Any]:
-    """Scores of a refined merge on the test split, as ``scores.json`` has them."""
-    scoring = evaluator.scoring("test")
-    counts = evaluator.score_deltas(evaluator.inputs("test"), refined.deltas)
-    found = task_scores(evaluator, "test", {"refined": 0}, one_model(counts))
-    return {
-        "refined": found["refined"],
-        "loss": found["loss"]["refined"],
-        "mean_normalised": float(np.asarray(scoring.normalised(counts))),
-        "steps": refined.step,
-    }
+    """Scores of a refined merge on the test split, and the step that it is from."""
+    return test_deltas(evaluator, refined.deltas) | {"steps": refined.step}
 
 
 def with_refined(scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +71,7 @@ def with_refined(scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any
     mean = scores["mean_normalised"] | {"refined": found["mean_normalised"]}
     loss = scores.get("loss", {}) | {"refined": found["loss"]}
     added = {
-        "refined": found["refined"],
+        "refined": found["accuracy"],
         "refine_steps": found["steps"],
         "mean_normalised": mean,
         "loss": loss,
@@ -93,39 +79,39 @@ def with_refined(scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any
     return scores | added
 
 
-def export_refined(evaluator: Evaluator, refined: Refined, recipe: Recipe, out: Path) -> str:
-    """Write merge and LoRA as one PEFT adapter, their ranks added up; returns a line to print.
-
-    Raises:
-        UserError: as ``export_peft``.
-    """
-    return str(export_peft(out, evaluator.loaded.adapters, refined.deltas, recipe))
-
-
-def refine_run(run_dir: Path, config: RefineConfig, reporter: Reporter) -> dict[str, Any]:
+def refine_run(
+    run_dir: Path, config: RefineConfig, reporter: Reporter, out: Path | None = None
+) -> dict[str, Any]:
     """``enmp refine``: refine what a finished search found; adds to its ``scores.json`` and ``refined/``.
 
     Args:
         run_dir: of a finished search.
         config: see ``RefineConfig``.
         reporter: progress.
+        out: write the adapter here instead, and leave the run as it is.
 
     Raises:
         UserError: no finished search there, or one that was refined already.
     """
     run, scores = finished(run_dir)
-    if (run_dir / "refined").exists():
-        raise UserError(f"{run_dir / 'refined'} is already there: remove it to refine again")
+    if out is None and (run_dir / "refined").exists():
+        raise UserError(f"{run_dir / 'refined'} is already there: remove it, or give --out, to refine again")
+    target = check_unused(run_dir / "refined" if out is None else out)
     loaded = load(run, reporter=reporter)
     evaluator = Evaluator(loaded)
     saved = mask_file.load(run_dir / "mask.json", loaded.stack)
     best = Finalist(scores["seed"], saved.keep, saved.scale or 1.0, None)
     refined = refine_winner(evaluator, best, config, run_dir / "checkpoints" / "refine", reporter)
     scores = with_refined(scores, test_refined(evaluator, refined))
+    one = prepare_refined(evaluator, refined)
+    if one.exported:
+        scores["exported"] = {**(scores.get("exported") or {}), "refined": dict(one.exported)}
     if jax.process_index() == 0:
-        recipe = Recipe({**run.merge.recipe(), "scale": best.scale}, scores["pruned"], best.seed, scores)
-        reporter.say(export_refined(evaluator, refined, recipe, run_dir / "refined"))
-        text = json.dumps(scores, indent=1, allow_nan=False) + "\n"
-        write_bytes(run_dir / "scores.json", text.encode())
+        recipe = recipe_of(run, saved.spec, best.keep, best.scale, scores, run_dir)
+        for line in write_refined(target, loaded, best, recipe, one, config):
+            reporter.say(line)
+        if out is None:
+            text = json.dumps(scores, indent=1, allow_nan=False) + "\n"
+            write_bytes(run_dir / "scores.json", text.encode())
     barrier("refined")
     return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from enmp_jax.adapters.peft_export import export_adapters, export_peft
-from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.devices.distributed import all_or_none, barrier
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line
+from enmp_jax.evaluation import budget
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.fitness import get as fitness_kind
 from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring, by_task
 from enmp_jax.io.progress import Reporter
+from enmp_jax.masks import MaskSpec
 from enmp_jax.runs.climb import STEP_COST, climb
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import WarmStart, evolve, make_strategy
+from enmp_jax.runs.export import exported_scores, prepare_search, write_search
 from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none, rank, select, with_plain
+from enmp_jax.runs.plan import out_of_memory
 from enmp_jax.runs.provenance import fingerprints
-from enmp_jax.runs.refine import export_refined, merged_deltas, refine_winner, test_refined, with_refined
+from enmp_jax.runs.refine import refine_winner, test_refined, with_refined
+from enmp_jax.runs.rehearsal import rehearse
 from enmp_jax.runs.task_scores import task_scores
 from enmp_jax.search import controls
 from enmp_jax.training.refine import Refined
+
+FEW_MASKS = 5
+"""A search of fewer distinct masks has hardly looked."""
 
 
 def search_run(
@@ -53,17 +59,29 @@ def search_run(
 
 
 def _search_in(directory: RunDirectory, run: RunConfig, reporter: Reporter) -> dict[str, Any]:
-    out = directory.path
     reporter.say(f"loading {run.base.model} and {len(run.tasks)} adapters")
-    evaluator = Evaluator(all_or_none(lambda: load(run, reporter=reporter)))
+    evaluator = Evaluator(all_or_none(lambda: load(run, reporter=reporter)), reporter.say)
+    try:
+        return _search_with(evaluator, directory, reporter)
+    except Exception as error:
+        if not budget.out_of_memory(error):
+            raise
+        raise UserError(out_of_memory(evaluator, error)) from error
+
+
+def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Reporter) -> dict[str, Any]:
+    run, out = evaluator.loaded.run, directory.path
     loaded = evaluator.loaded
     check_search(evaluator)
+    rehearse(evaluator)
     all_or_none(lambda: directory.start(run, fingerprints(loaded)))
 
     inputs, scoring = evaluator.inputs("search"), evaluator.scoring("search")
     scale, grid = choose_scale(evaluator, inputs, scoring)
     reporter.say(f"plain merge: scale {scale:g}, fitness {grid[scale]:.4f} on the search split")
     found = search(evaluator, directory, reporter, inputs, scoring, scale)
+    if line := few_masks(loaded.mask_spec, found.cost.get("distinct_masks")):
+        reporter.say(line)
     winners = select(evaluator, with_plain(evaluator, found.finalists, scale))
     best = max(winners.values(), key=rank)
     refined = None
@@ -80,15 +98,30 @@ def _search_in(directory: RunDirectory, run: RunConfig, reporter: Reporter) -> d
     }  # fmt: skip
     directory.write_json("mask.json", spec.to_json(best.keep, best.scale, run.merge.recipe()))
     directory.write_json("scores.json", scores)
+    exports = prepare_search(evaluator, best, refined, reporter)
+    if own := exported_scores(run, exports):
+        scores["exported"] = own
+        directory.write_json("scores.json", scores)
     if directory.writes:
-        export(evaluator, best, scores, out, reporter, refined)
-        from enmp_jax.report.write import write_plots, write_report  # matplotlib is slow to import
-
-        write_plots(out)
-        write_report(out)
-        reporter.say(f"report: {out / 'report.html'}")
+        write_search(evaluator, best, scores, out, reporter, exports)
+        draw(out, reporter)
     barrier("results are written")
     return scores
+
+
+def draw(out: Path, reporter: Reporter) -> None:
+    """Write plots and report; what goes wrong is said and can be repeated, as the search is paid for."""
+    from enmp_jax.report.write import write_plots, write_report  # matplotlib is slow to import
+
+    try:
+        write_plots(out)
+        write_report(out)
+    except (UserError, OSError, MemoryError) as error:
+        reporter.say(
+            f"report not written: {one_line(error)}; scores and mask are: try again with enmp report {out}"
+        )
+        return
+    reporter.say(f"report: {out / 'report.html'}")
 
 
 def check_search(evaluator: Evaluator) -> None:
@@ -104,6 +137,10 @@ def check_search(evaluator: Evaluator) -> None:
         kinds["search.refine.fitness"] = fitness_kind(search.refine.fitness)
     for key, kind in kinds.items():
         evaluator.loaded.check_fitness(key, kind, ("search", "selection"))
+    if search.fidelity == "racing" and "completion" in evaluator.loaded.kinds:
+        raise UserError(
+            "search.fidelity racing compares examples, and completions are scored by the token: take none"
+        )
     if search.strategy != "gradient":
         make_strategy(evaluator, 1.0)
         generation = int(search.population * search.generations_per_dispatch * sizes.sum())
@@ -117,6 +154,25 @@ def check_search(evaluator: Evaluator) -> None:
             f"search.start first_order needs a gradient, and fitness {evaluator.kind.name} has none: take "
             "leave_one_out, or another fitness"
         )
+
+
+def few_masks(spec: MaskSpec, distinct: int | None) -> str | None:
+    """What to say of a search that saw the same few masks again and again; None where there is nothing to.
+
+    Args:
+        spec: the modules.
+        distinct: masks that differ, the empty one among them; None for searches of weights.
+    """
+    if distinct is None or distinct >= FEW_MASKS:
+        return None
+    most = f"at most {spec.max_count} of {spec.n_modules} modules may be pruned (search.max_pruned"
+    if not spec.max_count:
+        return f"every mask of the search was the empty one: {most} {spec.max_pruned:g}): raise it"
+    masks = f"{distinct} distinct mask{'s'[: distinct != 1]}"
+    return (
+        f"the search saw {masks} only: {most} {spec.max_pruned:g}); raise it, "
+        "search.sigma0 or search.x0, or take granularity projection"
+    )
 
 
 def search(
@@ -227,40 +283,3 @@ def test(
     if best.keep.dtype != bool:
         found["weighted"] = len(spec.weighted_modules(best.keep))
     return found if refined is None else with_refined(found, test_refined(evaluator, refined))
-
-
-def export(
-    evaluator: Evaluator,
-    best: Finalist,
-    scores: Mapping[str, Any],
-    out: Path,
-    reporter: Reporter,
-    refined: Refined | None = None,
-) -> None:
-    """Write what there is to take away: the pruned adapters, the merge of them as one, and that refined.
-
-    What an interrupted export left whole is kept.
-    """
-    merge, spec = evaluator.loaded.run.merge, evaluator.loaded.mask_spec
-    recipe = Recipe(
-        merge={**merge.recipe(), "scale": best.scale},
-        pruned=scores["pruned"],
-        weights=spec.weighted_modules(best.keep) if "weighted" in scores else (),
-        seed=best.seed,
-        scores=scores,
-    )  # fmt: skip
-    adapters = evaluator.loaded.adapters
-    writers: dict[str, Callable[[Path], object]] = {
-        "adapters": lambda path: export_adapters(path, adapters, best.keep, recipe),
-        "merged": lambda path: export_peft(path, adapters, merged_deltas(evaluator, best), recipe),
-    }
-    if refined is not None:
-        writers["refined"] = lambda path: export_refined(evaluator, refined, recipe, path)
-    for name, write in writers.items():
-        if (out / name).exists():
-            continue  # written whole by the run that this one resumes
-        try:
-            write(out / name)
-        except UserError as error:
-            # The search is done and paid for: say what could not be written, lose nothing else.
-            reporter.say(f"{name} not written: {error}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,26 @@ import numpy as np
 
 from enmp_jax import models
 from enmp_jax.adapters.peft_export import save_adapter
+from enmp_jax.adapters.peft_files import AdapterHeads
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.config.schema import to_dict
+from enmp_jax.config.sections import TaskConfig
 from enmp_jax.data import Examples, load_examples, preprocess_for
 from enmp_jax.data.preprocess import PlainImages
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.heads import load_heads
+from enmp_jax.evaluation.loaded_run import checked_kind
 from enmp_jax.evaluation.scoring import Heads, stack_heads
+from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints, fingerprint
-from enmp_jax.io.files import read_json, write_bytes
+from enmp_jax.io.files import is_temporary, read_json, write_bytes
+from enmp_jax.io.lock import NAME as LOCK
+from enmp_jax.io.lock import occupied
 from enmp_jax.io.progress import read_lines
 from enmp_jax.models import checkpoint
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.runs.directory import environment
-from enmp_jax.training.experts import Experts, train_experts
+from enmp_jax.training.experts import Experts, train_experts, training_steps
 from enmp_jax.training.pretrain import pretrain
 from enmp_jax.training.probe import fit_heads
 from enmp_jax.version import __version__
@@ -45,20 +51,31 @@ def train_run(run: RunConfig, out: Path, say: Say = print) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give --out a directory")
-    foreign = [p.name for p in out.iterdir() if p.name not in _OWN] if out.is_dir() else []
+    found = list(out.iterdir()) if out.is_dir() else []
+    foreign = [p.name for p in found if p.name not in _OWN and not is_temporary(p)]
     if foreign:
         raise UserError(f"{out} holds {foreign[0]!r}, which is not of a training run: choose another --out")
+    with occupied(out, say):
+        _train(run, out, say)
+
+
+def _train(run: RunConfig, out: Path, say: Say) -> None:
     base = run.path(run.base.model)
     if run.pretrain is not None:
         base = str(out / "base")
         if not (out / "base").exists():
             _train_base(run, out, say)
-    backbone, params = models.load(base, dtype=run.base.dtype)
+    backbone, params = models.load(
+        base,
+        dtype=run.base.dtype,
+        gradient_checkpointing=run.train.gradient_checkpointing,
+        quantization=run.base.quantization,
+    )
     _train_adapters(run, backbone, params, base, out, say)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
-_OWN = ("base", "adapters", "checkpoints", "training.json")
+_OWN = ("base", "adapters", "checkpoints", "training.json", LOCK)
 
 
 def _train_base(run: RunConfig, out: Path, say: Say) -> None:
@@ -74,7 +91,7 @@ def _train_base(run: RunConfig, out: Path, say: Say) -> None:
     ]
     out.mkdir(parents=True, exist_ok=True)
     made_of = fingerprint([__version__, to_dict(config), run.base.dtype], _arrays(examples))
-    with Checkpoints(out / "checkpoints" / "base", made_of, say=say) as checkpoints:
+    with Checkpoints(out / "checkpoints" / "base", made_of, say=say) as checkpoints, signals.saving():
         params, losses = pretrain(
             backbone, examples, config, _progress(say, "base", config.steps), checkpoints
         )
@@ -94,39 +111,77 @@ def _image_shape(backbone: Backbone) -> tuple[int, int, int]:
 def _train_adapters(
     run: RunConfig, backbone: Backbone, params: Params, base: str, out: Path, say: Say
 ) -> None:
-    config = run.train
     todo = [task for task in run.tasks if not (out / "adapters" / task.name).exists()]
     if not todo:
         say(f"all adapters are in {out / 'adapters'} already")
         return
+    kinds = {task.name: checked_kind(task, run.root, backbone, run.base.model) for task in todo}
     read = read_lines(say)
-    examples = [
-        load_examples(
-            task.data, "train", run.root, preprocess_for(base, backbone.family, task.data),
-            progress=partial(read, f"{task.name}, train"),
-        )
-        for task in todo
-    ]  # fmt: skip
-    if config.head == "given":
-        names = {task.name: e.class_names for task, e in zip(todo, examples, strict=True)}
-        heads = load_heads(run, {}, base, backbone, tasks=todo, class_names=names)
-    else:
-        heads = _fresh_heads(backbone, examples)
-        if config.head == "probe":
-            say("fitting the heads to the base's features")
-            heads = fit_heads(backbone, params, examples, heads)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = [__version__, to_dict(config), run.base.dtype, checkpoint.base_identity(base)]
-    made_of = fingerprint(settings, _arrays(examples), heads)
-    with Checkpoints(out / "checkpoints" / "adapters", made_of, say=say) as checkpoints:
-        experts = train_experts(
-            backbone, params, examples, heads, config, _progress(say, "adapters", config.steps), checkpoints
-        )
-    name = run.base.model
-    for i, task in enumerate(todo):
-        _save_expert(out / "adapters" / task.name, experts, i, run, name)
-        _record(out, task.name, {"steps": config.steps, "examples": len(examples[i].labels)})
+
+    def load_train(task: TaskConfig) -> Examples:
+        # a choice is learnt as the completion of its right answer
+        kind = "classification" if kinds[task.name] == "classification" else "completion"
+        preprocess = preprocess_for(base, backbone.family, task.data, kind)
+        progress = partial(read, f"{task.name}, train")
+        found = load_examples(task.data, "train", run.root, preprocess, progress=progress)
+        if kind == "completion":
+            for note in found.notes:
+                say(f"{task.name}, train: {note}")
+        return found
+
+    classified = [task for task in todo if kinds[task.name] == "classification"]
+    answered = [task for task in todo if task not in classified]
+    loaded = [(tasks, [load_train(task) for task in tasks]) for tasks in (classified, answered) if tasks]
+    for tasks, examples in loaded:
+        heads = _heads(run, backbone, params, base, tasks, examples, say) if tasks is classified else None
+        _train_together(run, backbone, params, base, tasks, examples, heads, out, say)
     say(f"saved {len(todo)} adapters in {out / 'adapters'}")
+
+
+def _heads(
+    run: RunConfig,
+    backbone: Backbone,
+    params: Params,
+    base: str,
+    tasks: Sequence[TaskConfig],
+    examples: list[Examples],
+    say: Say,
+) -> Heads:
+    if run.train.head == "given":
+        names = {task.name: e.class_names for task, e in zip(tasks, examples, strict=True)}
+        return load_heads(run, {}, base, backbone, tasks=tasks, class_names=names)
+    heads = _fresh_heads(backbone, examples)
+    if run.train.head == "probe":
+        say("fitting the heads to the base's features")
+        heads = fit_heads(backbone, params, examples, heads)
+    return heads
+
+
+def _train_together(
+    run: RunConfig,
+    backbone: Backbone,
+    params: Params,
+    base: str,
+    tasks: Sequence[TaskConfig],
+    examples: list[Examples],
+    heads: Heads | None,
+    out: Path,
+    say: Say,
+) -> None:
+    """Train and save the adapters of tasks whose examples have the same inputs."""
+    config, steps = run.train, training_steps(run.train, examples)
+    out.mkdir(parents=True, exist_ok=True)
+    types = [run.base.dtype, run.base.quantization]
+    settings = [__version__, to_dict(config), *types, checkpoint.base_identity(base)]
+    made_of = fingerprint(settings, _arrays(examples), heads)
+    folder = "adapters" if heads is not None else "completions"
+    with Checkpoints(out / "checkpoints" / folder, made_of, say=say) as checkpoints, signals.saving():
+        experts = train_experts(
+            backbone, params, examples, heads, config, _progress(say, "adapters", steps), checkpoints
+        )
+    for i, task in enumerate(tasks):
+        _save_expert(out / "adapters" / task.name, experts, i, run, run.base.model)
+        _record(out, task.name, {"steps": steps, "examples": len(examples[i].labels)})
 
 
 def _save_expert(path: Path, experts: Experts, i: int, run: RunConfig, base: str) -> None:
@@ -134,18 +189,24 @@ def _save_expert(path: Path, experts: Experts, i: int, run: RunConfig, base: str
     for template, (a, b) in experts.factors.items():
         for layer in range(a.shape[1]):
             modules[template.format(layer)] = (a[i, layer], b[i, layer])
-    weight, bias = np.asarray(experts.heads.weight[i]), np.asarray(experts.heads.bias[i])
-    # Rows of padding go; a class that is only masked in this run keeps its row.
-    n = np.flatnonzero(np.asarray(experts.heads.allowed[i]) | weight.any(axis=1))[-1] + 1
-    head = {"weight": weight[:n], "bias": bias[:n]}
     save_adapter(
         path,
         modules,
         rank=run.train.rank,
         alpha=run.train.alpha,
         base_model_name=base,
-        heads={"classifier": head},  # target modules: full names, which match nothing else in any base
+        heads=_head(experts.heads, i),  # target modules: full names, which match nothing else in any base
+        task_type="CAUSAL_LM" if experts.heads is None else None,
     )
+
+
+def _head(heads: Heads | None, i: int) -> AdapterHeads | None:
+    if heads is None:
+        return None
+    weight, bias = np.asarray(heads.weight[i]), np.asarray(heads.bias[i])
+    # Rows of padding go; a class that is only masked in this run keeps its row.
+    n = np.flatnonzero(np.asarray(heads.allowed[i]) | weight.any(axis=1))[-1] + 1
+    return {"classifier": {"weight": weight[:n], "bias": bias[:n]}}
 
 
 def _arrays(examples: list[Examples]) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from enmp_jax.errors import UserError
 from enmp_jax.evaluation.scoring import Heads, class_log_probabilities
 from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.models.base import Backbone, Params
+from enmp_jax.models.causal import answer_log_probabilities
 from enmp_jax.training.loop import OnProgress, Schedule, train
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value")
@@ -24,10 +26,10 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key",
 
 class Experts(NamedTuple):
     """Trained adapters. ``factors[template] = (A [task, layer, r, in], B [task, layer, out, r])``,
-    B without alpha / r; ``heads`` are those the adapters were trained with."""
+    B without alpha / r; ``heads`` are those the adapters were trained with, None of completions."""
 
     factors: dict[str, tuple[np.ndarray, np.ndarray]]
-    heads: Heads
+    heads: Heads | None
     losses: list[float]
 
 
@@ -75,7 +77,7 @@ class _Data(NamedTuple):
     inputs: dict[str, Array]  # each [task, example, ...], padded to the largest task
     label: Array  # [task, example]
     size: Array  # [task]
-    heads: Heads
+    heads: Heads | None
 
 
 def stack_examples(examples: Sequence[Examples]) -> tuple[dict[str, Array], Array, Array]:
@@ -96,11 +98,27 @@ def stack_examples(examples: Sequence[Examples]) -> tuple[dict[str, Array], Arra
     return inputs, labels, jnp.asarray([len(e.labels) for e in examples])
 
 
+def answer_loss(
+    backbone: Backbone, params: Params, inputs: Mapping[str, Array], deltas: Deltas
+) -> Float[Array, ""]:
+    """Mean negative log-likelihood of the answers' tokens of a batch of completions, in nats."""
+    found = answer_log_probabilities(backbone, params, inputs, deltas)
+    real = inputs["target_branch"] > 0
+    return -jnp.where(real, found, 0.0).sum() / jnp.maximum(real.sum(), 1)
+
+
+def training_steps(config: TrainConfig, examples: Sequence[Examples]) -> int:
+    """Steps of a training: those of the configuration, or of its epochs over the largest task."""
+    if config.epochs is None:
+        return config.steps
+    return math.ceil(config.epochs * max(len(e.labels) for e in examples) / config.batch_size)
+
+
 def train_experts(
     backbone: Backbone,
     params: Params,
     examples: Sequence[Examples],
-    heads: Heads,
+    heads: Heads | None,
     config: TrainConfig,
     on_progress: OnProgress | None = None,
     checkpoints: Checkpoints | None = None,
@@ -110,8 +128,9 @@ def train_experts(
     Args:
         backbone: the frozen base model.
         params: its weights.
-        examples: training examples of each task.
-        heads: start values, or with ``config.head`` other than ``train`` the fixed heads.
+        examples: training examples of each task: all of classification, or all completions, of which the
+            answers' tokens are learnt.
+        heads: start values, or with ``config.head`` other than ``train`` the fixed heads; None: completions.
         config: hyperparameters.
         on_progress: see ``loop.train``.
         checkpoints: see ``loop.train``.
@@ -119,9 +138,8 @@ def train_experts(
     key = jax.random.key(config.seed)
     templates = target_templates(backbone, config.target_modules)
     factors = init_factors(backbone, templates, config.rank, len(examples), jax.random.fold_in(key, 1))
-    train_head = config.head == "train"
     weights: dict[str, Any] = {"lora": factors}
-    if train_head:
+    if train_head := heads is not None and config.head == "train":
         weights["head"] = (heads.weight, heads.bias)
     data = _Data(params, *stack_examples(examples), heads)
     scaling = config.alpha / config.rank
@@ -129,6 +147,8 @@ def train_experts(
     def task_loss(task, lora, head, data: _Data, key) -> Float[Array, ""]:
         index = jax.random.randint(key, (config.batch_size,), 0, data.size[task])
         inputs = {name: x[task, index] for name, x in data.inputs.items()}
+        if data.heads is None:
+            return answer_loss(backbone, data.params, inputs, expert_deltas(lora, scaling))
         features = backbone.features(data.params, inputs, expert_deltas(lora, scaling))
         own = Heads(
             head[0][None], head[1][None], data.heads.allowed[task][None], data.heads.logit_scale[task][None],
@@ -138,7 +158,7 @@ def train_experts(
         return -jnp.take_along_axis(scores, data.label[task, index][:, None], axis=1).mean()
 
     def loss(weights, data: _Data, key) -> Float[Array, ""]:
-        head = weights["head"] if train_head else (data.heads.weight, data.heads.bias)
+        head = weights["head"] if train_head else data.heads and (data.heads.weight, data.heads.bias)
         tasks = jnp.arange(len(examples))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(tasks)
         losses = jax.vmap(task_loss, in_axes=(0, 0, 0, None, 0))(tasks, weights["lora"], head, data, keys)
@@ -146,7 +166,8 @@ def train_experts(
         return losses.sum()
 
     factor = {"lora": 1.0, "head": (config.head_learning_rate or config.learning_rate) / config.learning_rate}
-    schedule = Schedule(config.steps, config.learning_rate, config.warmup, config.weight_decay)
+    steps = training_steps(config, examples)
+    schedule = Schedule(steps, config.learning_rate, config.warmup, config.weight_decay)
     trained, losses, _ = train(
         loss,
         weights,
@@ -158,7 +179,7 @@ def train_experts(
         on_progress=on_progress,
         checkpoints=checkpoints,
     )
-    if train_head:
+    if train_head and heads is not None:
         heads = heads.replace(weight=trained["head"][0], bias=trained["head"][1])  # type: ignore[attr-defined]
     final = {name: (np.asarray(a), np.asarray(b)) for name, (a, b) in trained["lora"].items()}
     return Experts(final, heads, [value / len(examples) for value in losses])

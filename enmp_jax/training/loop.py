@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints, OtherSettings
 
 Weights = Any  # a pytree of trainable arrays
@@ -143,9 +144,12 @@ def train(
             progress = _check(early_stopping, progress)
         if on_progress:
             on_progress(progress.step, progress.losses[-1])
-        if checkpoints and progress.step - saved >= save_every:
+        told = checkpoints is not None and signals.received() and progress.step < schedule.steps
+        if checkpoints and (progress.step - saved >= save_every or told):
             saved = progress.step
             _save(checkpoints, progress)
+        if told:
+            signals.stop_if_told()
     if early_stopping:
         return Trained(progress.best, list(progress.losses), progress.best_step)
     return Trained(progress.carry[0], list(progress.losses), progress.step)

@@ -1,0 +1,76 @@
+"""Tables and figures of benchmarks/evidence.py from its rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, standard deviation and half of the 95 % interval of the mean (Student's t); NaN for one."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), math.nan, math.nan
+    deviation = float(np.std(values, ddof=1))
+    return float(np.mean(values)), deviation, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+def table(rows: list[Row]) -> str:
+    """Mean normalised test accuracy of every column, and its gain over the plain merge of the same seed."""
+    plain = {_cell(row, column=False): row["test"] for row in rows if row["column"] == "plain"}
+    found: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["suite"], row["method"], row["examples"], row["column"]].append(row)
+    lines = [
+        "| suite | merge | examples | column | seeds | test | sd | 95 % | gain over plain | 95 % "
+        "| example-evaluations | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (suite, method, n, column), same in found.items():
+        name = f"| {suite} | {method} | {n} | {column} | {len(same)} "
+        if any("skipped" in row for row in same):
+            lines.append(f"{name}| {same[0].get('skipped', '')} |  |  |  |  |  |  |")
+            continue
+        mean, deviation, half = interval([row["test"] for row in same])
+        gains = [row["test"] - plain[k] for row in same if (k := _cell(row, column=False)) in plain]
+        gain, _, gain_half = interval(gains) if gains else (math.nan,) * 3
+        cost, seconds = (np.mean([row[k] for row in same]) for k in ("example_evaluations", "seconds"))
+        lines.append(
+            f"{name}| {mean:.3f} | {_number(deviation)} | {_number(half)} | {_number(gain, '+.3f')} "
+            f"| {_number(gain_half)} | {cost:,.0f} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _cell(row: Row, column: bool = True) -> tuple[Any, ...]:
+    keys = ("suite", "method", "seed", "examples", *(("column",) if column else ()))
+    return tuple(row[key] for key in keys)
+
+
+def _number(value: float, form: str = ".3f") -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def figures(rows: list[Row], folder: Path) -> None:
+    """All figures that the rows suffice for."""
+    raise NotImplementedError

@@ -1,0 +1,110 @@
+"""The one place where what goes wrong becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from enmp_jax.errors import Stopped, UserError, one_line, reason
+from enmp_jax.io import signals
+
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "the file system or `ulimit -f` takes no file of that size",
+    errno.EACCES: "look at its permissions",
+    errno.EPERM: "look at its permissions",
+    errno.EROFS: "the file system cannot be written to: choose another directory",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "raise `ulimit -n`",
+}
+
+
+def guarded(program: str, work: Callable[[], int | None], debug: bool = False) -> int:
+    """Run a command; returns its exit code.
+
+    0; 2 for bad input; 1 for a fault of the machine or of this program; 128 + N after signal N.
+
+    Args:
+        program: what the line on standard error begins with.
+        work: the command; an exit code that it returns is kept (``enmp verify``: 1).
+        debug: show the traceback too.
+    """
+    try:
+        with signals.handled(program):
+            result = work()
+    except BrokenPipeError:
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = explained(error)
+        if debug:
+            traceback.print_exc()
+        elif not line:
+            line = _unexpected(error)
+        line = "; ".join([line, *getattr(error, "__notes__", ())])
+        print(f"{program}: {line}", file=sys.stderr, flush=True)
+        _end_if_alone(code)
+        return code
+    return result or 0
+
+
+def explained(error: BaseException) -> tuple[int, str]:
+    """Exit code and line of an error; the line is empty where only a traceback helps."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, Stopped):
+        return 128 + error.signal, signals.named(error.signal)
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" ({error.filename})" if error.filename else ""
+        advice = _ADVICE.get(error.errno)
+        return 1, one_line(f"{reason(error)}{where}" + (f": {advice}" if advice else ""), 500)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        said = one_line(error) or "no more memory"
+        return 1, (
+            f"out of memory ({said}): set evaluation.member_chunk: 1 or a smaller evaluation.batch_size, "
+            "divide the model with evaluation.mesh, or take fewer examples; --plan shows what takes how much"
+        )
+    if isinstance(error, RecursionError):
+        return 2, "the input is nested too deeply to be read"
+    if isinstance(error, OverflowError):
+        return 2, f"a number of the input is too large ({one_line(error)})"
+    if _several() and type(error).__name__ == "JaxRuntimeError":
+        return 1, f"another process has ended or cannot be reached ({one_line(error, 120)})"
+    return 1, ""
+
+
+def _unexpected(error: BaseException) -> str:
+    """Keep the traceback of a fault of this program in a file, and say where."""
+    what = f"{type(error).__name__}: {one_line(error)}"
+    root = Path(os.environ.get("ENMP_CACHE") or Path.home() / ".cache" / "enmp-jax").expanduser()
+    path = root / "last-error.txt"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError:
+        traceback.print_exception(error)
+        return f"a fault of enmp-jax ({what}): please report the lines above"
+    return f"a fault of enmp-jax ({what}): please report it with {path}, or see it with --debug"
+
+
+def _several() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def _end_if_alone(code: int) -> None:
+    """Leave at once where other processes may be gone: JAX would wait for them, and abort with a stack."""
+    if code not in (0, 2) and _several():
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
