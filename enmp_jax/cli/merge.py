@@ -55,6 +55,8 @@ class Options:
     """Of methods that draw at random; default: 0."""
     task_weights: tuple[float, ...] | None = None
     """One factor for each task's delta, in the order of --adapter."""
+    layer_scaling: tuple[float, float] | None = None
+    """Factors of the first and the last layer's merged delta, linear between (LiNeS)."""
     prune: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="LAYER[:PROJECTION]:TASK")
     ] = ()
@@ -148,7 +150,7 @@ def show(written: Written, out: Path, command: str) -> None:
 
 def _merge(args: Options, found_for: Mapping[str, Any] | None) -> dict[str, Any]:
     """What ``merges.make`` takes: the merge that the mask was found for, changed as the command line says."""
-    names = ("method", "space", "seed", "task_weights", *_hyperparameters())
+    names = ("method", "space", "seed", "task_weights", "layer_scaling", *_hyperparameters())
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     given |= {"isotropize": True} if args.isotropize else {}
     if found_for and given.get("method", found_for["method"]).replace("-", "_") == found_for["method"]:
