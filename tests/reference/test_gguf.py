@@ -16,7 +16,8 @@ from enmp_jax.adapters.gguf_export import export_gguf
 from enmp_jax.adapters.recipe import Recipe
 
 pytestmark = pytest.mark.reference
-PROMPT = [97, 104, 257, 12, 200, 3, 77]
+PROMPT = [9, 14, 57, 12, 20, 3, 77]
+ASCII = 94  # so many tokens are printable ASCII; of half a character or an end of text nothing is told
 
 
 def by_llama_cpp(model, lora=None):
@@ -28,8 +29,7 @@ def by_llama_cpp(model, lora=None):
         adapter = llama_cpp.CommonAdapterLoraInfo()
         adapter.path, adapter.scale = str(lora), 1.0
         params.lora_adapters = [adapter]
-    # several tokens, because the first may be half a character, of which nothing is told by itself
-    request = {"prompt": PROMPT, "n_predict": 8, "temperature": 0.0, "n_probs": 20}
+    request = {"prompt": PROMPT, "n_predict": 1, "temperature": 0.0, "n_probs": 20}
     answer = llama_cpp.Server(params).handle_completions(request)
     content = answer["choices"][0]["logprobs"]["content"]
     return {entry["id"]: entry["logprob"] for entry in content[0]["top_logprobs"]}
@@ -53,7 +53,7 @@ def agree(ours, theirs, atol):
 def test_base_and_adapter(kind, tmp_path):
     settings = files.config(kind)
     tensors = files.hf_tensors(settings)
-    tensors["model.embed_tokens.weight"][259:261] = 0  # of tokens that end a text, nothing is told
+    tensors["model.embed_tokens.weight"][ASCII:] = 0  # no likeliest next tokens
     path = files.write(tmp_path / "base.gguf", settings, tensors)
     model = models.load(path)
     plain = by_us(model)
