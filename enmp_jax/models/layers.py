@@ -295,15 +295,9 @@ def _apply_indexed(
     return apply_layer(spec, weights, stream, delta)
 
 
+@jax.custom_jvp
 def _index(stacked: Array, i: Any) -> Array:
     """``stacked[i]``, clamped."""
-    if not jnp.issubdtype(stacked.dtype, jnp.floating):  # values of a quantised weight
-        return lax.dynamic_index_in_dim(stacked, i, keepdims=False)
-    return _index_floats(stacked, i)
-
-
-@jax.custom_jvp
-def _index_floats(stacked: Array, i: Any) -> Array:
     if not bfloat16_on_cpu(stacked.dtype):
         return lax.dynamic_index_in_dim(stacked, i, keepdims=False)
     # XLA would convert the whole stack to float32 before it takes a slice
@@ -312,7 +306,7 @@ def _index_floats(stacked: Array, i: Any) -> Array:
     return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-@_index_floats.defjvp
+@_index.defjvp
 def _index_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (stacked, i), (tangent, _) = primals, tangents
-    return _index_floats(stacked, i), lax.dynamic_index_in_dim(tangent, i, keepdims=False)
+    return _index(stacked, i), lax.dynamic_index_in_dim(tangent, i, keepdims=False)
