@@ -89,7 +89,7 @@ def load(path: str | Path, stack: LoraStack) -> SavedMask:
     try:
         return from_json(data, stack)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {one_line(error, 500)}") from None
 
 
 def _merge(data: Any, tasks: list[str], stack: LoraStack) -> dict[str, Any] | None:
