@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -68,6 +69,8 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp  # slow to import
 
+        # what goes wrong is raised here; orbax logs the same with tracebacks
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.path, self.fingerprint, self.say, self._ocp = Path(path).resolve(), fingerprint, say, ocp
         managers = ocp.checkpoint_managers
         best = managers.BestN(
