@@ -6,11 +6,11 @@ import time
 import pytest
 
 from enmp_jax.errors import UserError
+from enmp_jax.report import write
 from enmp_jax.report.data import read
 from enmp_jax.report.limits import LAYERS, SEEDS, TASKS, as_label, drawn, shortened
 from enmp_jax.report.page import page
 from enmp_jax.report.plots import LIGHT, plots_of
-from enmp_jax.report.write import write_report
 
 LINE = {"seed": 0, "generation": 0, "masks_evaluated": 4, "best": 0.5, "fitness": [0.5, None]}
 
@@ -90,7 +90,8 @@ def test_values_that_cannot_be_drawn_are_damage(tmp_path, mask, scores, name):
         read(run_dir(tmp_path, mask=mask, scores=scores))
 
 
-def test_a_page_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_page_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "page", lambda data: data.scores["nothing"])
     with pytest.raises(UserError, match="do not fit together"):
-        write_report(run_dir(tmp_path, scores={"pruned": [[0]]}))
+        write.write_report(run_dir(tmp_path))
     assert not (tmp_path / "report.html").exists()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from enmp_jax.errors import UserError, one_line, reason
+from enmp_jax.errors import Stopped, UserError, one_line, reason
 
 
 class Restored(NamedTuple):
@@ -191,6 +191,8 @@ class Checkpoints:
         Raises:
             UserError: it could not be written.
         """
+        if kind is not None and not issubclass(kind, Stopped) and jax.process_count() > 1:
+            return  # another process may be gone, and closing would wait for it
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
