@@ -140,10 +140,10 @@ def export_peft(
         )
     error = f"relative error {found.error:.2e}" if found.error else "exact"
     fits = next((r for r in VLLM_RANKS if r >= found.rank), None)
-    serve = f"vLLM: --max-lora-rank {fits}" if fits else "more than vLLM serves (512): use --rank"
+    serve = f"vLLM: --max-lora-rank {fits}" if fits else "vLLM serves ranks up to 512: use --rank"
     notes = (
         f"Rank {found.rank}, {error} (Frobenius norm of what truncating the merged deltas lost).",
-        f"The scaling is in the weights: lora_alpha equals r. {serve[0].upper()}{serve[1:]}.",
+        f"The scaling is in the weights: lora_alpha equals r. {serve}.",
     )
     with new_directory(out) as directory:
         adapters = list(loaded.adapters.values())

@@ -13,9 +13,9 @@ import tyro
 class Args:
     """Write what a finished search found, with its mask or weights, method, hyperparameters and adapters.
 
-    adapters, delta and checkpoint are exact (a checkpoint but for the rounding of its type); peft is exact
-    where the merged deltas are of low rank, else within the tolerance, and scored itself where it is not.
-    gguf: as peft, for llama.cpp.
+    adapters, delta and checkpoint are exact (a checkpoint but for the rounding of its type). peft and gguf
+    are exact where the merged deltas are of low rank, else (ties, dare, ... in full space) within the
+    tolerance; one that is not is scored itself.
     """
 
     run_dir: Annotated[Path, tyro.conf.Positional]
@@ -23,17 +23,17 @@ class Args:
     out: Path | None = None
     """Directory to make; default: adapters, merged, model, delta or gguf in the run directory."""
     rank: int | None = None
-    """peft, gguf: largest rank, whatever the error; default (all below): the run file's ``export``."""
+    """peft, gguf: largest rank, whatever the error; default here and below: the run file's."""
     tolerance: float | None = None
     """peft, gguf: relative error (Frobenius norm) that a merge without low rank may have."""
     strict: bool = False
     """peft, gguf: refuse to write an adapter that misses the tolerance."""
     no_score: bool = False
-    """peft: do not score an adapter that misses the tolerance (scoring needs the run's data)."""
+    """peft, gguf: do not score an adapter that misses the tolerance (scoring needs the run's data)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """checkpoint: type of the weights; default: the base's. gguf: of the factors; default: float32."""
     base_model: str | None = None
-    """checkpoint, gguf: directory or hub id, if the run's base has moved."""
+    """checkpoint, gguf: directory, hub id or GGUF file, if the run's base has moved."""
 
 
 def run(args: Args) -> None:

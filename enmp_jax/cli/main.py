@@ -21,9 +21,11 @@ COMMANDS = {
     "export": "write any format of what a search found",
     "verify": "prove that adapters and exports are what they say",
     "inspect": "show what is in adapters",
+    "init": "write a run file to start from",
     "train": "train LoRA experts (and a small base) from a run file",
     "refine": "train one LoRA from the model that a search found",
     "report": "write the plots and report.html of a run directory again",
+    "completion": "print a shell's completion script",
 }
 """Each is a module of this room with ``Args`` and ``run(args)``."""
 
@@ -80,6 +82,6 @@ def overview() -> str:
         "usage: enmp COMMAND [OPTIONS]      (enmp COMMAND --help says more)",
         "",
     ]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
     lines += ["", "--debug shows the traceback of an error."]
     return "\n".join(lines)

@@ -37,6 +37,8 @@ class BaseConfig:
     """Compute type of the backbone; norms, softmax and logits stay in float32."""
     allow_mismatch: bool = False
     """Accept adapters that name another base model."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Keep the base model's matrices in 8 or 4 bits on the device, to search on what will serve."""
 
 
 @dataclass(frozen=True)
@@ -224,9 +226,9 @@ class ExportConfig:
     ``checkpoint``: the base model with the merge in it; ``delta``: what the merge adds to the base;
     ``gguf``: as ``peft``, for llama.cpp."""
     rank: int | None = None
-    """peft: largest rank, whatever the error; default: as high as the tolerance needs."""
+    """peft, gguf: largest rank, whatever the error; default: as high as the tolerance needs."""
     tolerance: float = 0.01
-    """peft: relative error (Frobenius norm) that a merge without low rank may have. Low-rank merges are
+    """peft, gguf: relative error (Frobenius norm) that a merge without low rank may have. Low-rank merges are
     exact. Where ``rank`` is too small for it, the exported model is scored too."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """checkpoint: type of the weights; default: the base's."""

@@ -147,17 +147,32 @@ def load(
     """
     make_merge(run)  # a bad method is said before anything is read
     base = run.path(run.base.model)
-    backbone = models.build(checkpoint.read_config(checkpoint.find(base)), run.base.dtype)
+    dtype, quantization = run.base.dtype, run.base.quantization
+    config = checkpoint.read_config(checkpoint.find(base))
+    backbone = models.build(config, dtype, quantization=quantization)
     mesh = choose_mesh(run, backbone)
-    backbone, params = models.load(base, dtype=run.base.dtype, place=param_sharding(mesh))
+    backbone, params = models.load(base, dtype, param_sharding(mesh), quantization=quantization)
     adapters = load_run_adapters(run, backbone)
     examples = load_splits(run, backbone, base, splits, reporter)
     names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}
     first = zip(run.tasks, examples[splits[0]], strict=True)
     kinds: dict[str, Kind] = {task.name: kind_of(e.inputs) for task, e in first}
+    _check_task_types(run, adapters, kinds)
     heads = load_heads(run, adapters.heads, base, backbone, class_names=names, kinds=kinds)
     check_labels(run, heads, examples)
     return LoadedRun(run, base, backbone, params, mesh, adapters, heads, examples)
+
+
+def _check_task_types(run: RunConfig, adapters: LoadedAdapters, kinds: Mapping[str, Kind]) -> None:
+    """Refuse adapters of causal language models where classes are asked for, and no head is given."""
+    for task in run.tasks:
+        adapter = adapters.adapters[task.name]
+        causal = adapter.settings.task_type == "CAUSAL_LM" and not adapter.heads
+        if causal and kinds[task.name] == "classification" and task.head.source == "adapter":
+            raise UserError(
+                f"the adapter of {task.name!r} is of a causal language model (CAUSAL_LM) and has no head to "
+                f"classify with: give data with choices or answers, or set tasks.{task.name}.head.source"
+            )
 
 
 def make_merge(run: RunConfig) -> Merge:

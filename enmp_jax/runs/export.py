@@ -43,6 +43,7 @@ FOLDERS = {
     "gguf": "gguf",
 }
 """Format -> its directory in a run directory; ``refined`` is a PEFT adapter too."""
+_ONE_ADAPTER = ("peft", "gguf")  # of limited rank, unlike the other formats
 Score = Callable[[Deltas], Mapping[str, Any]]
 
 
@@ -110,7 +111,7 @@ def prepare_search(
     """
     run = evaluator.loaded.run
     jobs: dict[str, Callable[[], Prepared]] = {}
-    if "peft" in run.export.formats:
+    if set(_ONE_ADAPTER) & set(run.export.formats):
         score = functools.partial(test_deltas, evaluator)
         jobs["merged"] = lambda: prepare(
             evaluator.loaded.adapters, merged_deltas(evaluator, best), _options(run), score
@@ -124,6 +125,16 @@ def prepare_search(
         except UserError as error:
             reporter.say(f"{folder} not written: {error}")
     return made
+
+
+def exported_scores(run: RunConfig, prepared: Mapping[str, Prepared]) -> dict[str, dict[str, Any]]:
+    """Directory -> scores of the exports that miss the tolerance, as ``scores.json`` has them."""
+    folders = [(FOLDERS[kind], "merged") for kind in run.export.formats if kind in _ONE_ADAPTER]
+    return {
+        folder: dict(prepared[name].exported or {})
+        for folder, name in (*folders, ("refined", "refined"))
+        if name in prepared and prepared[name].exported
+    }
 
 
 def write_search(
@@ -140,7 +151,7 @@ def write_search(
     recipe = recipe_of(loaded.run, loaded.mask_spec, best.keep, best.scale, scores, out)
 
     def merge(path: Path, kind: str) -> list[str]:
-        one = prepared["merged"] if kind == "peft" else Prepared(None)
+        one = prepared["merged"] if kind in _ONE_ADAPTER else Prepared(None)
         own = dataclasses.replace(recipe, exported=one.exported)
 
         def deltas() -> Deltas:
@@ -148,7 +159,7 @@ def write_search(
 
         return write(path, kind, Merged(loaded.adapters, best.keep, deltas, own, one.factors), options).told
 
-    kinds = [k for k in loaded.run.export.formats if k != "peft" or "merged" in prepared]
+    kinds = [k for k in loaded.run.export.formats if k not in _ONE_ADAPTER or "merged" in prepared]
     jobs: dict[str, Callable[[Path], list[str]]] = {
         FOLDERS[kind]: functools.partial(merge, kind=kind) for kind in kinds
     }
@@ -229,7 +240,7 @@ def export_run(
 
     recipe = recipe_of(run, saved.spec, saved.keep, scale, scores, run_dir)
     one = Prepared(None)
-    if kind == "peft":
+    if kind in _ONE_ADAPTER:
         one = prepare(adapters, deltas(), options, tested if score else None)
     recipe = dataclasses.replace(recipe, exported=one.exported)
     written = write(target, kind, Merged(adapters, saved.keep, deltas, recipe, one.factors), options)

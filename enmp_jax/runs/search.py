@@ -21,10 +21,11 @@ from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring, by_task
 from enmp_jax.io.progress import Reporter
+from enmp_jax.masks import MaskSpec
 from enmp_jax.runs.climb import STEP_COST, climb
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import WarmStart, evolve, make_strategy
-from enmp_jax.runs.export import prepare_search, write_search
+from enmp_jax.runs.export import exported_scores, prepare_search, write_search
 from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none, rank, select, with_plain
 from enmp_jax.runs.plan import out_of_memory
 from enmp_jax.runs.provenance import fingerprints
@@ -33,6 +34,9 @@ from enmp_jax.runs.rehearsal import rehearse
 from enmp_jax.runs.task_scores import task_scores
 from enmp_jax.search import controls
 from enmp_jax.training.refine import Refined
+
+FEW_MASKS = 5
+"""A search of fewer distinct masks has hardly looked."""
 
 
 def search_run(
@@ -76,6 +80,8 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
     scale, grid = choose_scale(evaluator, inputs, scoring)
     reporter.say(f"plain merge: scale {scale:g}, fitness {grid[scale]:.4f} on the search split")
     found = search(evaluator, directory, reporter, inputs, scoring, scale)
+    if line := few_masks(loaded.mask_spec, found.cost.get("distinct_masks")):
+        reporter.say(line)
     winners = select(evaluator, with_plain(evaluator, found.finalists, scale))
     best = max(winners.values(), key=rank)
     refined = None
@@ -93,7 +99,7 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
     directory.write_json("mask.json", spec.to_json(best.keep, best.scale, run.merge.recipe()))
     directory.write_json("scores.json", scores)
     exports = prepare_search(evaluator, best, refined, reporter)
-    if own := {folder: dict(one.exported) for folder, one in exports.items() if one.exported}:
+    if own := exported_scores(run, exports):
         scores["exported"] = own
         directory.write_json("scores.json", scores)
     if directory.writes:
@@ -148,6 +154,25 @@ def check_search(evaluator: Evaluator) -> None:
             f"search.start first_order needs a gradient, and fitness {evaluator.kind.name} has none: take "
             "leave_one_out, or another fitness"
         )
+
+
+def few_masks(spec: MaskSpec, distinct: int | None) -> str | None:
+    """What to say of a search that saw the same few masks again and again; None where there is nothing to.
+
+    Args:
+        spec: the modules.
+        distinct: masks that differ, the empty one among them; None for searches of weights.
+    """
+    if distinct is None or distinct >= FEW_MASKS:
+        return None
+    most = f"at most {spec.max_count} of {spec.n_modules} modules may be pruned (search.max_pruned"
+    if not spec.max_count:
+        return f"every mask of the search was the empty one: {most} {spec.max_pruned:g}): raise it"
+    masks = f"{distinct} distinct mask{'s'[: distinct != 1]}"
+    return (
+        f"the search saw {masks} only: {most} {spec.max_pruned:g}); raise it, "
+        "search.sigma0 or search.x0, or take granularity projection"
+    )
 
 
 def search(

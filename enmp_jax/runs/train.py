@@ -66,7 +66,10 @@ def _train(run: RunConfig, out: Path, say: Say) -> None:
         if not (out / "base").exists():
             _train_base(run, out, say)
     backbone, params = models.load(
-        base, dtype=run.base.dtype, gradient_checkpointing=run.train.gradient_checkpointing
+        base,
+        dtype=run.base.dtype,
+        gradient_checkpointing=run.train.gradient_checkpointing,
+        quantization=run.base.quantization,
     )
     _train_adapters(run, backbone, params, base, out, say)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -168,7 +171,8 @@ def _train_together(
     """Train and save the adapters of tasks whose examples have the same inputs."""
     config, steps = run.train, training_steps(run.train, examples)
     out.mkdir(parents=True, exist_ok=True)
-    settings = [__version__, to_dict(config), run.base.dtype, checkpoint.base_identity(base)]
+    types = [run.base.dtype, run.base.quantization]
+    settings = [__version__, to_dict(config), *types, checkpoint.base_identity(base)]
     made_of = fingerprint(settings, _arrays(examples), heads)
     folder = "adapters" if heads is not None else "completions"
     with Checkpoints(out / "checkpoints" / folder, made_of, say=say) as checkpoints, signals.saving():
