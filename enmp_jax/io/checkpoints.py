@@ -176,7 +176,9 @@ class Checkpoints:
         _everywhere(True)  # nobody looks before it is done
         self._manager.reload()
 
-    def _not_written(self, error: Exception) -> UserError:
+    def _not_written(self, error: Exception) -> Exception:
+        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            return error  # another process is gone: no fault of the disk
         return UserError(
             f"cannot write a checkpoint to {self.path}: {reason(error)}; make room, then --resume goes on "
             "from the newest whole one"
