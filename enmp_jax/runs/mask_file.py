@@ -11,6 +11,7 @@ import numpy as np
 
 from enmp_jax import merges
 from enmp_jax.errors import UserError, one_line, reason
+from enmp_jax.io.files import is_file
 from enmp_jax.lora import LoraStack
 from enmp_jax.masks import Keep, MaskSpec
 
@@ -80,6 +81,8 @@ def load(path: str | Path, stack: LoraStack) -> SavedMask:
     Raises:
         UserError: unreadable file or what ``from_json`` says.
     """
+    if not is_file(Path(path)):
+        raise UserError(f"cannot read mask {path}: no such file")
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -89,7 +92,7 @@ def load(path: str | Path, stack: LoraStack) -> SavedMask:
     try:
         return from_json(data, stack)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {one_line(error, 500)}") from None
 
 
 def _merge(data: Any, tasks: list[str], stack: LoraStack) -> dict[str, Any] | None:
