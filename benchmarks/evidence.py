@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from evidence_columns import ANY, COLUMNS, METHODS, SETS, Group, measure
+from evidence_columns import COLUMNS, METHODS, NO_METHOD, SETS, Group, measure
 from evidence_report import figures, read, table
 from evidence_suite import Suite
 
@@ -49,10 +49,10 @@ def planned(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     examples = args.examples or (RUNGS if args.set == "rungs" else (200,))
     for seed, n, method in itertools.product(range(args.seeds), examples, args.methods):
         for column in args.columns or SETS[args.set]:
-            joint = COLUMNS[column]["kind"] == "joint"
-            settings = {**COLUMNS[column], "test": args.test, "grid": [] if joint else METHODS[method]}
+            alone = COLUMNS[column]["kind"] in NO_METHOD
+            settings = {**COLUMNS[column], "test": args.test, "grid": [] if alone else METHODS[method]}
             yield {
-                "suite": args.suite, "method": ANY if joint else method, "seed": seed, "column": column,
+                "suite": args.suite, "method": "-" if alone else method, "seed": seed, "column": column,
                 "examples": n, "settings": settings,
             }  # fmt: skip
 
@@ -77,6 +77,9 @@ def remaining(rows: list[dict[str, Any]], done: list[dict[str, Any]]) -> list[di
 def run(args: argparse.Namespace) -> None:
     """Do what is not done, one row after the other."""
     done = read(args.out) if args.out.exists() else []
+    if args.out.exists() and not args.out.read_bytes().endswith(b"\n"):
+        with args.out.open("a") as file:
+            file.write("\n")  # a kill cut the last line short: the next row begins its own
     todo = remaining(list(planned(args)), done)
     print(f"{len(todo)} rows to do", flush=True)
     if not todo:
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     for (seed, n, method), rows in itertools.groupby(
         todo, lambda row: (row["seed"], row["examples"], row["method"])
     ):
-        group = Group(suite, args.methods[0] if method == ANY else method, seed, n)
+        group = Group(suite, args.methods[0] if method == "-" else method, seed, n)
         known = {
             row["column"]: row
             for row in done

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from evidence_suite import Data, Setting, Suite, dense, make_data
+from evidence_suite import SUM, Data, Setting, Suite, dense, make_data, merge_components
 
 from enmp_jax.config.sections import RefineConfig
 from enmp_jax.errors import UserError
@@ -74,6 +74,9 @@ COLUMNS: dict[str, Setting] = {
     "AdaMerging": ADAMERGING | {"learning_rate": 1e-3, "scale": 0.3},
     # learning rate of our own searches, from the tuned plain merge
     "AdaMerging, tuned": ADAMERGING,
+    "Expert Merging": WEIGHTS | {"fitness": "expert_hidden"},
+    "AdaRank-like": WEIGHTS
+    | {"kind": "components", "fitness": "entropy", "learning_rate": 0.02, "scale": 0.3},
     "refined": {"kind": "refined", "fitness": "probability", "from": "ours, continuous"},
     "refined, no labels": {"kind": "refined", "fitness": "expert_kl", "from": "ours, continuous, no labels"},
     "joint LoRA": {"kind": "joint", "fitness": "probability"},
@@ -87,16 +90,17 @@ def _more() -> dict[str, Setting]:
     found = {
         f"strategy {name}": BINARY | {
             "strategy": name, "passes": 5 * TENTH, "start": "first_order" if name in warm else "none",
+            "curve": True,
         }
         for name in strategies.STRATEGIES
-    } | {"strategy gradient": WEIGHTS | {"passes": 5 * TENTH}}  # fmt: skip
+    } | {"strategy gradient": WEIGHTS | {"passes": 5 * TENTH, "curve": True}}  # fmt: skip
     for name, kind in FITNESS.items():
-        if name == "calibrated":
-            continue  # has no value per example
+        if name == "calibrated" or kind.hidden:
+            continue  # the one has no value per example, the other is the column Expert Merging
         found[f"masks by {name}"] = BINARY | {"fitness": name} | (
             {} if kind.has_gradient else {"start": "none"}
         )  # fmt: skip
-        if kind.has_gradient:
+        if kind.has_gradient and not kind.hidden:
             found[f"weights by {name}"] = WEIGHTS | {"fitness": name}
     return found
 
@@ -112,8 +116,8 @@ SETS = {
         for rung in ("plain", "ours, binary", "ours, continuous", "refined", "joint LoRA")
     ],
 }  # fmt: skip
-ANY = "-"
-"""The method of rows that no merge method changes: a joint LoRA from the base."""
+NO_METHOD = ("joint", "components")
+"""Kinds of columns that no merge method changes; one row a seed, whose method is ``-``."""
 
 
 class Skipped(Exception):
@@ -149,11 +153,11 @@ class Group:
         self._data: dict[str, Data] = {}
         self._tuned: dict[str, tuple[Setting, float]] = {}
 
-    def data(self, split: str, setting: Setting) -> Data:
-        """A split under a merge setting."""
-        key = json.dumps([split, setting])
+    def data(self, split: str, setting: Setting, hidden: bool = False) -> Data:
+        """A split under a merge setting, with all fitnesses or with ``expert_hidden``."""
+        key = json.dumps([split, setting, hidden])
         if key not in self._data:
-            self._data[key] = make_data(self.suite, setting, self.examples, split)
+            self._data[key] = make_data(self.suite, setting, self.examples, split, hidden)
         return self._data[key]
 
     def tuned(self, fitness: str) -> tuple[Setting, float]:
@@ -176,8 +180,15 @@ class Group:
 
     def start(self, column: Setting) -> tuple[Data, Data, float]:
         """Search split, selection split and scale that a column works with."""
-        setting, scale = self.tuned(column["fitness"])
-        return self.data("search", setting), self.data("selection", setting), column.get("scale", scale)
+        if column["kind"] in NO_METHOD:
+            setting, scale = SUM, 1.0
+        else:
+            setting, scale = self.tuned(column["fitness"])
+        search, selection = (
+            self.data(split, setting, FITNESS[column["fitness"]].hidden > 0)
+            for split in ("search", "selection")
+        )
+        return search, selection, column.get("scale", scale)
 
 
 def first_order(data: Data, scale: float, fitness: str) -> np.ndarray:
@@ -261,8 +272,39 @@ def masks(group: Group, column: Setting, rows: Rows) -> Found:
 
 
 def weights(group: Group, column: Setting, rows: Rows) -> Found:
-    """Gradient ascent on weights of modules, stopped by the selection split or the budget."""
+    """Gradient ascent on weights of modules."""
     data, selection, scale = group.start(column)
+    fitness, present = column["fitness"], group.suite.projections.present()
+    look = lambda w: float(selection.score(w[None], scale, fitness)[0])  # noqa: E731
+    best, found = climb(group, column, (data, selection), present, "modules", scale, look)
+    return found._replace(keep=best[None])
+
+
+def components(group: Group, column: Setting, rows: Rows) -> Found:
+    """Gradient ascent on a straight-through mask of singular components and coefficients of modules."""
+    data, selection, scale = group.start(column)
+    modules, ingredients = group.suite.projections.present(), group.suite.components
+    rank = max(pair.a.shape[2] for pair in group.suite.loaded.stack.pairs.values())
+    present = np.repeat(modules[..., None], rank + 1, axis=-1)
+    merged = jax.jit(lambda w: dense(merge_components(ingredients, w, scale)))
+
+    def look(w: np.ndarray) -> float:
+        counts = group.suite.count_deltas(selection.inputs, merged(w))
+        return float(selection.fitness(counts, column["fitness"]))
+
+    best, found = climb(group, column, (data, selection), present, "components", scale, look)
+    kept = float((best[..., :-1] > 0.9)[modules].mean())
+    return found._replace(
+        deltas=merged(best), scale=math.nan, extra={**found.extra, "kept": kept}, incumbents=[]
+    )
+
+
+def climb(
+    group: Group, column: Setting, data: tuple[Data, Data], present: np.ndarray, merge: str, scale: float,
+    look: Callable[[np.ndarray], float],
+) -> tuple[np.ndarray, Found]:  # fmt: skip
+    """Gradient ascent stopped by the selection split or the budget: the best weights, and what it cost."""
+    data, selection = data
     settings = gradient.Settings(steps=column["passes"], learning_rate=column["learning_rate"])
     incumbents: Incumbents = []
     looks: list[gradient.Look] = []
@@ -280,17 +322,16 @@ def weights(group: Group, column: Setting, rows: Rows) -> Found:
         most = column["passes"] * data.examples
         return cost(looks[-1].step + settings.check_every, len(looks) + 1) <= most
 
-    ascent = stepwise(lambda w: data.gradient(w, scale, column["fitness"]), settings)
-    present = group.suite.projections.present()
+    ascent = stepwise(lambda w: data.gradient(w, scale, column["fitness"], merge), settings)
     state = ascent.init(jax.random.key(group.seed), present)
-    look = lambda w: float(selection.score(w[None], scale, column["fitness"])[0])  # noqa: E731
     gradient.run(ascent, state, present, (), look, [], on_look, may_go_on)
     best = gradient.best(looks)
     extra = {
         "steps": looks[-1].step, "best_step": best.step, "selection": best.value,
         "fitness": max((x.fitness for x in looks[1:]), default=math.nan),
     }  # fmt: skip
-    return Found(best.weights[None], scale, (STEP_COST * looks[-1].step, len(looks)), incumbents, extra)
+    passes = STEP_COST * looks[-1].step, len(looks)
+    return best.weights, Found(None, scale, passes, incumbents, extra)
 
 
 def stepwise(value_and_gradient: Callable[[np.ndarray], tuple[float, np.ndarray]], settings: Any) -> Any:
@@ -326,7 +367,7 @@ def refined(group: Group, column: Setting, rows: Rows) -> Found:
         keep = data.written_out(np.asarray(row["keep"])[None])[0]
         merged = jax.jit(data.evaluator.merge.merge)(data.evaluator.ingredients, keep, row["scale"])
         start = dense(merged)
-    trainer = group.suite.evaluator(METHODS["sum"][0], column["fitness"]).on(group.examples)
+    trainer = group.suite.evaluator(SUM, column["fitness"]).on(group.examples)
     found = refine(trainer, start, config, group.seed)
     looks = len(found.fitness)
     passes = STEP_COST * config.check_every * (looks - 1) + before[0], looks + before[1]
@@ -336,7 +377,7 @@ def refined(group: Group, column: Setting, rows: Rows) -> Found:
 
 KINDS: dict[str, Callable[..., Found]] = {
     "plain": plain, "random": random, "one-shot": one_shot, "greedy": greedy, "masks": masks,
-    "weights": weights, "refined": refined, "joint": refined,
+    "weights": weights, "components": components, "refined": refined, "joint": refined,
 }  # fmt: skip
 
 
@@ -357,7 +398,7 @@ def measure(group: Group, column: Setting, rows: Mapping[str, Any]) -> dict[str,
         found = KINDS[column["kind"]](group, column, rows)
     except Skipped as reason:
         return {"skipped": str(reason)}
-    setting, _ = group.tuned(column["fitness"]) if column["kind"] != "joint" else (METHODS["sum"][0], 1)
+    setting = SUM if column["kind"] in NO_METHOD else group.tuned(column["fitness"])[0]
     search, selection, test = (group.data(split, setting) for split in ("search", "selection", "test"))
     cost = found.passes[0] * search.examples + found.passes[1] * selection.examples
     row: dict[str, Any] = {
@@ -368,7 +409,8 @@ def measure(group: Group, column: Setting, rows: Mapping[str, Any]) -> dict[str,
         for name, data in (("search", search), ("test", test)):
             row[name] = float(data.accuracy(group.suite.count_deltas(data.inputs, found.deltas)))
         return row | {"seconds": time.perf_counter() - begin}
-    n, curve = len(found.keep), _thinned(found.incumbents)
+    # tested along the way only where a figure asks for it: many test splits cost more than a search
+    n, curve = len(found.keep), _thinned(found.incumbents) if column.get("curve") else []
     row["search"] = float(search.score(found.keep, found.scale, "accuracy").mean())
     every = np.concatenate([found.keep, *(keep[None] for _, keep in curve)])
     on_test = test.score(every, found.scale, "accuracy")  # the only look
@@ -378,7 +420,8 @@ def measure(group: Group, column: Setting, rows: Mapping[str, Any]) -> dict[str,
     else:
         row["keep"] = found.keep[0].tolist()
         row["pruned"] = np.argwhere(np.asarray(found.keep[0]) == 0).tolist()
-    row["curve"] = [[cost, float(x)] for (cost, _), x in zip(curve, on_test[n:], strict=True)]
+    if curve:
+        row["curve"] = [[cost, float(x)] for (cost, _), x in zip(curve, on_test[n:], strict=True)]
     return row | {"seconds": time.perf_counter() - begin}
 
 

@@ -8,14 +8,16 @@ as an operand.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from enmp_jax import merges
 from enmp_jax.config import run_file
 from enmp_jax.config.schema import parse
 from enmp_jax.config.sections import MergeConfig, SearchConfig
@@ -28,16 +30,24 @@ from enmp_jax.evaluation.population import EvalInputs, count_all
 from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.io.progress import SILENT
 from enmp_jax.masks import MaskSpec
+from enmp_jax.merges.components import singular_components
+from enmp_jax.search.gradient import straight_through
 
 Setting = dict[str, Any]
 
 # accuracy and log_likelihood are counted anyway; calibrated has no value per example
-VALUES = [FITNESS[name] for name in FITNESS if name not in ("accuracy", "log_likelihood", "calibrated")]
+VALUES = [
+    kind
+    for name, kind in FITNESS.items()
+    if name not in ("accuracy", "log_likelihood", "calibrated") and not kind.hidden
+]
 ALL = Fitness(
     "all", "all", lambda x, *others: jnp.stack([kind.value(x, *others) for kind in VALUES], axis=1),
     needs_expert=True,
 )  # fmt: skip
 SMOOTH = [FITNESS["log_likelihood"], *VALUES]
+HIDDEN = FITNESS["expert_hidden"]  # needs the hidden states, so a program of its own
+SUM = {"method": "sum"}
 
 
 class Suite:
@@ -62,6 +72,11 @@ class Suite:
         self._evaluators: dict[str, Evaluator] = {}
         self._gradients: dict[str, Callable[..., Any]] = {}
         self.count_deltas = jax.jit(self._count_deltas)
+
+    @functools.cached_property
+    def components(self) -> Any:
+        """Ingredients of the sum of the adapters' singular components."""
+        return merges.make("sum").prepare(singular_components(self.loaded.stack))
 
     def draw(self, seed: int, examples: int) -> dict[Any, Any]:
         """Search and selection splits of a seed, at most so many examples a task each, and the test split."""
@@ -88,20 +103,24 @@ class Suite:
             self._evaluators[key] = made
         return self._evaluators[key]
 
-    def gradient(self, setting: Setting) -> Callable[..., Any]:
-        """``(weights [layer, projection, task], inputs, size, own, scale, pick) -> (fitness, gradient)``,
-        compiled; ``pick`` is 1 at the kind of ``SMOOTH`` that is followed and 0 at the others."""
-        key = json.dumps(setting, sort_keys=True)
+    def gradient(self, merge: str, setting: Setting, hidden: bool = False) -> Callable[..., Any]:
+        """``(weights, inputs, size, own, scale, pick) -> (fitness, gradient)``, compiled.
+
+        ``pick`` is 1 at the kind (of ``SMOOTH`` or, with ``hidden``, ``HIDDEN`` alone) that is followed and 0
+        at the others. ``merge`` is ``modules``, or ``components``: see ``merge_components``.
+        """
+        key = json.dumps([merge, setting, hidden], sort_keys=True)
         if key not in self._gradients:
-            merge, backbone, tasks = self.evaluator(setting).merge, self.loaded.backbone, len(self.tasks)
+            backbone, tasks, counted = self.loaded.backbone, len(self.tasks), HIDDEN if hidden else ALL
+            merged = merge_components if merge == "components" else self.evaluator(setting).merge.merge
+            kinds = [HIDDEN] if hidden else SMOOTH
 
             def value(weights: Any, inputs: EvalInputs, size: Any, own: Any, scale: Any, pick: Any) -> Any:
-                deltas = merge.merge(inputs.ingredients, weights, scale)
-                counts = count_all(backbone, inputs, deltas, tasks, ALL, remat=True)
-                sums = [counts.log_likelihood, *jnp.moveaxis(jnp.asarray(counts.value), -1, 0)]
+                deltas = merged(inputs.ingredients, weights, scale)
+                counts = count_all(backbone, inputs, deltas, tasks, counted, remat=True)
                 found = [
                     normalised(total / size, own[i], kind).mean()
-                    for i, (total, kind) in enumerate(zip(sums, SMOOTH, strict=True))
+                    for i, (total, kind) in enumerate(zip(sums(counts, kinds), kinds, strict=True))
                 ]
                 return jnp.stack(found) @ pick
 
@@ -110,6 +129,28 @@ class Suite:
 
     def _count_deltas(self, inputs: EvalInputs, deltas: Deltas) -> Counts:
         return count_all(self.loaded.backbone, inputs, deltas, len(self.tasks), ALL)
+
+
+def sums(counts: Counts, kinds: Sequence[Fitness]) -> list[Any]:
+    """Sums over examples of every kind, [*member task] each."""
+    if len(kinds) == 1:
+        return [counts.value]
+    value = jnp.asarray(counts.value)
+    return [counts.log_likelihood, *(value[..., i] for i in range(value.shape[-1]))]
+
+
+def merge_components(ingredients: Any, weights: Any, scale: Any) -> Deltas:
+    """The sum of singular components that a straight-through mask keeps, times a coefficient a module.
+
+    Args:
+        ingredients: of the sum of ``singular_components``.
+        weights: [layer, projection, task, rank + 1], 1 at the start: the logits of the mask are those of the
+            components less 0.9, the coefficient is the last one times ``scale``.
+        scale: the coefficient at the start.
+    """
+    # start 0.1 and temperature 10 are those of AdaRank's published code
+    keep = straight_through(weights[..., :-1] - 0.9, 10.0) * weights[..., -1:]
+    return merges.make("sum").merge(ingredients, keep.reshape(*keep.shape[:2], -1), scale)
 
 
 class Data(NamedTuple):
@@ -122,7 +163,8 @@ class Data(NamedTuple):
         inputs: of the split.
         size: examples of every task.
         reference: accuracies of the tasks' own adapters.
-        own: their values of the kinds in ``SMOOTH``, [kind, task].
+        kinds: the fitnesses that are counted.
+        own: their values of the tasks' own adapters, [kind, task].
     """
 
     suite: Suite
@@ -131,6 +173,7 @@ class Data(NamedTuple):
     inputs: EvalInputs
     size: np.ndarray
     reference: np.ndarray
+    kinds: Sequence[Fitness]
     own: np.ndarray
 
     @property
@@ -157,9 +200,9 @@ class Data(NamedTuple):
         """The mean over tasks of the values of a kind, relative to the experts'."""
         if name == "accuracy":
             return self.accuracy(counts)
-        i = [kind.name for kind in SMOOTH].index(name)
-        total = counts.log_likelihood if i == 0 else counts.value[..., i - 1]
-        return np.asarray(normalised(jnp.asarray(total / self.size), self.own[i], SMOOTH[i])).mean(-1)
+        i = [kind.name for kind in self.kinds].index(name)
+        total = jnp.asarray(sums(counts, self.kinds)[i]) / self.size
+        return np.asarray(normalised(total, jnp.asarray(self.own[i]), self.kinds[i])).mean(-1)
 
     def accuracy(self, counts: Counts) -> np.ndarray:
         """Mean normalised accuracy."""
@@ -169,27 +212,34 @@ class Data(NamedTuple):
         """The fitness of masks or weights."""
         return self.fitness(self.counts(keep, scale), name)
 
-    def gradient(self, weights: np.ndarray, scale: float, name: str) -> tuple[float, np.ndarray]:
-        """Fitness of weights [layer, projection, task], and its gradient."""
-        pick = np.asarray([kind.name == name for kind in SMOOTH], np.float32)
-        spread = self.evaluator.spread(self.inputs)
-        value, found = self.suite.gradient(self.setting)(
-            weights, spread, self.size, self.own, np.float32(scale), pick
-        )
+    def gradient(
+        self, weights: np.ndarray, scale: float, name: str, merge: str = "modules"
+    ) -> tuple[float, np.ndarray]:
+        """Fitness of weights [layer, projection, task] (of components: see ``merge_components``), and its
+        gradient."""
+        pick = np.asarray([kind.name == name for kind in self.kinds], np.float32)
+        inputs = self.evaluator.spread(self.inputs)
+        if merge == "components":
+            inputs = inputs._replace(ingredients=self.suite.components)
+        gradient = self.suite.gradient(merge, self.setting, HIDDEN in self.kinds)
+        value, found = gradient(weights, inputs, self.size, self.own, np.float32(scale), pick)
         return float(value), np.asarray(found)
 
 
-def make_data(suite: Suite, setting: Setting, examples: Mapping[Any, Any], split: Any) -> Data:
+def make_data(
+    suite: Suite, setting: Setting, examples: Mapping[Any, Any], split: Any, hidden: bool = False
+) -> Data:
     """A split of a draw under a merge setting."""
-    evaluator = suite.evaluator(setting).on(examples)
+    evaluator = suite.evaluator(setting, HIDDEN.name if hidden else None).on(examples)
+    kinds = [HIDDEN] if hidden else SMOOTH
     answers = [jnp.asarray(a) for a in evaluator.expert_answers(split)]
     labels = [jnp.asarray(e.labels) for e in evaluator.examples(split)]
     own = [
-        [float(kind.value(a, y, a).mean()) for a, y in zip(answers, labels, strict=True)] for kind in SMOOTH
+        [float(kind.value(a, y, a).mean()) for a, y in zip(answers, labels, strict=True)] for kind in kinds
     ]
     return Data(
         suite, setting, evaluator, evaluator.inputs(split), evaluator.loaded.sizes(split),
-        evaluator.expert_scores(split), np.asarray(own, np.float32),
+        evaluator.expert_scores(split), kinds, np.asarray(own, np.float32),
     )  # fmt: skip
 
 

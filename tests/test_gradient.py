@@ -24,7 +24,7 @@ from enmp_jax.runs.search import search_run
 from enmp_jax.search import gradient
 from enmp_jax.training.refine import refine
 
-SMOOTH = [name for name, kind in FITNESS.items() if kind.has_gradient]
+SMOOTH = [name for name, kind in FITNESS.items() if kind.has_gradient and not kind.hidden]
 
 
 def with_expert(inputs, backbone, merge):

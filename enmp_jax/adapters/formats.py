@@ -13,7 +13,7 @@ from enmp_jax.adapters.hf_export import export_checkpoint
 from enmp_jax.adapters.lora_factors import LoraFactors
 from enmp_jax.adapters.peft_export import TOLERANCE, export_adapters, export_peft
 from enmp_jax.adapters.peft_import import LoadedAdapters
-from enmp_jax.adapters.recipe import Recipe, config_yaml, mask_text
+from enmp_jax.adapters.recipe import RECIPE, Recipe, config_yaml, mask_text
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import new_directory, write_text
@@ -83,7 +83,7 @@ def _delta(out: Path, merged: Merged, options: ExportOptions) -> Written:
         count = write_delta(directory / "delta.safetensors", merged.deltas(), merged.loaded.names)
         write_text(directory / "mask.json", mask_text(merged.loaded, merged.recipe))
         recipe = config_yaml("delta", merged.loaded, merged.recipe, merged.loaded.base_model)
-        write_text(directory / "enmp_config.yaml", recipe)
+        write_text(directory / RECIPE, recipe)
     return Written([f"{count} matrices in delta.safetensors"])
 
 

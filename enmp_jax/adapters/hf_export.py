@@ -94,11 +94,8 @@ def _export(
         raise UserError(f"{found.source} is quantised: merge into the model it was made from")
     shards, index = find_shards(found.directory)
     entries = {e.name: e for shard in shards for e in read_header(found.directory / shard).entries}
-    backbone = _backbone(config)
-    where = _match(entries, loaded, None if backbone is None else backbone.canonical)
-    transposed = _transposed(loaded) if backbone is None else backbone.config.block.transposed
-    changes = _changes(jax.device_get(deltas), loaded, where, entries, transposed)
-    omit = _tied(config, entries)
+    changes = planned_changes(config, entries, loaded, deltas)
+    omit = tied_copies(config, entries)
 
     with new_directory(out) as directory:
         kind = DTYPES.get(dtype or "")
@@ -123,6 +120,26 @@ def _export(
         write_texts(directory, "checkpoint", loaded, recipe, notes=notes, checks=checks, **options)
     size = sum(sizes.values()) / 1e9
     return f"{len(changes)} weights changed in {len(shards)} file{'s'[: len(shards) > 1]}, {size:.2f} GB"
+
+
+def planned_changes(
+    config: Mapping[str, Any], entries: Mapping[str, Entry], loaded: LoadedAdapters, deltas: Deltas
+) -> dict[str, LowRankUpdate | FullUpdate]:
+    """Name of the base's tensor -> what a merge adds to it.
+
+    Args:
+        config: ``config.json`` of the base.
+        entries: its tensors.
+        loaded: the adapters.
+        deltas: of the merge.
+
+    Raises:
+        UserError: the base does not have the adapted modules, or in other shapes.
+    """
+    backbone = _backbone(config)
+    where = _match(entries, loaded, None if backbone is None else backbone.canonical)
+    transposed = _transposed(loaded) if backbone is None else backbone.config.block.transposed
+    return _changes(jax.device_get(deltas), loaded, where, entries, transposed)
 
 
 def _written(directory: Path, names: set[str], changes: Mapping[str, object]) -> list[Check]:
@@ -238,7 +255,7 @@ def _changes(
     return changes
 
 
-def _tied(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:
+def tied_copies(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:
     """Copies of tied weights, which loading fills in (and safetensors files should not hold)."""
     output, embedding = _TIED
     if config.get("tie_word_embeddings") is not True:

@@ -32,7 +32,7 @@ from enmp_jax.adapters.peft_files import (
     write_adapter_files,
 )
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters, read_adapter
-from enmp_jax.adapters.recipe import Recipe, config_yaml, mask_text
+from enmp_jax.adapters.recipe import RECIPE, Recipe, config_yaml, mask_text
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.files import is_file_name
@@ -82,7 +82,7 @@ def export_adapters(out: str | Path, loaded: LoadedAdapters, keep: Keep, recipe:
     lines, notes = [], _weight_notes(recipe)
     with new_directory(out) as directory:
         for i, (task, adapter) in enumerate(loaded.adapters.items()):
-            kept = _kept(adapter, loaded, task, keep[..., i])
+            kept = kept_modules(adapter, loaded, task, keep[..., i])
             rank = max(a.shape[0] for a, _ in kept.values())
             config = _config(kept, rank, [adapter], adapter.base_model, adapter.heads)
             config["task_type"] = adapter.settings.task_type
@@ -155,7 +155,10 @@ def export_peft(
         write_heads(directory, loaded)
         options = {"rank": rank, "tolerance": None if tolerance == TOLERANCE else tolerance or 0.0}
         checks = _written(directory, delta_parts(deltas, loaded.names), found.error * 1.001)
-        write_texts(directory, "peft", loaded, recipe, notes=notes, checks=checks, **options)
+        error_made = float(f"{found.error:.6g}")
+        write_texts(
+            directory, "peft", loaded, recipe, notes=notes, checks=checks, error=error_made, **options
+        )
     line = f"{len(found.modules)} modules, rank {found.rank}, {error} ({serve})"
     return PeftExport(found.rank, found.error, line)
 
@@ -229,7 +232,12 @@ def _weight_notes(recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def _kept(adapter: Adapter, loaded: LoadedAdapters, task: str, keep: Keep) -> Modules:
+def kept_modules(adapter: Adapter, loaded: LoadedAdapters, task: str, keep: Keep) -> Modules:
+    """The modules of one adapter under its column of a mask or of weights; one of zeros if none is left.
+
+    Raises:
+        UserError: a weight that makes B overflow.
+    """
     order = {name: j for j, name in enumerate(loaded.stack.projections)}
     kept: Modules = {}
     for path, (a, b) in adapter.modules.items():
@@ -273,6 +281,7 @@ def write_texts(
     recipe: Recipe,
     notes: Sequence[str] = (),
     checks: Sequence[Check] = (),
+    error: float | None = None,
     **options: Any,
 ) -> None:
     """Write the model card, ``enmp_config.yaml`` and, where there are weights, ``mask.json``.
@@ -282,7 +291,7 @@ def write_texts(
     base = loaded.base_model
     card = model_card(kind, loaded, recipe, base, notes=notes, checks=checks, **options)
     write_text(directory / "README.md", card)
-    write_text(directory / "enmp_config.yaml", config_yaml(kind, loaded, recipe, base, **options))
+    write_text(directory / RECIPE, config_yaml(kind, loaded, recipe, base, error, **options))
     if recipe.weights:
         write_text(directory / "mask.json", mask_text(loaded, recipe))
 

@@ -18,8 +18,10 @@ import yaml
 from enmp_jax.adapters.peft_files import WEIGHTS
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters
 from enmp_jax.io.hub import hub_id
-from enmp_jax.masks import MaskSpec
+from enmp_jax.masks import Keep, MaskSpec
 from enmp_jax.version import __version__
+
+RECIPE = "enmp_config.yaml"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,14 @@ class Recipe:
         return [entry for entry in self.weights if entry[-1]]
 
 
-def config_yaml(kind: str, loaded: LoadedAdapters, recipe: Recipe, base: str | None, **options: Any) -> str:
+def config_yaml(
+    kind: str,
+    loaded: LoadedAdapters,
+    recipe: Recipe,
+    base: str | None,
+    error: float | None = None,
+    **options: Any,
+) -> str:
     """``enmp_config.yaml``: adapters with their hashes, merge, pruned modules, versions, command.
 
     Local adapters are named by the last part of their path, so that publishing the file tells
@@ -65,6 +74,7 @@ def config_yaml(kind: str, loaded: LoadedAdapters, recipe: Recipe, base: str | N
         loaded: the adapters.
         recipe: the merge.
         base: name of the base model.
+        error: relative error that the files have, where there is one to claim.
         options: more settings of the format (``rank``, ``dtype``); None ones are left out.
     """
     names = adapter_names(loaded)
@@ -79,6 +89,7 @@ def config_yaml(kind: str, loaded: LoadedAdapters, recipe: Recipe, base: str | N
         "pruned": plain(recipe.pruned),
         **({"weights": plain(recipe.weights)} if recipe.weights else {}),
         "options": {key: value for key, value in options.items() if value is not None},
+        **({} if error is None else {"error": error}),
         "seed": recipe.seed,
         **({"refined": plain(recipe.refined)} if recipe.refined else {}),
         "scores": plain(recipe.scores),
@@ -143,18 +154,30 @@ def _local(loaded: LoadedAdapters) -> bool:
 
 
 def _from_run(loaded: LoadedAdapters, recipe: Recipe) -> bool:
-    """Whether the run directory repeats it: adapters of the hub are found without it, by everybody."""
-    return recipe.run is not None and (recipe.refined is not None or _local(loaded))
+    """Whether the run directory repeats it: adapters of the hub are found without it, by everybody.
+
+    Random methods draw by the names of modules, which a run takes from its backbone.
+    """
+    renamed = any(template != name for template, name in loaded.names.items())
+    return recipe.run is not None and (recipe.refined is not None or renamed or _local(loaded))
+
+
+def mask_of(loaded: LoadedAdapters, recipe: Recipe) -> tuple[MaskSpec, Keep]:
+    """The modules of a recipe, and its mask or weights on them.
+
+    Raises:
+        UserError: it names modules that these adapters do not have.
+    """
+    finer = any(len(module) == 3 for module in (*recipe.pruned, *(entry[:-1] for entry in recipe.weights)))
+    spec = MaskSpec.of(loaded.stack, "projection" if finer else "layer")
+    if recipe.weights:
+        return spec, spec.keep_from_weights(recipe.weights, recipe.pruned)
+    return spec, spec.keep_from_pruned(recipe.pruned)
 
 
 def mask_text(loaded: LoadedAdapters, recipe: Recipe) -> str:
     """``mask.json`` of a recipe, which ``enmp merge --mask`` takes."""
-    finer = any(len(module) == 3 for module in (*recipe.pruned, *(entry[:-1] for entry in recipe.weights)))
-    spec = MaskSpec.of(loaded.stack, "projection" if finer else "layer")
-    if recipe.weights:
-        keep = spec.keep_from_weights(recipe.weights, recipe.pruned)
-    else:
-        keep = spec.keep_from_pruned(recipe.pruned)
+    spec, keep = mask_of(loaded, recipe)
     data = spec.to_json(keep, recipe.merge.get("scale"), plain(recipe.merge))
     return json.dumps(data, indent=1) + "\n"
 

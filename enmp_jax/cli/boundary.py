@@ -25,19 +25,19 @@ _ADVICE = {
 }
 
 
-def guarded(program: str, work: Callable[[], object], debug: bool = False) -> int:
+def guarded(program: str, work: Callable[[], int | None], debug: bool = False) -> int:
     """Run a command; returns its exit code.
 
     0; 2 for bad input; 1 for a fault of the machine or of this program; 128 + N after signal N.
 
     Args:
         program: what the line on standard error begins with.
-        work: the command.
+        work: the command; an exit code that it returns is kept (``enmp verify``: 1).
         debug: show the traceback too.
     """
     try:
         with signals.handled(program):
-            work()
+            result = work()
     except BrokenPipeError:
         return 1
     except (Exception, KeyboardInterrupt) as error:
@@ -50,7 +50,7 @@ def guarded(program: str, work: Callable[[], object], debug: bool = False) -> in
         print(f"{program}: {line}", file=sys.stderr, flush=True)
         _end_if_alone(code)
         return code
-    return 0
+    return result or 0
 
 
 def explained(error: BaseException) -> tuple[int, str]:

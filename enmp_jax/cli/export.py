@@ -15,24 +15,25 @@ class Args:
 
     adapters, delta and checkpoint are exact (a checkpoint but for the rounding of its type); peft is exact
     where the merged deltas are of low rank, else within the tolerance, and scored itself where it is not.
+    gguf: as peft, for llama.cpp.
     """
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    format: Literal["adapters", "peft", "checkpoint", "delta"]
+    format: Literal["adapters", "peft", "checkpoint", "delta", "gguf"]
     out: Path | None = None
-    """Directory to make; default: adapters, merged, model or delta in the run directory."""
+    """Directory to make; default: adapters, merged, model, delta or gguf in the run directory."""
     rank: int | None = None
-    """peft: largest rank, whatever the error; default here and below: the run file's ``export`` section."""
+    """peft, gguf: largest rank, whatever the error; default (all below): the run file's ``export``."""
     tolerance: float | None = None
-    """peft: relative error (Frobenius norm) that a merge without low rank may have."""
+    """peft, gguf: relative error (Frobenius norm) that a merge without low rank may have."""
     strict: bool = False
-    """peft: refuse to write an adapter that misses the tolerance."""
+    """peft, gguf: refuse to write an adapter that misses the tolerance."""
     no_score: bool = False
     """peft: do not score an adapter that misses the tolerance (scoring needs the run's data)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """checkpoint: type of the weights; default: the base's."""
+    """checkpoint: type of the weights; default: the base's. gguf: of the factors; default: float32."""
     base_model: str | None = None
-    """checkpoint: directory or hub id, if the run's base has moved."""
+    """checkpoint, gguf: directory or hub id, if the run's base has moved."""
 
 
 def run(args: Args) -> None:

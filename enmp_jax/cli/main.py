@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "score adapters alone, merged, or merged under a mask",
     "merge": "merge adapters; needs no base model and no data",
     "export": "write any format of what a search found",
+    "verify": "prove that adapters and exports are what they say",
     "inspect": "show what is in adapters",
     "train": "train LoRA experts (and a small base) from a run file",
     "refine": "train one LoRA from the model that a search found",
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(f"enmp {name}", lambda: run(name, arguments), debug)
 
 
-def run(name: str, arguments: list[str]) -> None:
+def run(name: str, arguments: list[str]) -> int | None:
     """Parse and run one command."""
     import tyro
 
@@ -59,7 +60,7 @@ def run(name: str, arguments: list[str]) -> None:
         module.Args, args=arguments, prog=f"enmp {name}",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )  # fmt: skip
-    module.run(args)
+    return module.run(args)
 
 
 def keep_compiled() -> None:

@@ -165,6 +165,11 @@ def _check_racing(search: SearchConfig) -> None:
             "search.fidelity racing does not work with search.fitness calibrated, which has no value per "
             "example: take log_likelihood, or fidelity none"
         )
+    if search.fitness == "expert_hidden":
+        raise UserError(
+            "search.fidelity racing does not work with search.fitness expert_hidden, which looks at hidden "
+            "states: take expert_kl, or fidelity none"
+        )
     if search.strategy == "gradient":
         raise UserError(
             "search.fidelity racing compares masks, and search.strategy gradient has none: take fidelity none"

@@ -176,7 +176,7 @@ class SearchConfig:
     granularity: Literal["layer", "projection"] = "layer"
     fitness: str = "margin"
     """What is maximised on the search split: accuracy (the paper's), probability, margin, log_likelihood,
-    calibrated; without labels expert_margin, expert_probability, expert_kl, entropy."""
+    calibrated; without labels expert_margin, expert_probability, expert_kl, expert_hidden, entropy."""
     objective: Literal["mean", "worst", "pareto"] = "mean"
     """Over tasks: the mean, the worst task, or the front of both."""
     importance: Mapping[str, float] | None = None
@@ -221,9 +221,10 @@ class SearchConfig:
 class ExportConfig:
     """What a search hands over, and the defaults of ``enmp export``."""
 
-    formats: tuple[Literal["adapters", "peft", "checkpoint", "delta"], ...] = ("adapters", "peft")
+    formats: tuple[Literal["adapters", "peft", "checkpoint", "delta", "gguf"], ...] = ("adapters", "peft")
     """``adapters``: each task's own, pruned or weighted; ``peft``: the merge as one adapter;
-    ``checkpoint``: the base model with the merge in it; ``delta``: what the merge adds to the base."""
+    ``checkpoint``: the base model with the merge in it; ``delta``: what the merge adds to the base;
+    ``gguf``: as ``peft``, for llama.cpp."""
     rank: int | None = None
     """peft: largest rank, whatever the error; default: as high as the tolerance needs."""
     tolerance: float = 0.01

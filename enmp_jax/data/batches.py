@@ -36,6 +36,7 @@ class Batches(NamedTuple):
         mask: False where a row is padding (a copy of the last example).
         expert: log-probabilities that each example's own unmerged adapter gives to classes or choices, or
             the likeliest tokens that it expects at every target of a completion; where somebody asks.
+        states: its pooled hidden states; where somebody asks.
     """
 
     inputs: dict[str, Array]
@@ -43,6 +44,7 @@ class Batches(NamedTuple):
     task: Int[Array, "batches batch"]
     mask: Bool[Array, "batches batch"]
     expert: Float[Array, "batches batch class"] | LikeliestTokens | None = None
+    states: Float[Array, "batches batch layer width"] | None = None
 
 
 def batch(
@@ -52,6 +54,7 @@ def batch(
     lengths: Sequence[int] = LENGTHS,
     expert: Sequence[Float[np.ndarray, "_ class"] | LikeliestTokens] | None = None,
     order: Literal["given", "stratified"] = "given",
+    states: Sequence[Float[np.ndarray, "_ layer width"]] | None = None,
 ) -> tuple[Batches, ...]:
     """Put the examples of all tasks on the device in batches; every example appears exactly once.
 
@@ -68,6 +71,7 @@ def batch(
         expert: for ``Batches.expert``, one array per task.
         order: of the examples of a bucket: as they come, task by task; or so that its first batches, however
             many, are a random sample of every task in proportion (the same sample in every call).
+        states: for ``Batches.states``, one array per task.
 
     Raises:
         UserError: no examples, or tasks whose inputs differ in name or shape.
@@ -83,14 +87,17 @@ def batch(
         task = np.repeat(np.asarray(tasks, np.int32), [len(e.labels) for e in examples])
         inputs = _join(examples, tasks)
         answers = None if expert is None else _join_answers([expert[i] for i in tasks])
+        hidden = None if states is None else np.concatenate([states[i] for i in tasks])
         for rows, length in _buckets(inputs, batch_size, lengths):
             if order == "stratified":
                 rows = _stratified(rows, task)
             own, expected = jax.tree.map(lambda a, rows=rows: a[rows], (inputs, answers))
             fitted = _fit(own, expected, length)
-            shaped = jax.tree.map(lambda a: _fold(a, batch_size), (*fitted, label[rows], task[rows]))
+            targets = None if hidden is None else hidden[rows]
+            shaped = jax.tree.map(lambda a: _fold(a, batch_size), (*fitted, label[rows], task[rows], targets))
             mask = np.arange(shaped[2].size).reshape(shaped[2].shape) < len(rows)
-            made.append(Batches(*jax.device_put((shaped[0], *shaped[2:], mask, shaped[1]), device)))
+            fields = shaped[0], *shaped[2:4], mask, shaped[1], shaped[4]
+            made.append(Batches(*jax.device_put(fields, device)))
     return tuple(made)
 
 

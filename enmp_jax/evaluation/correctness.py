@@ -45,7 +45,7 @@ class Correctness:
         for task, kind in zip(evaluator.loaded.tasks, evaluator.loaded.kinds, strict=True):
             if kind == "completion":
                 raise UserError(
-                    f"the task {task} completes texts: only classes and choices are compared by example"
+                    f"the task {task} completes texts: only classes and choices are compared one by one"
                 )
         self._evaluator = evaluator
         self._inputs = evaluator.spread(evaluator.inputs(split))

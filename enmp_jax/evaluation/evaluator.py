@@ -100,6 +100,7 @@ class Evaluator:
             loaded.run.evaluation.batch_size,
             expert=expert,
             order="stratified" if racing else "given",
+            states=experts.hidden_states(loaded, split) if self.kind.hidden else None,
         )
         prepared = self.ingredients if ingredients is None else ingredients
         return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh, loaded.backbone)
@@ -265,7 +266,9 @@ class Evaluator:
         merge, chunk = plan
         most = prefix.most_members(loaded.backbone, merge, inputs, parent.shape, self.mesh, chunk)
         first = np.asarray(prefix.first_changed(parent, keep))
-        if not prefix.pays(first, loaded.backbone.n_layers, most, self.mesh.shape["population"], chunk):
+        if self.kind.hidden or not prefix.pays(
+            first, loaded.backbone.n_layers, most, self.mesh.shape["population"], chunk
+        ):
             return self.score(inputs, keep, np.full(len(keep), scale, np.float32), plan)
         if plan not in self._compiled_from:
             evaluate = prefix.make_evaluate_from(

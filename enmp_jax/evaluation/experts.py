@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,13 +22,21 @@ from jaxtyping import Array, Bool, Float
 from enmp_jax import merges
 from enmp_jax.data import Batches, Examples, batch, kind_of
 from enmp_jax.data.batches import LikeliestTokens
+from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
 from enmp_jax.devices.mesh import replicate
 from enmp_jax.evaluation.fitness import FITNESS, TEMPERATURES, Fitness, task_values
-from enmp_jax.evaluation.kinds import at_targets, likeliest, option_log_probabilities, read_tokens
+from enmp_jax.evaluation.kinds import (
+    at_targets,
+    likeliest,
+    option_log_probabilities,
+    pooled_states,
+    read_tokens,
+)
 from enmp_jax.evaluation.loaded_run import LoadedRun, Split
 from enmp_jax.io import cache
 from enmp_jax.models import checkpoint
+from enmp_jax.models.base import Backbone
 from enmp_jax.version import code_digest
 
 OptionAnswers = Float[np.ndarray, "_ option"]
@@ -60,17 +68,35 @@ def answers(loaded: LoadedRun, split: Split) -> list[Answers]:
     """
     examples = loaded.examples[split]
     if jax.process_count() > 1:
-        return _unpacked(loaded, split, _compute(loaded, split))
+        return _unpacked(loaded, split, _compute(loaded, split, _read_answers(loaded.backbone)))
     entry, names = key(loaded, split), [str(i) for i in range(len(examples))]
+    read = _read_answers(loaded.backbone)
     cached = cache.read("experts", entry)
     found = [cached.arrays.get(name) for name in names] if cached else []
     rows = [len(e.labels) for e in examples]
     if [None if a is None else len(a) for a in found] != rows:
         # -inf is no number that the cache takes
-        found = [np.maximum(a, np.finfo(np.float32).min) for a in _compute(loaded, split)]
+        found = [np.maximum(a, np.finfo(np.float32).min) for a in _compute(loaded, split, read)]
         cache.write("experts", entry, dict(zip(names, found, strict=True)), {})
     restored = [np.where(a <= np.finfo(np.float32).min, -np.inf, a) for a in found if a is not None]
     return _unpacked(loaded, split, restored)
+
+
+def hidden_states(loaded: LoadedRun, split: Split) -> list[Float[np.ndarray, "_ layer width"]]:
+    """Pooled hidden states of every task's own adapter on its examples (``kinds.pooled_states``), from the
+    cache or computed as ``answers`` are."""
+
+    def read(params: Any, heads: Any, batch: Batches, deltas: Deltas) -> Array:
+        return pooled_states(loaded.backbone, params, batch, deltas)
+
+    if jax.process_count() > 1:
+        return _compute(loaded, split, read)
+    entry, names = key(loaded, split) + "-states", [str(i) for i in range(len(loaded.tasks))]
+    cached = cache.read("experts", entry)
+    if cached is None:
+        cached = cache.Entry(dict(zip(names, _compute(loaded, split, read), strict=True)), {})
+        cache.write("experts", entry, cached.arrays, {})
+    return [cached.arrays[name] for name in names]
 
 
 def _unpacked(loaded: LoadedRun, split: Split, found: Sequence[np.ndarray]) -> list[Answers]:
@@ -104,8 +130,19 @@ def _packed_tokens(logits: Array, target: Array, _: None) -> Float[Array, "token
     return jnp.concatenate(columns, axis=1)
 
 
-def _compute(loaded: LoadedRun, split: Split) -> list[np.ndarray]:
-    """Of every task [example, option], or [example, target, column] (see ``_packed_tokens``)."""
+def _read_answers(backbone: Backbone) -> Callable[..., Array]:
+    """[row, option], or [row, target, column] (see ``_packed_tokens``)."""
+
+    def read(params: Any, heads: Any, batch: Batches, deltas: Deltas) -> Array:
+        if kind_of(batch.inputs) == "completion":
+            return at_targets(backbone, params, batch, deltas, _packed_tokens)
+        return option_log_probabilities(backbone, params, heads, batch, deltas)
+
+    return read
+
+
+def _compute(loaded: LoadedRun, split: Split, read: Callable[..., Array]) -> list[np.ndarray]:
+    """What ``read(params, heads, batch, deltas) -> [row, ...]`` says of every task's examples."""
     merge, stack = merges.make("sum"), loaded.stack  # the sum of one adapter is that adapter
     ingredients = replicate(merge.prepare(stack), loaded.mesh)
     heads = replicate(loaded.heads, loaded.mesh)
@@ -114,10 +151,7 @@ def _compute(loaded: LoadedRun, split: Split) -> list[np.ndarray]:
 
     @partial(jax.jit, out_shardings=whole)
     def answer(params: Any, ingredients: Any, heads: Any, keep: Any, batch: Batches) -> jax.Array:
-        deltas = merge.merge(ingredients, keep, 1.0)
-        if kind_of(batch.inputs) == "completion":
-            return at_targets(loaded.backbone, params, batch, deltas, _packed_tokens)
-        return option_log_probabilities(loaded.backbone, params, heads, batch, deltas)
+        return read(params, heads, batch, merge.merge(ingredients, keep, 1.0))
 
     found: list[np.ndarray] = []
     for i, examples in enumerate(loaded.examples[split]):

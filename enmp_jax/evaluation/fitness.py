@@ -38,6 +38,8 @@ class Fitness(NamedTuple):
         has_gradient: False where the derivative is zero almost everywhere.
         logarithmic: values are logarithms, so that they are compared with the expert's own by
             ``exp(value - expert's)`` instead of ``value / expert's``.
+        hidden: what ``state_distance`` of hidden states from the expert's is multiplied by before it is
+            subtracted from the value; 0: hidden states do not matter (classification only).
     """
 
     name: str
@@ -47,6 +49,18 @@ class Fitness(NamedTuple):
     needs_expert: bool = False
     has_gradient: bool = True
     logarithmic: bool = False
+    hidden: float = 0.0
+
+
+def state_distance(
+    states: Float[Array, "batch layer width"], expert: Float[Array, "batch layer width"]
+) -> Float[Array, " batch"]:
+    """Squared distance of hidden states from the expert's, relative to their norm, mean over layers.
+
+    Relative, so that layers of large states do not decide alone.
+    """
+    squares = jnp.sum((states - expert) ** 2, axis=-1) / jnp.sum(expert**2, axis=-1)
+    return squares.mean(axis=-1)
 
 
 def _of_class(x: LogProbabilities, chosen: Int[Array, " batch"]) -> Float[Array, " batch"]:
@@ -109,13 +123,19 @@ FITNESS: dict[str, Fitness] = {
             needs_labels=False, needs_expert=True, logarithmic=True,
         ),
         Fitness(
+            "expert_hidden", "exp(-KL - distance of hidden states) from the expert",
+            lambda x, label, expert: _expectation(expert, x - expert),  # type: ignore[arg-type,operator]
+            needs_labels=False, needs_expert=True, logarithmic=True, hidden=1.0,
+        ),
+        Fitness(
             "entropy", "exp(-entropy)", lambda x, label, expert: _expectation(x, x),
             needs_labels=False, logarithmic=True,
         ),
     )
 }  # fmt: skip
 """By name. ``entropy`` is AdaMerging's objective (Yang et al., arXiv 2310.02575), a control: nothing keeps it
-from being confidently wrong."""
+from being confidently wrong. ``expert_hidden`` is Expert Merging's (Zhang et al., arXiv 2509.25712): hidden
+states and logits match the expert's; here pooled states of all layers, and relative distances."""
 
 
 def get(name: str) -> Fitness:

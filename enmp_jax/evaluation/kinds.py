@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from enmp_jax.data.batches import Batches, LikeliestTokens
 from enmp_jax.data.layout import kind_of
 from enmp_jax.deltas import Deltas
-from enmp_jax.evaluation.fitness import Fitness
+from enmp_jax.evaluation.fitness import Fitness, state_distance
 from enmp_jax.evaluation.scoring import Counts, Heads, class_log_probabilities, count
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.models.causal import at_answers, choice_scores, log_probability
@@ -56,6 +56,12 @@ def count_batch(
         kind: the fitness whose values are summed.
         start: where to begin; default: from the embeddings.
     """
+    if kind.hidden:
+        states = pooled_states(backbone, params, batch, deltas)
+        scores = class_log_probabilities(heads, states[:, -1], batch.task)
+        assert batch.states is not None, "this fitness needs the experts' hidden states"
+        distance = state_distance(states, batch.states)
+        return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert, distance)
     if kind_of(batch.inputs) != "completion":
         scores = option_log_probabilities(backbone, params, heads, batch, deltas, start)
         assert not isinstance(batch.expert, LikeliestTokens)
@@ -70,6 +76,15 @@ def count_batch(
         return jnp.tensordot(member.T, kept.sum(axis=1), 1)
 
     return Counts(summed(correct.astype(jnp.float32)), summed(found), summed(value))
+
+
+def pooled_states(
+    backbone: Backbone, params: Params, batch: Batches, deltas: Deltas
+) -> Float[Array, "row layer width"]:
+    """What the pooling makes of the hidden states after every layer; the last are the features."""
+    hidden = backbone.hidden_states(params, batch.inputs, deltas)[1:]
+    pooled = jax.lax.map(lambda h: backbone.pool(params, h, batch.inputs), hidden)
+    return jnp.swapaxes(pooled, 0, 1)
 
 
 def option_log_probabilities(

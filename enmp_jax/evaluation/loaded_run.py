@@ -112,7 +112,7 @@ class LoadedRun:
         return _labelled(self.tasks, split, self.examples[split])
 
     def check_fitness(self, key: str, kind: Fitness, splits: Sequence[Split]) -> None:
-        """Refuse a fitness that needs labels where there are none.
+        """Refuse a fitness that needs what is not there.
 
         Args:
             key: what sets it in the run file.
@@ -120,8 +120,13 @@ class LoadedRun:
             splits: where it will be computed.
 
         Raises:
-            UserError: the first split without labels, if the fitness needs them.
+            UserError: the first split without labels, if the fitness needs them; or generative tasks, if it
+                looks at hidden states.
         """
+        if kind.hidden and set(self.kinds) != {"classification"}:
+            raise UserError(
+                f"{key} {kind.name} compares hidden states of classification tasks only: take expert_kl"
+            )
         for split in splits:
             if kind.needs_labels and not self.labelled(split):
                 raise UserError(

@@ -106,6 +106,7 @@ def count(
     n_tasks: int,
     kind: Fitness = FITNESS["accuracy"],
     expert: Float[Array, "batch class"] | None = None,
+    distance: Float[Array, " batch"] | float = 0.0,
 ) -> Counts:
     """Correct answers, summed log-likelihoods and fitness values of a padded batch, per task.
 
@@ -117,11 +118,14 @@ def count(
         n_tasks: number of tasks.
         kind: whose values are summed.
         expert: log-probabilities of each example's own unmerged adapter, if the kind needs them.
+        distance: of hidden states from the expert's, if the kind has a weight for it.
     """
     correct = jnp.argmax(log_probabilities, axis=-1) == label
     own = jnp.take_along_axis(log_probabilities, label[:, None], axis=1)[:, 0]
     member = jax.nn.one_hot(task, n_tasks) * mask[:, None]
     value = kind.value(log_probabilities, label, expert)
+    if kind.hidden:
+        value -= kind.hidden * distance
     value = jnp.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, 0.0)
     return Counts(
         correct.astype(jnp.float32) @ member,

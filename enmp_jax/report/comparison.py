@@ -43,10 +43,16 @@ def control_rows(result: Result) -> tuple[list[str], list[list[str]]]:
     return header, [
         [
             row["row"], percent(row["mean_normalised"]), percent(row.get("std")),
-            *_difference(row.get("gain")), *_difference(row.get("found_better_by")), row.get("note", ""),
+            *_difference(row.get("gain")), *_difference(row.get("found_better_by")), _note(row),
         ]
         for row in result["rows"]
     ]  # fmt: skip
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    if "as_good_as_found" in row:
+        return f"{row['as_good_as_found']} of {len(row['values'])} as good as found"
+    return row.get("note", "")
 
 
 def _difference(found: Mapping[str, float] | None) -> list[str]:

@@ -40,6 +40,7 @@ FOLDERS = {
     "peft": "merged",
     "checkpoint": "model",
     "delta": "delta",
+    "gguf": "gguf",
 }
 """Format -> its directory in a run directory; ``refined`` is a PEFT adapter too."""
 Score = Callable[[Deltas], Mapping[str, Any]]

@@ -117,6 +117,16 @@ def make_ascent(objective: Objective, settings: Settings) -> Ascent:
     return Ascent(jax.jit(init), jax.jit(advance), settings)
 
 
+def straight_through(logits: Float[Array, "*module"], temperature: float = 1.0) -> Float[Array, "*module"]:
+    """A binary mask with a derivative: 1 where a logit is positive, else 0; derived as if it were
+    ``sigmoid(logit / temperature)``.
+
+    The straight-through estimator (Bengio et al., arXiv 1308.3432), as AdaRank uses it.
+    """
+    soft = jax.nn.sigmoid(logits / temperature)
+    return jnp.where(logits > 0, 1.0, 0.0) + (soft - jax.lax.stop_gradient(soft))
+
+
 def run(
     ascent: Ascent,
     state: State,

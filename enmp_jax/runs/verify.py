@@ -1,0 +1,259 @@
+"""``enmp verify``: adapters and exports against what they claim, read from the disk as anybody would."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from enmp_jax import merges, models
+from enmp_jax.adapters.checkpoint_checks import check_checkpoint, types
+from enmp_jax.adapters.checks import (
+    Check,
+    Parts,
+    check_deltas,
+    check_names,
+    check_not_zero,
+    check_vllm,
+    parts_of,
+)
+from enmp_jax.adapters.lora_factors import delta_parts
+from enmp_jax.adapters.peft_export import export_peft, kept_modules
+from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS
+from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters, load_adapters, read_adapter
+from enmp_jax.adapters.peft_reload import check_peft, check_transformers
+from enmp_jax.adapters.recipe import RECIPE, Recipe, mask_of, sha256
+from enmp_jax.deltas import Deltas
+from enmp_jax.errors import UserError, one_line, reason
+from enmp_jax.io.hub import hub_id, locate
+from enmp_jax.io.reading import open_tensors
+from enmp_jax.models import checkpoint
+from enmp_jax.runs.directory import finished
+from enmp_jax.runs.verify_outputs import check_outputs
+
+_STEPS = {"F64": 2e-4, "F32": 2e-4, "F16": 0.05, "BF16": 0.3}
+"""How far rounding weights to a type may move outputs, as a share of what the merge changes in them."""
+
+
+class Report(NamedTuple):
+    """The checks of one directory, and what it was taken for."""
+
+    source: str
+    what: str
+    checks: list[Check]
+
+
+class _Sources(NamedTuple):
+    """Where the adapters and the base of an export are."""
+
+    adapters: Mapping[str, str]
+    base: str | None
+
+
+def verify(source: str, adapters: Mapping[str, str], base: str | None = None) -> list[Report]:
+    """Check an adapter, an export, or everything that a run directory holds.
+
+    Args:
+        source: directory, or the hub id of an adapter.
+        adapters: task -> where an export's adapters are, where they are not found by themselves.
+        base: base model of an export, likewise.
+
+    Raises:
+        UserError: nothing to verify there, or adapters or a base that cannot be found or are others.
+    """
+    path = locate(source, [CONFIG, WEIGHTS]).directory
+    if (path / CONFIG).exists() and not (path / RECIPE).exists():
+        return [_adapter(source)]
+    if (path / RECIPE).exists():
+        return [_export(path, _Sources(adapters, base))]
+    if (path / "mask.json").exists() and (path / "config.yaml").exists():
+        found = sorted(child for child in path.iterdir() if (child / RECIPE).exists())
+        if found:
+            return [_export(child, _Sources(adapters, base)) for child in found]
+    if (path / WEIGHTS).exists():
+        return [_adapter(source)]
+    raise UserError(
+        f"{one_line(source)} is no adapter, no export ({RECIPE} is missing) and no run directory with exports"
+    )
+
+
+def _adapter(source: str) -> Report:
+    """(a) An adapter alone, through the whole import and export, comes back with its own weights."""
+    adapter, reads = _read(source)
+    if adapter is None:
+        return Report(source, "adapter", [reads])
+    own = parts_of(adapter.modules)
+    checks = [reads, check_not_zero(own), *check_peft(adapter, own, 0.0)]
+    loaded = load_adapters({"adapter": source})
+    merge = merges.make("sum")
+    keep = jnp.ones((loaded.stack.n_layers, 1), bool)
+    deltas = jax.jit(merge.merge)(merge.prepare(loaded.stack), keep, 1.0)
+    with tempfile.TemporaryDirectory(prefix="enmp-") as temporary:
+        try:
+            export_peft(Path(temporary) / "out", loaded, deltas, Recipe())
+            back = read_adapter(Path(temporary) / "out")
+        except UserError as error:
+            back, why = None, str(error)
+            checks.append(Check("import and export", False, why))
+    if back is not None:
+        checks += check_deltas(parts_of(back.modules), own, 0.0, "import and export")
+    return Report(source, "adapter", [*checks, *check_vllm(adapter)])
+
+
+def _export(directory: Path, sources: _Sources) -> Report:
+    """(b) An export against the merge that its recipe claims."""
+    data = _recipe(directory)
+    kind = data["format"]
+    try:
+        run = finished(directory.parent)[0]
+        at_home = {task.name: run.path(task.adapter) for task in run.tasks}
+        home = run.path(run.base.model)
+    except UserError:
+        at_home, home = {}, None
+    base = sources.base or home
+    found = _find_adapters(directory, data["tasks"], sources.adapters, at_home)
+    backbone = None
+    if home is not None:
+        backbone = models.build(checkpoint.read_config(checkpoint.find(home)))
+    loaded = load_adapters(
+        found,
+        backbone and backbone.canonical,
+        n_layers=backbone and backbone.n_layers,
+        modules=backbone and backbone.modules,
+        allow_base_mismatch=True,
+    )
+    _same_adapters(loaded, data["tasks"])
+    recipe = Recipe(data["merge"], data["pruned"], weights=data.get("weights") or ())
+    _, keep = mask_of(loaded, recipe)
+    what = f"{kind} export"
+    if data.get("refined"):
+        return Report(str(directory), what, _refined(directory, data))
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.merge.items()}
+    scale = given.pop("scale", None)
+    method = merges.make(**given)
+
+    def deltas() -> Deltas:
+        ingredients = method.prepare(loaded.stack)
+        return jax.jit(method.merge)(ingredients, jnp.asarray(keep), 1.0 if scale is None else scale)
+
+    if kind == "adapters":
+        return Report(str(directory), what, _pruned(directory, loaded, keep))
+    if kind == "checkpoint":
+        base = base or (loaded.base_model if hub_id(loaded.base_model) else None)
+        if base is None:
+            raise UserError(f"{directory} is verified against its base model: give --base-model DIR")
+        merged = deltas()
+        try:
+            checks = check_checkpoint(directory, loaded, merged, base)
+        except UserError as error:
+            hint = "" if sources.base else "; if the base is another one, give --base-model DIR"
+            raise UserError(f"{error}{hint}") from None
+        rounding = max(_STEPS[name] for name in types(directory))
+        checks += check_outputs(base, delta_parts(merged, loaded.names), directory, rounding)
+        return Report(str(directory), what, [*checks, *check_transformers(directory)])
+    wanted = delta_parts(deltas(), loaded.names)
+    if kind == "delta":
+        return Report(str(directory), what, _delta(directory, wanted))
+    return Report(str(directory), what, _merged(directory, wanted, data.get("error") or 0.0, sources.base))
+
+
+def _merged(directory: Path, wanted: dict[str, Parts], error: float, base: str | None) -> list[Check]:
+    adapter, reads = _read(directory)
+    if adapter is None:
+        return [reads]
+    modules, tolerance = parts_of(adapter.modules), error * 1.001
+    # a relative error of the weights may weigh more in the outputs
+    outputs = check_outputs(base, wanted, modules, 1e-4 + 10 * error) if base else []
+    return [
+        reads,
+        *check_deltas(modules, wanted, tolerance),
+        check_not_zero(modules),
+        *outputs,
+        *check_peft(adapter, modules, 0.0),
+        *check_vllm(adapter),
+    ]
+
+
+def _refined(directory: Path, data: Mapping[str, Any]) -> list[Check]:
+    """A merge and a LoRA trained from it: no recipe makes its weights again, but it must load."""
+    adapter, reads = _read(directory)
+    if adapter is None:
+        return [reads]
+    modules = parts_of(adapter.modules)
+    return [reads, check_not_zero(modules), *check_peft(adapter, modules, 0.0), *check_vllm(adapter)]
+
+
+def _pruned(directory: Path, loaded: LoadedAdapters, keep: np.ndarray) -> list[Check]:
+    checks = []
+    for i, (task, original) in enumerate(loaded.adapters.items()):
+        adapter, reads = _read(directory / task)
+        checks.append(reads._replace(name=f"{task}: reads"))
+        if adapter is not None:
+            wanted = parts_of(kept_modules(original, loaded, task, keep[..., i]))
+            found = parts_of(adapter.modules)
+            own = [*check_deltas(found, wanted, 0.0), *check_peft(adapter, found, 0.0)]
+            checks += [check._replace(name=f"{task}: {check.name}") for check in own]
+    return checks
+
+
+def _delta(directory: Path, wanted: Mapping[str, Parts]) -> list[Check]:
+    with open_tensors(directory / "delta.safetensors") as handle:
+        names = list(handle.keys())
+        found = {key.removesuffix(".weight"): (handle.get_tensor(key).astype(np.float32),) for key in names}
+    checks = [check_names("tensors", found, wanted), *check_deltas(found, wanted, 0.0)]
+    return [*checks, check_not_zero(found)]
+
+
+def _read(source: str | Path) -> tuple[Adapter | None, Check]:
+    try:
+        adapter = read_adapter(source)
+    except UserError as error:
+        return None, Check("reads", False, str(error))
+    return adapter, Check("reads", True, f"{len(adapter.modules)} modules")
+
+
+def _recipe(directory: Path) -> dict[str, Any]:
+    path = directory / RECIPE
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
+    kinds = ("adapters", "peft", "checkpoint", "delta")
+    if not isinstance(data, dict) or data.get("format") not in kinds:
+        raise UserError(f"{path} is no recipe that can be verified: format must be one of {', '.join(kinds)}")
+    for key, kind in (("tasks", list), ("merge", dict), ("pruned", list)):
+        if not isinstance(data.get(key), kind):
+            raise UserError(f"{path} is damaged: {key} is missing")
+    return data
+
+
+def _find_adapters(
+    directory: Path, tasks: list[Any], given: Mapping[str, str], at_home: Mapping[str, str]
+) -> dict[str, str]:
+    """Task -> directory or hub id: as given, as the run has it, by its name here, or from the hub."""
+    found: dict[str, str] = {}
+    for entry in tasks:
+        task, name = str(entry["name"]), str(entry["adapter"])
+        places = [Path(name), directory.parent / name]
+        local = next((str(place) for place in places if (place / CONFIG).exists()), None)
+        source = given.get(task) or at_home.get(task) or local or (name if hub_id(name) else None)
+        if source is None:
+            raise UserError(f"where is the adapter {one_line(name)} of task {task!r}? --adapter {task}=DIR")
+        found[task] = source
+    return found
+
+
+def _same_adapters(loaded: LoadedAdapters, tasks: list[Any]) -> None:
+    for entry in tasks:
+        task = str(entry["name"])
+        if sha256(loaded.adapters[task]) != entry.get("sha256"):
+            raise UserError(
+                f"{one_line(loaded.adapters[task].source)} is not the adapter of task {task!r} that was "
+                f"merged (its hash differs): --adapter {task}=DIR"
+            )

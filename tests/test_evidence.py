@@ -1,0 +1,168 @@
+"""The evidence script: seeds draw other data, a killed run goes on, and what rows say of themselves."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from enmp_jax.data import redraw
+from enmp_jax.data.base import Examples
+from enmp_jax.errors import UserError
+from enmp_jax.evaluation.loaded_run import load
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import evidence
+import evidence_columns
+import evidence_report
+
+
+def examples(contents):
+    keys = np.asarray([f"{c:032d}".encode() for c in contents], "S32")
+    labels = np.asarray(contents, np.int32)
+    return Examples({"image": labels[:, None]}, labels, (), keys)
+
+
+def tasks():
+    """Two tasks that share contents 20 to 39, a repeated row in the first."""
+    return {
+        "a": {"search": examples([*range(20), 3]), "selection": examples(range(20, 40))},
+        "b": {"search": examples(range(40, 60)), "selection": examples(range(20, 40))} | {"test": "as it is"},
+    }
+
+
+def contents(drawn, task, split):
+    return drawn[task][split].labels.tolist()
+
+
+def test_seeds_draw_disjoint_and_different_splits():
+    seen = set()
+    for seed in range(1, 6):
+        drawn = redraw(tasks(), seed, {})
+        for task in ("a", "b"):
+            search, selection = (contents(drawn, task, s) for s in ("search", "selection"))
+            whole = [x for s in ("search", "selection") for x in tasks()[task][s].labels.tolist()]
+            assert sorted(search + selection) == sorted(whole)
+        # also across tasks, which may hold the same images
+        every = {s: {*contents(drawn, "a", s), *contents(drawn, "b", s)} for s in ("search", "selection")}
+        assert not every["search"] & every["selection"]
+        assert drawn["b"]["test"] == "as it is"
+        seen.add(tuple(contents(drawn, "b", "search")))
+    assert len(seen) == 5
+    assert contents(redraw(tasks(), 1, {}), "a", "search") == contents(redraw(tasks(), 1, {}), "a", "search")
+
+
+def test_a_smaller_limit_is_part_of_a_larger_one():
+    small, large = (redraw(tasks(), 1, {"search": n, "selection": n}) for n in (3, 7))
+    for split in ("search", "selection"):
+        assert len(contents(small, "b", split)) == 3
+        assert set(contents(small, "b", split)) < set(contents(large, "b", split))
+
+
+def test_a_run_file_draws_by_its_seed_and_keeps_the_test_split(demo_run, demo_loaded):
+    runs = [
+        dataclasses.replace(demo_run, evaluation=dataclasses.replace(demo_run.evaluation, seed=seed))
+        for seed in (1, 2)
+    ]
+    first, second = (load(run).examples for run in runs)
+    for i in range(len(demo_run.tasks)):
+        own = {split: set(found[i].keys.tolist()) for split, found in first.items()}
+        assert len(own["search"]) == 10 and len(own["selection"]) == 8
+        assert not own["search"] & own["selection"] and not own["search"] & own["test"]
+        assert own["search"] != set(second["search"][i].keys.tolist())
+        assert own["test"] == set(demo_loaded.examples["test"][i].keys.tolist())
+
+
+def arguments(out, **given):
+    defaults = {
+        "suite": "demo", "out": out, "set": "main", "columns": ["plain", "ours, continuous"],
+        "methods": ["sum"], "seeds": 2, "examples": [4], "test": 5,
+    }  # fmt: skip
+    return argparse.Namespace(**defaults | given)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A suite of no cost, whose rows can be made to fail; what was measured."""
+    seen = []
+
+    def measure(group, column, known):
+        seen.append((group.seed, column["kind"]))
+        if len(seen) == measure.dies_at:
+            raise KeyboardInterrupt
+        return {"test": 0.5, "seconds": 0.0}
+
+    measure.dies_at = 0
+    monkeypatch.setattr(evidence, "measure", measure)
+    monkeypatch.setattr(evidence, "Suite", lambda *_: None)
+    monkeypatch.setattr(evidence, "Group", lambda suite, method, seed, n: argparse.Namespace(seed=seed))
+    return seen, measure
+
+
+def test_a_killed_run_does_no_row_twice(counted, tmp_path):
+    (seen, measure), out = counted, tmp_path / "rows.jsonl"
+    measure.dies_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        evidence.run(arguments(out))
+    assert len(rows(out)) == 2
+    evidence.run(arguments(out))
+    expected = [(0, "plain"), (0, "weights"), (1, "plain")]
+    assert seen == [*expected, (1, "plain"), (1, "weights")]
+    assert [(r["seed"], r["column"]) for r in rows(out)] == [
+        (seed, column) for seed in (0, 1) for column in ("plain", "ours, continuous")
+    ]
+    evidence.run(arguments(out))
+    assert len(seen) == 5
+
+
+def test_a_line_cut_short_is_done_again(counted, tmp_path):
+    (seen, _), out = counted, tmp_path / "rows.jsonl"
+    evidence.run(arguments(out, seeds=1))
+    out.write_text(out.read_text()[:-20])
+    evidence.run(arguments(out, seeds=1))
+    assert seen == [(0, "plain"), (0, "weights"), (0, "weights")]
+    assert [row["column"] for row in evidence_report.read(out)] == ["plain", "ours, continuous"]
+
+
+def test_a_row_of_other_settings_is_refused(counted, tmp_path):
+    seen, _ = counted
+    out = tmp_path / "rows.jsonl"
+    evidence.run(arguments(out, seeds=1))
+    with pytest.raises(UserError, match="demo, sum, 0, plain, 4: the file has this row with other settings"):
+        evidence.run(arguments(out, seeds=1, test=6))
+    assert len(seen) == 2
+
+
+def test_rows_count_their_budget_and_read_the_test_split_once(tmp_path, monkeypatch):
+    """For real, on the demo: a search of weights, a mask, and masks that prune as many modules."""
+    looks = []
+    counts = evidence_columns.Data.counts
+
+    def counting(self, keep, scale):
+        if self.examples == 6 * 5:
+            looks.append(len(keep))
+        return counts(self, keep, scale)
+
+    monkeypatch.setattr(evidence_columns.Data, "counts", counting)
+    short = {**evidence.COLUMNS["ours, continuous"], "passes": 12, "curve": True}
+    monkeypatch.setitem(evidence.COLUMNS, "ours, continuous", short)
+    out = tmp_path / "rows.jsonl"
+    columns = ["plain", "first-order", "ours, continuous"]
+    evidence.run(arguments(out, columns=columns, seeds=1))
+    plain, mask, weights = rows(out)
+    assert len(looks) == 3 and looks[:2] == [1, 1]
+    assert plain["example_evaluations"] == 0 and plain["pruned"] == []
+    assert mask["example_evaluations"] == np.ceil(3.5 * 24)
+    assert weights["steps"] == 2  # two more, and a look, would cost 17 passes
+    assert weights["example_evaluations"] == (3.5 * 2 + 2) * 24
+    assert np.asarray(weights["keep"]).shape == (6, 4, 6)
+    assert all(cost <= weights["example_evaluations"] for cost, _ in weights["curve"])
+    assert {row["scale"] for row in (plain, mask, weights)} == {plain["scale"]}
