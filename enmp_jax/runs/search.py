@@ -31,7 +31,7 @@ from enmp_jax.runs.plan import out_of_memory
 from enmp_jax.runs.provenance import fingerprints
 from enmp_jax.runs.refine import refine_winner, test_refined, with_refined
 from enmp_jax.runs.rehearsal import rehearse
-from enmp_jax.runs.task_scores import task_scores
+from enmp_jax.runs.task_scores import generated, task_scores
 from enmp_jax.search import controls
 from enmp_jax.training.refine import Refined
 
@@ -280,6 +280,8 @@ def test(
         "scale": best.scale,
         "seed": best.seed,
     }  # fmt: skip
+    compared = {"base": (~plain, scale), "merged": (plain, scale), "enmp": (best.keep, best.scale)}
+    found |= generated(evaluator, "test", compared)
     if best.keep.dtype != bool:
         found["weighted"] = len(spec.weighted_modules(best.keep))
     return found if refined is None else with_refined(found, test_refined(evaluator, refined))
