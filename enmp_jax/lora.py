@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, shown
 
+_MAX_LAYERS = 4096
+_MOST_PADDED = 2**26
 _LAYER_INDEX = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
 
 
@@ -101,7 +103,9 @@ def split_layer(path: str) -> tuple[str, int]:
     found = _LAYER_INDEX.findall(path)
     if len(found) != 1:
         count = "no layer index" if not found else f"{len(found)} indices"
-        raise UserError(f"module {path!r} has {count}: only LoRA on numbered layers can be merged")
+        raise UserError(f"module {shown(path, 200)} has {count}: only LoRA on numbered layers can be merged")
+    if len(found[0]) > 10:
+        raise UserError(f"module {shown(path, 200)} has a layer index that is none")
     return _LAYER_INDEX.sub("{}", path, count=1), int(found[0])
 
 
@@ -142,7 +146,10 @@ def stack_adapters(
     largest = max(layer for entries in modules.values() for layer, _ in entries)
     if n_layers is not None and largest >= n_layers:
         raise UserError(f"an adapter has layer {largest}, but the base model has {n_layers} layers")
+    if n_layers is None and largest >= _MAX_LAYERS:
+        raise UserError(f"an adapter has layer {largest}: more than {_MAX_LAYERS} layers are not stacked")
     depth, width = n_layers or largest + 1, len(adapters)
+    _check_padding(modules, depth * width)
 
     pairs = {}
     for template in sorted(modules):
@@ -160,3 +167,22 @@ def stack_adapters(
             jnp.asarray(stacked_a), jnp.asarray(stacked_b), tuple(tuple(int(r) for r in row) for row in ranks)
         )
     return LoraStack(pairs, tuple(adapters))
+
+
+def _check_padding(
+    modules: Mapping[str, Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]], places: int
+) -> None:
+    """A small file whose ranks or layers lie far apart would fill the memory with zeros.
+
+    Raises:
+        UserError: it would.
+    """
+    given = padded = 0
+    for entries in modules.values():
+        sizes = [a.size + b.size for a, b in entries.values()]
+        given, padded = given + sum(sizes), padded + places * max(sizes)
+    if padded > _MOST_PADDED and padded > 100 * given:
+        raise UserError(
+            f"the adapters hold {given} numbers, which need room for {padded} when stacked: their layers or "
+            "ranks lie too far apart"
+        )

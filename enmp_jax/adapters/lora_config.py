@@ -7,12 +7,14 @@ low-rank delta on linear weights.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from enmp_jax.errors import UserError, one_line
+from enmp_jax.adapters import patterns
+from enmp_jax.adapters.patterns import Clock
+from enmp_jax.errors import UserError, one_line, shown
 
 # Options that change what the tensors mean: anything but null, false or empty is refused.
 _REFUSED = {
@@ -34,6 +36,7 @@ _REFUSED = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PLAIN_INIT = ("gaussian", "eva", "orthogonal", "mica")
 _MAX_RANK = 65536
+_MAX_PATTERNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class LoraSettings:
     modules_to_save: tuple[str, ...]
     task_type: str | None
     base_model: str | None
+    clock: Clock = field(default_factory=Clock, compare=False)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], where: str) -> LoraSettings:
@@ -70,19 +74,19 @@ class LoraSettings:
         if kind is None:
             read.fail("peft_type is missing: this is not a PEFT adapter configuration")
         if kind != "LORA":
-            read.fail(f"peft_type is {_show(kind)}: only LORA adapters can be merged")
+            read.fail(f"peft_type is {shown(kind, 80)}: only LORA adapters can be merged")
         for key, reason in _REFUSED.items():
             if config.get(key) not in (None, False, {}, []):
                 read.fail(f"{key} is set: {reason}")
         bias = config.get("bias", "none")
         if bias != "none":
-            read.fail(f"bias is {_show(bias)}: trained biases would be lost; only bias 'none' can be merged")
+            read.fail(f"bias is {shown(bias, 80)}: trained biases would be lost; only 'none' can be merged")
         _check_init(config.get("init_lora_weights", True), read)
         layers = config.get("layers_to_transform")
         if layers is not None and not isinstance(layers, list):
             layers = [layers]
         if any(isinstance(x, bool) or not isinstance(x, int) for x in layers or ()):
-            read.fail(f"layers_to_transform must hold integers, not {_show(config['layers_to_transform'])}")
+            read.fail(f"layers_to_transform must hold integers, not {shown(layers, 80)}")
         return cls(
             rank=read.rank(config.get("r", 8), "r"),
             alpha=read.number(config.get("lora_alpha", 8), "lora_alpha"),
@@ -101,37 +105,52 @@ class LoraSettings:
             modules_to_save=read.names("modules_to_save"),
             task_type=read.text("task_type"),
             base_model=read.text("base_model_name_or_path") or None,
+            clock=Clock(where),
         )
 
     def module_rank(self, path: str) -> int:
         """Rank of a module, ``rank_pattern`` applied."""
-        return self.rank_pattern.get(_pattern_key(self.rank_pattern, path), self.rank)
+        return self.rank_pattern.get(self.clock.first(self.rank_pattern, path), self.rank)
 
     def scaling(self, path: str) -> float:
         """What PEFT multiplies ``B A`` with: alpha / r, with rsLoRA alpha / sqrt(r)."""
-        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, path), self.alpha)
+        alpha = self.alpha_pattern.get(self.clock.first(self.alpha_pattern, path), self.alpha)
         rank = self.module_rank(path)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def targets(self, path: str) -> bool:
         """Whether PEFT would put a LoRA on this module (``check_target_module_exists``)."""
-        excluded = self.exclude_modules
-        if excluded and _matches(excluded, path):
+        if self.exclude_modules and self._named(self.exclude_modules, path):
             return False
         if self.target_modules is None or self.target_modules == "all-linear":
             return True  # PEFT takes its default list for the architecture, or all linear layers
         if isinstance(self.target_modules, str) or path in self.target_modules:
-            return _matches(self.target_modules, path)
-        if not _matches(self.target_modules, path):
+            return self._named(self.target_modules, path)
+        if not self._named(self.target_modules, path):
             return False
         if self.layers is None:
             return True
         patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in self.layers_pattern]
         for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            match = re.match(pattern, path)
-            if match:
-                return int(match["idx"]) in self.layers
+            layer = self.clock.layer(pattern, path)
+            if layer is not None:
+                return layer in self.layers
         return False
+
+    def _named(self, names: tuple[str, ...] | str, path: str) -> bool:
+        if isinstance(names, str):
+            return self.clock.matches(names, path)
+        known = self._targets if names is self.target_modules else self._excluded
+        parts = path.split(".")
+        return any(".".join(parts[i:]) in known for i in range(len(parts)))
+
+    @cached_property
+    def _targets(self) -> frozenset[str]:
+        return frozenset(self.target_modules or ())
+
+    @cached_property
+    def _excluded(self) -> frozenset[str]:
+        return frozenset(self.exclude_modules or ())
 
 
 @dataclass(frozen=True)
@@ -150,31 +169,31 @@ class _Reader:
         except OverflowError:
             result = math.nan
         if not math.isfinite(result):
-            self.fail(f"{key} must be a finite number, not {_show(value)}")
+            self.fail(f"{key} must be a finite number, not {shown(value, 80)}")
         return result
 
     def rank(self, value: Any, key: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _MAX_RANK:
-            self.fail(f"{key} must be a rank from 1 to {_MAX_RANK}, not {_show(value)}")
+            self.fail(f"{key} must be a rank from 1 to {_MAX_RANK}, not {shown(value, 80)}")
         return value
 
     def flag(self, key: str) -> bool:
         value = self.config.get(key) or False
         if not isinstance(value, bool):
-            self.fail(f"{key} must be true or false, not {_show(value)}")
+            self.fail(f"{key} must be true or false, not {shown(value, 80)}")
         return value
 
     def text(self, key: str) -> str | None:
         value = self.config.get(key)
         if value is not None and not isinstance(value, str):
-            self.fail(f"{key} must be a string, not {_show(value)}")
+            self.fail(f"{key} must be a string, not {shown(value, 80)}")
         return value
 
     def names(self, key: str) -> tuple[str, ...]:
         value = self.config.get(key)
         value = [value] if isinstance(value, str) else value or []
         if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
-            self.fail(f"{key} must be a list of names, not {_show(value)}")
+            self.fail(f"{key} must be a list of names, not {shown(value, 80)}")
         if key == "layers_pattern":
             for pattern in value:
                 self.regex(pattern, key)
@@ -192,16 +211,16 @@ class _Reader:
     def pattern(self, key: str) -> Mapping[str, Any]:
         value = self.config.get(key) or {}
         if not isinstance(value, dict):
-            self.fail(f"{key} must be an object, not {_show(value)}")
+            self.fail(f"{key} must be an object, not {shown(value, 80)}")
+        if len(value) > _MAX_PATTERNS:
+            self.fail(f"{key} has {len(value)} entries, more than {_MAX_PATTERNS}")
         for pattern in value:
             self.regex(rf"(.*\.)?({pattern})$", key)
         return value
 
     def regex(self, pattern: str, key: str) -> None:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            self.fail(f"{key} has an invalid regular expression {_show(pattern)}: {error}")
+        if (wrong := patterns.check(pattern)) is not None:
+            self.fail(f"{key} has an invalid regular expression {shown(pattern, 80)}: {wrong}")
 
 
 def _check_init(value: Any, read: _Reader) -> None:
@@ -209,28 +228,7 @@ def _check_init(value: Any, read: _Reader) -> None:
         return
     if isinstance(value, str) and value.lower().startswith(_CHANGES_BASE):
         read.fail(
-            f"init_lora_weights is {_show(value)}, which changes the base weights: save the adapter again "
-            "with PEFT's path_initial_model_for_weight_conversion to make it a plain LoRA"
+            f"init_lora_weights is {shown(value, 80)}, which changes the base weights: save the adapter "
+            "again with PEFT's path_initial_model_for_weight_conversion to make it a plain LoRA"
         )
-    read.fail(f"init_lora_weights is {_show(value)}, which is not known")
-
-
-def _pattern_key(patterns: Mapping[str, Any], path: str) -> str:
-    """PEFT's ``get_pattern_key``: the first pattern that matches the end of the path."""
-    for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return pattern
-    return path
-
-
-def _matches(names: tuple[str, ...] | str, path: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _show(value: Any) -> str:
-    try:
-        return one_line(repr(value), 80)
-    except (ValueError, RecursionError):  # an integer of more digits than Python prints
-        return f"a {type(value).__name__} too large to show"
+    read.fail(f"init_lora_weights is {shown(value, 80)}, which is not known")

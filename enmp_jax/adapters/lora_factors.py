@@ -19,6 +19,8 @@ from enmp_jax.errors import UserError
 _DIRECT = 2048  # up to this side LAPACK's full SVD is quicker than Lanczos
 _FINEST = 1e-6  # what float32 factors of a dense matrix can keep to
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class LoraFactors(NamedTuple):
     """LoRA factors of merged deltas.
@@ -62,7 +64,7 @@ def lora_factors(
         for layer in range(_n_layers(delta)):
             path = names[template].replace("{}", str(layer))
             a, b, missing, norm = _layer_factors(one_layer(delta, layer), limit)
-            if not math.isfinite(norm):
+            if not float(norm) <= _LARGEST:  # also where only the product of finite factors overflows
                 raise UserError(f"the merged delta of {path} has NaN or Inf in it")
             lost, whole = lost + missing**2, whole + norm**2
             if norm:

@@ -6,8 +6,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from enmp_jax.errors import UserError, one_line
 from enmp_jax.lora import split_layer
+
+_MAX_TEMPLATES = 2000  # compared in pairs
 
 
 def check_bases(bases: Mapping[str, str | None], base_name: str | None, allow: bool) -> str | None:
@@ -23,7 +27,8 @@ def check_bases(bases: Mapping[str, str | None], base_name: str | None, allow: b
             if not allow and other is not None and not same_base(name, other):
                 raise UserError(
                     f"adapter {task!r} was trained on {one_line(name)}, but {owner} is {one_line(other)}: "
-                    "pass --allow-base-mismatch if they are the same weights"
+                    "if they are the same weights, pass --allow-base-mismatch (in a run file: set "
+                    "base.allow_mismatch: true)"
                 )
     return first
 
@@ -82,6 +87,23 @@ def check_shape(task: str, path: str, shape: tuple[int, int], expected: tuple[in
         )
 
 
+def check_product(task: str, path: str, a: np.ndarray, b: np.ndarray) -> None:
+    """Refuse factors whose product no float32 holds, though each of them is finite.
+
+    Raises:
+        UserError: B times A overflows.
+    """
+    largest = float(np.finfo(np.float32).max)
+    a64, b64 = np.abs(a.astype(np.float64)), np.abs(b.astype(np.float64))
+    if a64.max(initial=0) * b64.max(initial=0) * a.shape[0] < largest:
+        return
+    if (b64 @ a64).max(initial=0) > largest:  # by rows' sums of magnitudes, as any order of summation bears
+        raise UserError(
+            f"{one_line(path)} of adapter {task!r}: B times A overflows float32: the adapter is damaged, or "
+            "its scaling is wrong"
+        )
+
+
 def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[str, int]]]:
     """Match the module paths of several adapters when no backbone is known.
 
@@ -99,6 +121,8 @@ def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[str
     """
     paths = {task: {path: split_layer(path) for path in names} for task, names in modules.items()}
     used = sorted({template for found in paths.values() for template, _ in found.values()})
+    if len(used) > _MAX_TEMPLATES:
+        raise UserError(f"the adapters have {len(used)} different projections, more than {_MAX_TEMPLATES}")
     full = {}
     for template in used:
         longer = [other for other in used if other.endswith(f".{template}")]

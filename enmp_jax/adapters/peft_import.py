@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from enmp_jax.adapters.lora_config import LoraSettings
-from enmp_jax.adapters.matching import align, check_bases, check_shape, examples, spellings, to_backbone
+from enmp_jax.adapters.matching import (
+    align,
+    check_bases,
+    check_product,
+    check_shape,
+    examples,
+    spellings,
+    to_backbone,
+)
 from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS, AdapterHeads, Modules, save_adapter
 from enmp_jax.errors import UserError, one_line
 from enmp_jax.io.files import is_file, read_json
@@ -153,6 +161,7 @@ def load_adapters(
             if name in pairs:
                 raise UserError(f"adapter {task!r} has {name} under two spellings")
             pairs[name] = adapter.modules[path]
+            check_product(task, path, *pairs[name])
             if modules is not None:
                 check_shape(
                     task,

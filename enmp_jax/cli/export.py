@@ -33,7 +33,7 @@ class Args:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """checkpoint: type of the weights; default: the base's. gguf: of the factors; default: float32."""
     base_model: str | None = None
-    """checkpoint, gguf: directory or hub id, if the run's base has moved."""
+    """checkpoint, gguf: directory, hub id or GGUF file, if the run's base has moved."""
 
 
 def run(args: Args) -> None:

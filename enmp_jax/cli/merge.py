@@ -71,8 +71,7 @@ class Options:
     strict: bool = False
     """peft, gguf: refuse to write an adapter that misses the tolerance, instead of a warning."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """checkpoint: type of the weights; default: the base's (GGUF: float32). gguf: of the factors; default:
-    float32."""
+    """checkpoint: type of the weights; default: the base's (GGUF: float32). gguf: of the factors."""
     allow_base_mismatch: bool = False
     """Merge adapters that name different base models."""
     allow_other_adapters: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ def run(args: Args) -> None:
     from enmp_jax.devices import distributed
 
     distributed.initialize(distributed.find_job())
+    from enmp_jax.io.lock import occupied
     from enmp_jax.io.progress import make_reporter
     from enmp_jax.report.terminal import print_scores
     from enmp_jax.report.write import write_plots, write_report
@@ -47,7 +49,8 @@ def run(args: Args) -> None:
     config = finished(args.run_dir)[0].search.refine or RefineConfig()
     names = ("rank", "steps", "learning_rate", "fitness")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    with make_reporter() as reporter:
+    alone = occupied(args.run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with make_reporter() as reporter, alone:
         scores = refine_run(args.run_dir, dataclasses.replace(config, **given), reporter, args.out)
     if jax.process_index() == 0:
         if args.out is None:

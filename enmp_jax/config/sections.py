@@ -37,6 +37,8 @@ class BaseConfig:
     """Compute type of the backbone; norms, softmax and logits stay in float32."""
     allow_mismatch: bool = False
     """Accept adapters that name another base model."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Keep the base model's matrices in 8 or 4 bits on the device, to search on what will serve."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
+import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +79,7 @@ class NpzSource:
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         try:
+            _check_sizes(self._path)
             with np.load(self._path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
         except Exception as error:  # numpy, zipfile and zlib each raise their own for damaged files
@@ -88,6 +92,11 @@ class NpzSource:
             raise UserError(f"{self._config.source}: {found}; expected one label an example, [n]")
         first = label or keys[0]
         n = _n_rows(arrays[first])
+        for name in {"split", "class_names"} & set(arrays):
+            if arrays[name].ndim != 1:
+                raise UserError(
+                    f"{self._config.source}: {name!r} has shape {list(arrays[name].shape)}, not [n]"
+                )
         for name in sorted({*keys, "split"} & set(arrays)):
             if _n_rows(arrays[name]) != n:
                 rows = f"{_n_rows(arrays[name])} rows of {name!r} but {n} of {first!r}"
@@ -147,6 +156,31 @@ class NpzSource:
             return Raw("image", list(columns[0]), self._labels[0][index], names)
         texts = list(zip(*[column.astype(str).tolist() for column in columns]))
         return Raw("text", texts, self._labels[0][index], names)
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse what would fill the memory, before a byte of it is asked for.
+
+    Raises:
+        ValueError: an array claims to be larger than its part of the file, or all are larger than half of the
+            machine's memory.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with zipfile.ZipFile(path) as archive:
+        total = sum(member.file_size for member in archive.infolist())
+        if total > machine // 2:
+            raise ValueError(f"it unpacks to {total} bytes: more than half of this machine's memory")
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read(file)
+            if math.prod(shape) * dtype.itemsize > member.file_size:
+                raise ValueError(f"{member.filename} is too short for the shape {list(shape)}")
 
 
 def _n_rows(array: np.ndarray) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from enmp_jax.config.sections import DataConfig
 from enmp_jax.data.base import Source
-from enmp_jax.errors import UserError, one_line
+from enmp_jax.errors import UserError, shown
 
 _MAX_LABEL = 2**31 - 1  # labels become int32
 
@@ -46,12 +46,11 @@ def number_labels(values: Sequence[Any], config: DataConfig) -> tuple[np.ndarray
     if all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in given):
         large = next((v for v in given if not -_MAX_LABEL <= v <= _MAX_LABEL), None)
         if large is not None:
-            raise UserError(f"{config.source}: the label {large} is too large to number a class")
+            raise UserError(f"{config.source}: the label {shown(large)} is too large to number a class")
         return np.asarray([-1 if v is None else v for v in values], np.int64), ()
     for v in given:
         if not isinstance(v, str):
-            shown = one_line(repr(v), 80)
-            raise UserError(f"{config.source}: the label {shown} is neither a whole number nor a class name")
+            raise UserError(f"{config.source}: the label {shown(v)} is neither a whole number nor a name")
     found = sorted(set(given))
     names = config.class_names if set(found) <= set(config.class_names) else tuple(found)
     number = {None: -1} | {name: i for i, name in enumerate(names)}

@@ -103,7 +103,7 @@ class Correctness:
 
     def normalised(self, correct: PerExample) -> Float[np.ndarray, "*member"]:
         """Mean over tasks of accuracy / accuracy of the task's own adapter."""
-        return self.accuracy(correct) @ self.weight
+        return np.asarray(self.accuracy(correct) @ self.weight)
 
     def _ordered(self, answers: tuple[Array, ...]) -> PerExample:
         rows = [_real(b, x) for b, x in zip(self._inputs.batches, answers, strict=True)]

@@ -179,7 +179,8 @@ def key(loaded: LoadedRun, split: Split) -> str:
     Contents are hashed, except of the base's weights: those count by file name, size and time.
     """
     digest = hashlib.blake2b(digest_size=20)
-    parts = [code_digest(), loaded.tasks, loaded.run.base.dtype, jax.default_backend(), jax.__version__]
+    types = [loaded.run.base.dtype, loaded.run.base.quantization]
+    parts = [code_digest(), loaded.tasks, *types, jax.default_backend(), jax.__version__]
     digest.update(json.dumps([*parts, checkpoint.base_identity(loaded.base)]).encode())
     for tree in (loaded.stack, loaded.heads):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

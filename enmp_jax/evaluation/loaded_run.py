@@ -147,9 +147,11 @@ def load(
     """
     make_merge(run)  # a bad method is said before anything is read
     base = run.path(run.base.model)
-    backbone = models.build(checkpoint.read_config(checkpoint.find(base)), run.base.dtype)
+    dtype, quantization = run.base.dtype, run.base.quantization
+    config = checkpoint.read_config(checkpoint.find(base))
+    backbone = models.build(config, dtype, quantization=quantization)
     mesh = choose_mesh(run, backbone)
-    backbone, params = models.load(base, dtype=run.base.dtype, place=param_sharding(mesh))
+    backbone, params = models.load(base, dtype, param_sharding(mesh), quantization=quantization)
     adapters = load_run_adapters(run, backbone)
     examples = load_splits(run, backbone, base, splits, reporter)
     names = {task.name: e.class_names for task, e in zip(run.tasks, examples[splits[0]], strict=True)}

@@ -109,7 +109,7 @@ class EnmpLM(TemplateLM):
         """
         config = run_file.load(run)
         base = config.path(config.base.model)
-        backbone, params = models.load(base, dtype=config.base.dtype)
+        backbone, params = models.load(base, dtype=config.base.dtype, quantization=config.base.quantization)
         loras, method = load_run_adapters(config, backbone).stack, make_merge(config)
         saved = None if mask is None else mask_file.load(mask, loras)
         spec = MaskSpec.of(loras, config.search.granularity)

@@ -10,12 +10,13 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from enmp_jax.errors import UserError, reason
+from enmp_jax.errors import Stopped, UserError, reason
+from enmp_jax.io.files import remove_leftovers
 
 NAME = ".lock"
 BEAT_SECONDS = 15.0
@@ -53,6 +54,32 @@ class Lock:
     def release(self) -> None:
         """Remove the file; more than once does no harm."""
         self._release()
+
+
+@contextlib.contextmanager
+def occupied(directory: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold the lock of a directory, without what dead processes left half written; made if it is not there.
+
+    Raises:
+        UserError: another process works there, or it cannot be made.
+    """
+    made = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the directory {directory}: {reason(error)}") from None
+    lock = Lock(directory, say)
+    try:
+        remove_leftovers(directory)
+        yield
+    except (KeyboardInterrupt, Stopped) as error:
+        error.add_note("the same command goes on from what is saved")
+        raise
+    finally:
+        lock.release()
+        if made:
+            with contextlib.suppress(OSError):  # not empty
+                directory.rmdir()
 
 
 def _take(path: Path, say: Callable[[str], None]) -> IO[str]:

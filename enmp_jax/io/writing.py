@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io.files import flush_directory, remove_leftovers, temporary_name, write_atomically
-from enmp_jax.io.reading import open_tensors
+from enmp_jax.io.reading import finite, open_tensors
 
 
 def check_unused(path: str | Path) -> Path:
@@ -90,8 +90,11 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     """Write a safetensors file atomically, read it back and compare bit for bit.
 
     Raises:
-        UserError: the file cannot be written, or reads back different.
+        UserError: NaN or Inf in a tensor, or the file cannot be written, or reads back different.
     """
+    for key, value in tensors.items():
+        if not finite(np.asarray(value)):
+            raise UserError(f"{path.name}: {one_line(key)} has NaN or Inf in it: not written")
     # safetensors 0.8.0 writes other layouts than C order wrongly without saying so (its issue 825)
     plain = {key: np.asarray(value, order="C") for key, value in tensors.items()}
     write_file(path, lambda temporary: safetensors.numpy.save_file(plain, temporary, dict(metadata)))

@@ -6,16 +6,19 @@ May import ``deltas``, ``devices``, ``io`` and all below them; knows nothing of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from enmp_jax.errors import UserError
-from enmp_jax.models import bert, checkpoint, clip, convert, gemma, gpt2, llama, phi3, vit
+from enmp_jax.models import bert, checkpoint, clip, convert, gemma, gpt2, llama, phi3, quantised, vit
 from enmp_jax.models.base import Backbone, Inputs, Params
 from enmp_jax.models.convert import Head, Placement
+from enmp_jax.models.parameters import Declared, flatten, initialise, unflatten
 from enmp_jax.models.sharding import logical_axes
 
 __all__ = [
@@ -54,7 +57,9 @@ WITHOUT_BACKBONE = {
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def build(config: Mapping[str, Any], dtype: Any = "float32", family: str | None = None) -> Backbone:
+def build(
+    config: Mapping[str, Any], dtype: Any = "float32", family: str | None = None, quantization: str = "none"
+) -> Backbone:
     """The backbone of a Hugging Face ``config.json``.
 
     Args:
@@ -63,9 +68,11 @@ def build(config: Mapping[str, Any], dtype: Any = "float32", family: str | None 
             the backbone returns are float32 in both.
         family: key of ``FAMILIES`` instead of the config's ``model_type``: ``clip_text_model`` for the
             text tower of a ``clip``.
+        quantization: ``int8`` or ``int4``: matrices are kept so on the device (``models.quantised``).
 
     Raises:
-        UserError: unknown ``model_type`` or dtype, or a config that contradicts itself.
+        UserError: unknown ``model_type``, dtype or quantization, sizes that it cannot hold, or a config
+            that contradicts itself.
     """
     kind = family or config.get("model_type")
     if kind in WITHOUT_BACKBONE:
@@ -78,7 +85,21 @@ def build(config: Mapping[str, Any], dtype: Any = "float32", family: str | None 
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is not known; known are {', '.join(DTYPES)}")
-    return FAMILIES[kind](config, DTYPES[name])
+    backbone = FAMILIES[kind](config, DTYPES[name])
+    if quantization == "none":
+        return backbone
+    if quantization not in quantised.KINDS:
+        raise UserError(f"quantization {quantization!r} is not known; known are none, int8, int4")
+    declared = quantised.declare(backbone.parameters, quantization)
+    return backbone._replace(parameters=declared, init=partial(_initialise, declared))
+
+
+def _initialise(declared: Declared, key: Array) -> Params:
+    params = flatten(initialise(declared, key))
+    stored = {
+        path: quantised.store(params[path], p.dtype, p.quantization) for path, p in flatten(declared).items()
+    }
+    return unflatten(stored)
 
 
 def load(
@@ -86,15 +107,17 @@ def load(
     dtype: Any = "float32",
     place: Placement = None,
     family: str | None = None,
+    quantization: str = "none",
     gradient_checkpointing: bool = False,
 ) -> tuple[Backbone, Params]:
     """Read a base model.
 
     Args:
-        path: directory in Hugging Face layout or hub id (``name`` or ``name@revision``).
+        path: directory in Hugging Face layout, hub id (``name`` or ``name@revision``) or GGUF file.
         dtype: see ``build``.
         place: how to shard parameters (see ``convert.Placement``); None: the default device.
         family: see ``build``.
+        quantization: see ``build``.
         gradient_checkpointing: keep no activations inside a layer for the backward pass; needs less memory.
 
     Raises:
@@ -102,7 +125,7 @@ def load(
     """
     directory = checkpoint.find(path)
     config = checkpoint.read_config(directory) | {"gradient_checkpointing": gradient_checkpointing}
-    backbone = build(config, dtype, family)
+    backbone = build(config, dtype, family, quantization)
     return backbone, convert.read_params(backbone, directory, place)
 
 

@@ -17,6 +17,7 @@ from enmp_jax.models import checkpoint
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.models.names import Spelling, split_index
 from enmp_jax.models.parameters import Axes, Param, flatten, is_stacked, unflatten
+from enmp_jax.models.quantised import Quantised, arrays, dense, store
 
 Sharding = jax.sharding.Sharding
 Placement = Callable[[str, tuple[int, ...], Axes], Sharding | None] | Any
@@ -54,7 +55,10 @@ def _shardings(wanted: Mapping[str, Param], place: Any) -> dict[str, Any]:
     if place is None:
         return {path: None for path in wanted}
     if callable(place):
-        return {path: place(path, p.shape, p.axes) for path, p in wanted.items()}
+        return {
+            path: arrays(p, lambda shape, _, axes, at=path: place(at, shape, axes))
+            for path, p in wanted.items()
+        }
     return flatten(place)
 
 
@@ -100,22 +104,32 @@ def _match(
     return sources
 
 
-@partial(jax.jit, donate_argnums=0)
-def _set_layer(stacked: Array, layer: Array, i: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, layer.astype(stacked.dtype), i, 0)
+@partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _set_layer(stacked: Any, layer: Array, i: Array, dtype: Any, kind: str | None) -> Any:
+    def put(whole: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, part, i, 0)
+
+    return jax.tree.map(put, stacked, store(layer, dtype, kind))
 
 
-def _place(tensors: checkpoint.Tensors, names: list[str], p: Param, sharding: Sharding | None) -> Array:
+def _place(tensors: checkpoint.Tensors, names: list[str], p: Param, sharding: Any) -> Any:
+    whole = sharding.values if isinstance(sharding, Quantised) else sharding  # of the tensor in the file
     if len(names) == 1 and tensors.shape(names[0]) == p.shape:
-        return _read(tensors, names[0], sharding).astype(p.dtype)
+        value = store(_read(tensors, names[0], whole), p.dtype, p.quantization)
+        return jax.device_put(value, sharding) if p.quantization else value
     one = None
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        one = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
-    elif sharding is not None:
-        one = sharding
-    stacked = jnp.zeros(p.shape, p.dtype, device=sharding)
+    if isinstance(whole, jax.sharding.NamedSharding):
+        one = jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec(*whole.spec[1:]))
+    elif whole is not None:
+        one = whole
+    shapes = arrays(p, lambda shape, dtype, _: jax.ShapeDtypeStruct(shape, dtype))
+    if sharding is None:
+        stacked = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    else:
+        stacked = jax.tree.map(lambda a, at: jnp.zeros(a.shape, a.dtype, device=at), shapes, sharding)
     for i, name in enumerate(names):
-        stacked = _set_layer(stacked, _read(tensors, name, one, p.transposed), jnp.asarray(i))
+        layer = _read(tensors, name, one, p.transposed)
+        stacked = _set_layer(stacked, layer, jnp.asarray(i), jnp.dtype(p.dtype), p.quantization)
     return stacked
 
 
@@ -140,7 +154,7 @@ def to_tensors(backbone: Backbone, params: Params) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     declared = flatten(backbone.parameters)
     for path, leaf in flatten(params).items():
-        name, value = backbone.spelling.in_file(declared[path].name), np.asarray(leaf)
+        name, value = backbone.spelling.in_file(declared[path].name), np.asarray(dense(leaf))
         value = value.swapaxes(-1, -2) if declared[path].transposed else value
         if is_stacked(path):
             tensors |= {name.replace("{}", str(i)): np.asarray(v, order="C") for i, v in enumerate(value)}

@@ -16,6 +16,7 @@ from enmp_jax.models.base import Backbone, Inputs, Params
 from enmp_jax.models.causal import causal_mask, positions, rotary
 from enmp_jax.models.layers import BlockSpec, Rotary, Stream, Windowed, declare_layers, normalise
 from enmp_jax.models.names import Spelling
+from enmp_jax.models.quantised import dense
 from enmp_jax.models.rope import Rope
 from enmp_jax.models.transformer import last_token, transformer
 
@@ -147,7 +148,7 @@ def decoder(
                 "the base model is a sequence classifier: it has no language-model head to score with"
             )
         weight = params["embeddings"]["tokens"] if c.head == "tied" else params["lm_head"]["weight"]
-        scores = times_transposed(norm(params, hidden), weight, jnp.float32)
+        scores = times_transposed(norm(params, hidden), dense(weight), jnp.float32)
         return scores if c.softcap is None else c.softcap * jnp.tanh(scores / c.softcap)
 
     return transformer(

@@ -18,6 +18,7 @@ from enmp_jax.errors import UserError
 from enmp_jax.models import parameters
 from enmp_jax.models.attention import attend
 from enmp_jax.models.parameters import Declared
+from enmp_jax.models.quantised import dense
 
 
 def _gelu(x: Array) -> Array:
@@ -131,14 +132,14 @@ def declare_layers(spec: BlockSpec, n_layers: int, names: Mapping[str, str]) -> 
 
 
 def linear(
-    x: Float[Array, "*batch in"], params: Mapping[str, Array], delta: Delta | None = None
+    x: Float[Array, "*batch in"], params: Mapping[str, Any], delta: Delta | None = None
 ) -> Float[Array, "*batch out"]:
     """``x (W + delta)^T + b``; no ``b`` where ``params`` has no bias.
 
     Low-rank deltas stay factored, so that population members share the weight; a dense delta belongs
     to one member anyway, and adding it first saves the second large product.
     """
-    weight = params["weight"]
+    weight = dense(params["weight"])
     if isinstance(delta, Dense):
         weight = (weight + delta.weight).astype(weight.dtype)
     y = times_transposed(x, weight)
@@ -407,9 +408,15 @@ def _apply_indexed(
     return apply_layer(spec, weights, stream, delta)
 
 
-@jax.custom_jvp
 def _index(stacked: Array, i: Any) -> Array:
     """``stacked[i]``, clamped."""
+    if not jnp.issubdtype(stacked.dtype, jnp.floating):  # values of a quantised weight
+        return lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+    return _index_floats(stacked, i)
+
+
+@jax.custom_jvp
+def _index_floats(stacked: Array, i: Any) -> Array:
     if not bfloat16_on_cpu(stacked.dtype):
         return lax.dynamic_index_in_dim(stacked, i, keepdims=False)
     # XLA would convert the whole stack to float32 before it takes a slice
@@ -418,7 +425,7 @@ def _index(stacked: Array, i: Any) -> Array:
     return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-@_index.defjvp
+@_index_floats.defjvp
 def _index_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (stacked, i), (tangent, _) = primals, tangents
-    return _index(stacked, i), lax.dynamic_index_in_dim(tangent, i, keepdims=False)
+    return _index_floats(stacked, i), lax.dynamic_index_in_dim(tangent, i, keepdims=False)

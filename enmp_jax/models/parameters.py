@@ -34,6 +34,7 @@ class Param:
         std: random values are ``std`` times a normal distribution cut off at 2; 0: all are ``fill``.
         fill: the initial value where nothing is random.
         transposed: files hold a layer's matrix as [in, out] (GPT-2's Conv1D).
+        quantization: ``int8`` or ``int4`` where the device keeps a ``models.quantised.Quantised`` instead.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Param:
     std: float = 0.0
     fill: float = 0.0
     transposed: bool = False
+    quantization: str | None = None
 
 
 def normal(name: str, shape: tuple[int, ...], std: float, dtype: Any, axes: Axes | None = None) -> Param:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from enmp_jax.models.base import Backbone
 from enmp_jax.models.parameters import flatten, unflatten
+from enmp_jax.models.quantised import arrays
 
 RULES: Mapping[str, str] = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"}
 """Logical axis of a parameter -> mesh axis; axes not named here stay whole on every device.
@@ -44,4 +45,9 @@ def shard_params(backbone: Backbone, mesh: Mesh) -> Any:
     """The shardings of a backbone's parameters, a pytree like them."""
     place = param_sharding(mesh)
     params = flatten(backbone.parameters)
-    return unflatten({path: place(path, p.shape, p.axes) for path, p in params.items()})
+    return unflatten(
+        {
+            path: arrays(p, lambda shape, _, axes, at=path: place(at, shape, axes))
+            for path, p in params.items()
+        }
+    )

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from enmp_jax.config.compose import parse_yaml
 from enmp_jax.errors import UserError, one_line, reason
+from enmp_jax.io.files import is_file
 
 FITNESS_LABELS = {
     "accuracy": "normalised accuracy",
@@ -130,7 +131,7 @@ def read(run_dir: Path) -> RunData:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a directory: give the --out directory of a search")
-    config = _read(run_dir / "config.yaml", yaml.safe_load)
+    config = _read(run_dir / "config.yaml", _yaml)
     environment = _read(run_dir / "environment.json", json.loads)
     lines = _text(run_dir / "history.jsonl").splitlines()
     mask = _read(run_dir / "mask.json", json.loads)
@@ -139,18 +140,30 @@ def read(run_dir: Path) -> RunData:
     for number, line in enumerate(lines, 1):
         try:
             history.append(_generation(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except _DAMAGE:
             raise UserError(f"{run_dir / 'history.jsonl'} is damaged in line {number}") from None
     checks = (("config.yaml", _check_config, config), ("scores.json", _check_scores, scores),
               ("mask.json", _check_mask, mask))  # fmt: skip
     for name, check, content in checks:
         try:
             check(content)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except _DAMAGE as error:
             raise UserError(
                 f"{run_dir / name} is damaged: {type(error).__name__} at {one_line(error)}"
             ) from None
     return RunData(run_dir.resolve().name, config, environment, tuple(history), mask, scores)
+
+
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_MAX_BYTES = 2**28
+_MAX_LAYERS = _MAX_TASKS = 100_000
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return parse_yaml(text, "the file")
+    except UserError as error:
+        raise ValueError(error) from None
 
 
 def _generation(record: Mapping[str, Any]) -> Generation:
@@ -170,16 +183,27 @@ def _generation(record: Mapping[str, Any]) -> Generation:
 
 def _number(value: Any) -> float:
     """JSON has no NaN, but null."""
+    if isinstance(value, str | bool):
+        raise TypeError(f"a {type(value).__name__} where a number belongs")
     return math.nan if value is None else float(value)
 
 
+def _finite(value: Any) -> float:
+    """A number that can be drawn."""
+    if not abs(_number(value)) < 1e6:  # NaN is not smaller either
+        raise ValueError(f"the number {one_line(value, 40)}")
+    return float(value)
+
+
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not is_file(path):
         raise UserError(
             f"{path.parent} has no {path.name}: the search there has not finished (continue with --resume)"
-        ) from None
+        )
+    try:
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise UserError(f"{path} has {size} bytes: more than {_MAX_BYTES} are not read")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None
 
@@ -187,7 +211,7 @@ def _text(path: Path) -> str:
 def _read(path: Path, parse: Any) -> Mapping[str, Any]:
     try:
         data = parse(_text(path))
-    except (ValueError, yaml.YAMLError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(data, Mapping):
         raise UserError(f"{path} is damaged: it must hold a mapping")
@@ -203,11 +227,12 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 
 def _check_scores(scores: Mapping[str, Any]) -> None:
-    for column in ("reference", "merged", "enmp"):
+    _check_tasks(scores["tasks"])
+    for column in ("reference", "merged", "enmp", *(["base"] if "base" in scores else [])):
         for task in scores["tasks"]:
-            float(scores[column][task])
+            _finite(scores[column][task])
     for column in ("merged", "enmp"):
-        float(scores["mean_normalised"][column])
+        _finite(scores["mean_normalised"][column])
     for _layer, *_, _task in scores.get("pruned") or []:
         pass
     for seed in scores.get("seeds") or []:
@@ -220,15 +245,28 @@ def _check_scores(scores: Mapping[str, Any]) -> None:
         for value in dict(scores.get(key) or {}).values():
             _number(value)
     for point in scores.get("pareto") or []:
-        float(point["mean"]), float(point["worst"]), float(point["scale"]), len(point["pruned"])
+        for key in ("mean", "worst", "scale"):
+            _finite(point[key])
+        list(point["pruned"])
     for sizes in dict(scores.get("splits") or {}).values():
         for size in sizes.values():
             float(size)
 
 
+def _check_tasks(tasks: Any) -> None:
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+        raise TypeError("tasks")
+    if len(tasks) > _MAX_TASKS or len(set(tasks)) < len(tasks):
+        raise ValueError(f"{len(tasks)} tasks")
+
+
 def _check_mask(mask: Mapping[str, Any]) -> None:
     if mask["granularity"] not in ("layer", "projection"):
         raise ValueError(f"granularity {mask['granularity']!r}")
+    _check_tasks(mask["tasks"])
+    if type(mask["layers"]) is not int or not 0 < mask["layers"] <= _MAX_LAYERS:
+        raise ValueError(f"layers {one_line(mask['layers'], 40)}")
+    tasks = set(mask["tasks"])
     known = list(mask["projections"]) if mask["granularity"] == "projection" else []
     weighted = mask.get("weights") or []
     for *_, weight in weighted:
@@ -236,7 +274,9 @@ def _check_mask(mask: Mapping[str, Any]) -> None:
             raise ValueError(f"weight {weight}")
     for module in (*mask["pruned"], *(module for *module, _ in weighted)):
         layer, *projection, task = module
-        if task not in mask["tasks"] or not 0 <= layer < mask["layers"] or len(projection) != bool(known):
+        if type(layer) is not int:
+            raise TypeError("a layer")
+        if task not in tasks or not 0 <= layer < mask["layers"] or len(projection) != bool(known):
             raise ValueError(f"module {':'.join(map(str, module))}")
         if projection and projection[0] not in known:
             raise ValueError(f"projection {projection[0]!r}")

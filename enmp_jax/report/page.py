@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from enmp_jax.report.data import RunData
+from enmp_jax.report.limits import drawn, shortened
 from enmp_jax.report.plots import DARK, LIGHT, Plot, plots_of, render
 from enmp_jax.report.tables import (
     changed,
@@ -62,10 +63,13 @@ dd{margin:0;overflow-wrap:anywhere}
 def page(data: RunData) -> str:
     """The report of a run as one HTML document."""
     scores, plots = data.scores, plots_of(data)
+    whole, (data, notes) = data, drawn(data)
+    table, more = shortened(whole.scores)
+    left_out = "".join(f"<p class='muted'>{escape(note)}</p>" for note in (*notes, *more))
     what = measure(scores).capitalize()
     modules = [name for name in ("mask", "weights") if name in plots]
     sections = [
-        _section(f"{what} by task", _picture(data, plots["accuracies"]), _score_table(scores)),
+        _section(f"{what} by task", _picture(data, plots["accuracies"]), _score_table(table)),
         _section(
             "Weights of modules" if data.has_weights else "Pruned modules",
             *(_picture(data, plots[name]) for name in modules),
@@ -74,7 +78,7 @@ def page(data: RunData) -> str:
         _section(
             "Search",
             _picture(data, plots["convergence"]),
-            _search_notes(data),
+            _search_notes(whole),
             _seed_table(scores),
             _front_table(scores),
         ),
@@ -85,15 +89,14 @@ def page(data: RunData) -> str:
     sentence = seed_sentence(scores)
     again = f"<p>{escape(sentence)}</p>" if sentence else ""
     merge = data.config.get("merge") or {}
-    made = f"{merge.get('method', 'merge')} in {merge.get('space', 'full')} space, {len(data.tasks)} tasks"
+    made = f"{merge.get('method', 'merge')} in {merge.get('space', 'full')} space, {len(whole.tasks)} tasks"
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>ENMP: {escape(data.name)}</title><style>{STYLE}</style></head><body><main>"
         f"<header><p class='kicker'>ENMP report · {escape(data.name)}</p><h1>{escape(_headline(scores))}</h1>"
-        f"<p class='lead'>{escape(verdict(scores))}</p>{again}<p class='muted'>{escape(made)}</p></header>"
-        + "".join(sections)
-        + "</main></body></html>\n"
+        f"<p class='lead'>{escape(verdict(scores))}</p>{again}<p class='muted'>{escape(made)}</p>"
+        f"{left_out}</header>" + "".join(sections) + "</main></body></html>\n"
     )
 
 

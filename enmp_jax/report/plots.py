@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from enmp_jax.errors import UserError
 from enmp_jax.report.data import Generation, RunData
+from enmp_jax.report.limits import as_label
 from enmp_jax.report.tables import measure
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ def convergence(data: RunData, theme: Theme = LIGHT) -> Figure:
     if data.plain_fitness is not None:
         axes.axhline(data.plain_fitness, color=theme.merged, lw=1.8, ls=(0, (5, 3)), label="plain merge")
     axes.set_xlabel(f"{x_label} (per seed)" if several else x_label, color=theme.ink)
-    axes.set_ylabel(f"{data.fitness_label}\non the search split, % of the experts", color=theme.ink)
+    axes.set_ylabel(f"{as_label(data.fitness_label)}\non the search split, % of the experts", color=theme.ink)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.01)
@@ -135,7 +136,7 @@ def _cells(values: np.ndarray, names: list[str], theme: Theme, scale: bool = Fal
     """A coloured cell for each of ``values [layer, row]``, layers from left to right."""
     layers, rows = values.shape
     cell = min(0.5, max(0.19, 6.4 / layers))
-    width = layers * cell + 0.09 * max(map(len, names)) + 1
+    width = layers * cell + 0.09 * max(len(as_label(name)) for name in names) + 1
     figure, axes = new_axes(max(4.5, width), max(2.2, rows * 0.42 + 1.3), theme)
     cells = axes.pcolormesh(values.T, edgecolors=theme.background, linewidth=2.5, **colours)
     axes.grid(False)
@@ -144,7 +145,7 @@ def _cells(values: np.ndarray, names: list[str], theme: Theme, scale: bool = Fal
     axes.invert_yaxis()
     ticks = range(0, layers, 1 if layers <= 40 else 5)
     axes.set_xticks([n + 0.5 for n in ticks], [str(n) for n in ticks], fontsize=9)
-    axes.set_yticks(np.arange(rows) + 0.5, names, fontsize=9.5)
+    axes.set_yticks(np.arange(rows) + 0.5, list(map(as_label, names)), fontsize=9.5)
     axes.set_xlabel("layer", color=theme.ink)
     if scale:
         bar = figure.colorbar(cells, ax=axes, pad=0.02, aspect=12, spacing="proportional")
@@ -208,11 +209,13 @@ def accuracies(data: RunData, theme: Theme = LIGHT) -> Figure:
         values = [100 * data.scores[key][task] for task in tasks]
         bars = axes.bar(x + (i - 1) * width, values, width * 0.92, color=colour, label=label)
         axes.bar_label(bars, fmt="%.0f", fontsize=7.5, color=theme.muted, padding=1.5)
-    crowded = max(map(len, tasks)) > 11
-    axes.set_xticks(x, tasks, rotation=25 if crowded else 0, ha="right" if crowded else "center",
-                    rotation_mode="anchor")  # fmt: skip
+    crowded = max(len(as_label(task)) for task in tasks) > 11
+    axes.set_xticks(
+        x, list(map(as_label, tasks)), rotation=25 if crowded else 0, ha="right" if crowded else "center",
+        rotation_mode="anchor",
+    )  # fmt: skip
     split = data.scores.get("split", "test")
-    axes.set_ylabel(f"{measure(data.scores)} on the {split} split, %", color=theme.ink)
+    axes.set_ylabel(f"{measure(data.scores)} on the {as_label(split)} split, %", color=theme.ink)
     axes.set_ylim(0, 105)
     axes.set_yticks(range(0, 101, 20))
     axes.margins(x=0.02)

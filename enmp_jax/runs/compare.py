@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ def compare_run(
         if search:
             check_search(evaluator)
         rows = Rows(None if out is None else out / "compare.jsonl")
-        files = of_files(evaluator.loaded)
+        files = of_files(evaluator.loaded)(splits)
         settings = {pair: _settings(run, *pair, search) | files for pair in pairs}
         for (method, space), given in settings.items():
             rows.check(f"{method} {space}", given)
@@ -118,10 +118,19 @@ def in_directory(
     return all_or_none(lambda: RunDirectory(out, resume, say=reporter.say))
 
 
-def of_files(loaded: LoadedRun) -> dict[str, str]:
-    """Hash of all files that rows depend on, the code left out, as settings of a row."""
+def of_files(loaded: LoadedRun) -> Callable[[Sequence[Split]], dict[str, str]]:
+    """From the splits that a row looks at to a hash of all files that it depends on, as a setting of the row.
+
+    The code is left out: rows outlive changes that do not change them.
+    """
     made_of = fingerprints(loaded)
-    return {"files": fingerprint({name: made_of[name] for name in made_of if "the code" not in name})}
+
+    def of(splits: Sequence[Split]) -> dict[str, str]:
+        others = tuple(f"the {split} data" for split in loaded.examples if split not in splits)
+        kept = {name: x for name, x in made_of.items() if not name.startswith(("the code", *others))}
+        return {"files": fingerprint(kept)}
+
+    return of
 
 
 def table_head(evaluator: Evaluator) -> dict[str, Any]:

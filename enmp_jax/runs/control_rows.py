@@ -142,12 +142,12 @@ class Kind(NamedTuple):
     Attributes:
         rows: the rows that it has for a bench, by name.
         splits: what they look at.
-        seeded: which settings of the bench, beside the run, its rows depend on.
+        settings: attributes of the bench that its rows depend on.
     """
 
     rows: Callable[[Bench], dict[str, Make]]
     splits: tuple[Split, ...] = ("search", "test")
-    seeded: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
 
 def _random(bench: Bench) -> Scored:
@@ -327,7 +327,7 @@ KINDS: dict[str, Kind] = {
     "norm": Kind(_one("by norm", _one_shot(geometry.norms, "the smallest", "the largest"))),
     "cosine": Kind(_one("by cosine", _one_shot(geometry.cosines, "the least alike", "the most alike"))),
     "transfer": Kind(_transfers),
-    "random_adapters": Kind(_one("random adapters", _random_adapters), seeded=("seeds",)),
+    "random_adapters": Kind(_one("random adapters", _random_adapters), settings=("seeds",)),
     "joint_lora": Kind(_joint_loras, ("search", "selection", "test"), ("seeds",)),
     "sensitivity": Kind(_sensitivity, ("search", "selection", "test"), ("seeds", "generations")),
 }

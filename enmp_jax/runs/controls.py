@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.config.schema import to_dict
 from enmp_jax.devices.distributed import all_or_none
 from enmp_jax.errors import UserError, suggestion
-from enmp_jax.evaluation.correctness import Correctness
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import Split, load
 from enmp_jax.evaluation.scoring import by_task
@@ -71,23 +72,25 @@ def controls_run(
         evaluator = Evaluator(all_or_none(lambda: load(run, splits, reporter)))
         bench = make_bench(evaluator, run_dir, scores, masks, seeds, generations, reporter)
         table = Rows(run_dir / "controls.jsonl")
-        base = (
-            _settings(run)
-            | {"mask": fingerprint(read_json(run_dir / "mask.json"))}
-            | of_files(evaluator.loaded)
-        )
-        made = {"plain": (_plain, base), "found": (_found, base)} | {
-            name: (make, base | {key: getattr(bench, key) for key in KINDS[kind].seeded})
+        files = of_files(evaluator.loaded)
+        mask = fingerprint(read_json(run_dir / "mask.json"))
+
+        def settings(splits: Sequence[Split], *keys: str) -> dict[str, Any]:
+            own = {key: getattr(bench, key) for key in keys}
+            return _settings(run) | {"mask": mask} | files(splits) | own
+
+        made = {"plain": (_plain, settings(["test"])), "found": (_found, settings(["test"]))} | {
+            name: (make, settings(KINDS[kind].splits, *KINDS[kind].settings))
             for kind in kinds
             for name, make in KINDS[kind].rows(bench).items()
         }
-        for name, (_, settings) in made.items():
-            table.check(name, settings)
+        for name, (_, given) in made.items():
+            table.check(name, given)
         rows = {
-            name: table.row(name, settings, lambda name=name, make=make: _make_row(name, make, bench))
-            for name, (make, settings) in made.items()
+            name: table.row(name, given, functools.partial(_make_row, name, make, bench))
+            for name, (make, given) in made.items()
         }
-        compared = with_differences(rows, bench.test)
+        compared = with_differences(rows, bench.test.task, bench.test.weight)
         result = table_head(evaluator) | {
             "resamples": RESAMPLES, "level": LEVEL, "rows": compared, "sentences": sentences(compared),
         }  # fmt: skip
@@ -179,23 +182,29 @@ def _make_row(name: str, make: Callable[[Bench], Scored], bench: Bench) -> Row:
     return row
 
 
-def with_differences(rows: Mapping[str, Row], test: Correctness) -> list[Row]:
+def with_differences(
+    rows: Mapping[str, Row], task: Int[np.ndarray, " example"], weight: Float[np.ndarray, " task"]
+) -> list[Row]:
     """The rows with their differences to the plain merge and to what was found, and corrected p-values.
 
     A row with a plain merge of its own is compared with that alone.
+
+    Args:
+        rows: by name, as ``_make_row`` makes them, ``plain`` and ``found`` among them.
+        task: of the test split's examples.
+        weight: of every task's accuracy in the mean normalised accuracy.
     """
     shares = {name: np.asarray(row["correct"]) / len(row["values"]) for name, row in rows.items()}
     compared = []
     for name, row in rows.items():
         own, plain = row.get("baseline"), shares["plain"]
         row = {key: value for key, value in row.items() if key not in ("correct", "baseline")}
-        if name in rows and name != "plain":
+        if name != "plain":
             gain = shares[name] - (plain if own is None else np.asarray(own))
-            row["gain"] = paired_bootstrap(gain, test.task, test.weight)._asdict()
+            row["gain"] = paired_bootstrap(gain, task, weight)._asdict()
         if name not in ("plain", "found") and own is None:
-            row["found_better_by"] = paired_bootstrap(
-                shares["found"] - shares[name], test.task, test.weight
-            )._asdict()
+            better = shares["found"] - shares[name]
+            row["found_better_by"] = paired_bootstrap(better, task, weight)._asdict()
         if name in ("random masks", "shuffled weights"):
             row["as_good_as_found"] = int(
                 np.sum(np.asarray(row["values"]) >= rows["found"]["mean_normalised"])

@@ -321,7 +321,7 @@ class _Record:
         best = max(memo.best for memo in self.memos)
         self.reporter.advance(generation + 1, self.search.generations, best)
 
-    def _all_failed(self, generation: int, keep: np.ndarray) -> str:
+    def _all_failed(self, generation: int, keep: Any) -> str:
         masks = {str(self.spec.pruned_modules(mask)): None for mask in keep}
         shown = "; ".join(one_line(mask, 200) for mask in list(masks)[:3])
         more = f" and {len(masks) - 3} more" if len(masks) > 3 else ""

@@ -15,6 +15,7 @@ from enmp_jax.devices.distributed import barrier
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import load
+from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints, fingerprint
 from enmp_jax.io.files import write_bytes
 from enmp_jax.io.progress import Reporter
@@ -51,7 +52,7 @@ def refine_winner(
     def advance(done: int, loss: float) -> None:
         reporter.advance(done, config.steps, -loss)
 
-    with Checkpoints(checkpoints, made_of, say=reporter.say) as saved:
+    with Checkpoints(checkpoints, made_of, say=reporter.say) as saved, signals.saving():
         refined = refine(own, start, config, best.seed, advance, saved)
     reporter.say(
         f"refined: {refined.step} of {config.steps} steps, {config.fitness} {refined.fitness[0]:.4f} -> "

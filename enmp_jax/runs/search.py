@@ -14,7 +14,7 @@ import numpy as np
 from enmp_jax.adapters.recipe import hashes
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.devices.distributed import all_or_none, barrier
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line
 from enmp_jax.evaluation import budget
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.fitness import get as fitness_kind
@@ -31,6 +31,7 @@ from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none, rank, se
 from enmp_jax.runs.plan import out_of_memory
 from enmp_jax.runs.provenance import fingerprints
 from enmp_jax.runs.refine import refine_winner, test_refined, with_refined
+from enmp_jax.runs.rehearsal import rehearse
 from enmp_jax.runs.task_scores import task_scores
 from enmp_jax.search import controls
 from enmp_jax.training.refine import Refined
@@ -73,6 +74,7 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
     run, out = evaluator.loaded.run, directory.path
     loaded = evaluator.loaded
     check_search(evaluator)
+    rehearse(evaluator)
     all_or_none(lambda: directory.start(run, fingerprints(loaded)))
 
     inputs, scoring = evaluator.inputs("search"), evaluator.scoring("search")
@@ -104,13 +106,24 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
         directory.write_json("scores.json", scores)
     if directory.writes:
         write_search(evaluator, best, scores, out, reporter, exports)
-        from enmp_jax.report.write import write_plots, write_report  # matplotlib is slow to import
-
-        write_plots(out)
-        write_report(out)
-        reporter.say(f"report: {out / 'report.html'}")
+        draw(out, reporter)
     barrier("results are written")
     return scores
+
+
+def draw(out: Path, reporter: Reporter) -> None:
+    """Write plots and report; what goes wrong is said and can be repeated, as the search is paid for."""
+    from enmp_jax.report.write import write_plots, write_report  # matplotlib is slow to import
+
+    try:
+        write_plots(out)
+        write_report(out)
+    except (UserError, OSError, MemoryError) as error:
+        reporter.say(
+            f"report not written: {one_line(error)}; scores and mask are: try again with enmp report {out}"
+        )
+        return
+    reporter.say(f"report: {out / 'report.html'}")
 
 
 def check_search(evaluator: Evaluator) -> None:

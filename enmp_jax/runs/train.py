@@ -23,8 +23,11 @@ from enmp_jax.errors import UserError
 from enmp_jax.evaluation.heads import load_heads
 from enmp_jax.evaluation.loaded_run import checked_kind
 from enmp_jax.evaluation.scoring import Heads, stack_heads
+from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints, fingerprint
-from enmp_jax.io.files import read_json, write_bytes
+from enmp_jax.io.files import is_temporary, read_json, write_bytes
+from enmp_jax.io.lock import NAME as LOCK
+from enmp_jax.io.lock import occupied
 from enmp_jax.io.progress import read_lines
 from enmp_jax.models import checkpoint
 from enmp_jax.models.base import Backbone, Params
@@ -48,22 +51,31 @@ def train_run(run: RunConfig, out: Path, say: Say = print) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give --out a directory")
-    foreign = [p.name for p in out.iterdir() if p.name not in _OWN] if out.is_dir() else []
+    found = list(out.iterdir()) if out.is_dir() else []
+    foreign = [p.name for p in found if p.name not in _OWN and not is_temporary(p)]
     if foreign:
         raise UserError(f"{out} holds {foreign[0]!r}, which is not of a training run: choose another --out")
+    with occupied(out, say):
+        _train(run, out, say)
+
+
+def _train(run: RunConfig, out: Path, say: Say) -> None:
     base = run.path(run.base.model)
     if run.pretrain is not None:
         base = str(out / "base")
         if not (out / "base").exists():
             _train_base(run, out, say)
     backbone, params = models.load(
-        base, dtype=run.base.dtype, gradient_checkpointing=run.train.gradient_checkpointing
+        base,
+        dtype=run.base.dtype,
+        gradient_checkpointing=run.train.gradient_checkpointing,
+        quantization=run.base.quantization,
     )
     _train_adapters(run, backbone, params, base, out, say)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
-_OWN = ("base", "adapters", "checkpoints", "training.json")
+_OWN = ("base", "adapters", "checkpoints", "training.json", LOCK)
 
 
 def _train_base(run: RunConfig, out: Path, say: Say) -> None:
@@ -79,7 +91,7 @@ def _train_base(run: RunConfig, out: Path, say: Say) -> None:
     ]
     out.mkdir(parents=True, exist_ok=True)
     made_of = fingerprint([__version__, to_dict(config), run.base.dtype], _arrays(examples))
-    with Checkpoints(out / "checkpoints" / "base", made_of, say=say) as checkpoints:
+    with Checkpoints(out / "checkpoints" / "base", made_of, say=say) as checkpoints, signals.saving():
         params, losses = pretrain(
             backbone, examples, config, _progress(say, "base", config.steps), checkpoints
         )
@@ -159,10 +171,11 @@ def _train_together(
     """Train and save the adapters of tasks whose examples have the same inputs."""
     config, steps = run.train, training_steps(run.train, examples)
     out.mkdir(parents=True, exist_ok=True)
-    settings = [__version__, to_dict(config), run.base.dtype, checkpoint.base_identity(base)]
+    types = [run.base.dtype, run.base.quantization]
+    settings = [__version__, to_dict(config), *types, checkpoint.base_identity(base)]
     made_of = fingerprint(settings, _arrays(examples), heads)
     folder = "adapters" if heads is not None else "completions"
-    with Checkpoints(out / "checkpoints" / folder, made_of, say=say) as checkpoints:
+    with Checkpoints(out / "checkpoints" / folder, made_of, say=say) as checkpoints, signals.saving():
         experts = train_experts(
             backbone, params, examples, heads, config, _progress(say, "adapters", steps), checkpoints
         )
