@@ -76,6 +76,8 @@ class Options:
     """checkpoint: type of the weights; default: the base's (GGUF: float32). gguf: of the factors."""
     allow_base_mismatch: bool = False
     """Merge adapters that name different base models."""
+    allow_other_adapters: bool = False
+    """Use a mask that was found for other adapters."""
 
 
 def _hyperparameters() -> dict[str, dict[str, Hyperparameter]]:
@@ -206,6 +208,9 @@ def _mask(
         if args.prune:
             raise UserError("give --prune or --mask, not both")
         saved = mask_file.load(args.mask, loaded.stack)
+        if not args.allow_other_adapters:
+            remedy = "give that adapter, or --allow-other-adapters to prune these all the same"
+            saved.refuse_others(args.mask, loaded, remedy)
         scale = args.scale if args.scale is not None else saved.scale
         return saved.spec, saved.keep, 1.0 if scale is None else scale, saved.merge
     modules = [parse_prune(text) for text in args.prune]

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from enmp_jax import merges
+from enmp_jax.adapters.peft_import import LoadedAdapters
+from enmp_jax.adapters.recipe import sha256
 from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io.files import is_file
 from enmp_jax.lora import LoraStack
@@ -24,12 +26,33 @@ class SavedMask(NamedTuple):
         keep: bool, or float where the file has weights.
         scale: the merge coefficient, if the file has one.
         merge: what the mask was found for, as ``merges.make`` takes it, if the file says.
+        adapters: task -> hash of the adapter that it was found for, if the file says.
     """
 
     spec: MaskSpec
     keep: Keep
     scale: float | None
     merge: dict[str, Any] | None = None
+    adapters: Mapping[str, str] | None = None
+
+    def refuse_others(self, path: str | Path, loaded: LoadedAdapters, remedy: str) -> None:
+        """Refuse other adapters than those that the mask was found for: it says nothing of them.
+
+        Args:
+            path: of the mask.
+            loaded: the adapters given.
+            remedy: what to do.
+
+        Raises:
+            UserError: the first adapter whose hash differs.
+        """
+        for task, adapter in loaded.adapters.items():
+            known = (self.adapters or {}).get(task)
+            if known is not None and known != sha256(adapter):
+                raise UserError(
+                    f"{path} was found for another adapter of task {task!r} than {one_line(adapter.source)} "
+                    f"(its weights differ): {remedy}"
+                )
 
 
 def from_json(data: Any, stack: LoraStack) -> SavedMask:
@@ -72,7 +95,10 @@ def from_json(data: Any, stack: LoraStack) -> SavedMask:
     else:
         keep = spec.keep_from_weights(weights, data["pruned"])
     merge = _merge(data.get("merge"), data["tasks"], stack)
-    return SavedMask(spec, keep, None if scale is None else float(scale), merge)
+    adapters = data.get("adapters")
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise UserError("mask: adapters must be a mapping from tasks to hashes")
+    return SavedMask(spec, keep, None if scale is None else float(scale), merge, adapters)
 
 
 def load(path: str | Path, stack: LoraStack) -> SavedMask:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from enmp_jax.adapters.recipe import hashes
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.devices.distributed import all_or_none, barrier
 from enmp_jax.errors import UserError, one_line
@@ -96,7 +97,8 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
         "modules": spec.n_modules,
         "splits": {split: by_task(loaded.tasks, loaded.sizes(split)) for split in loaded.examples},
     }  # fmt: skip
-    directory.write_json("mask.json", spec.to_json(best.keep, best.scale, run.merge.recipe()))
+    made_of = run.merge.recipe(), hashes(loaded.adapters)
+    directory.write_json("mask.json", spec.to_json(best.keep, best.scale, *made_of))
     directory.write_json("scores.json", scores)
     exports = prepare_search(evaluator, best, refined, reporter)
     if own := exported_scores(run, exports):
