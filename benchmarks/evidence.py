@@ -50,7 +50,10 @@ def planned(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     examples = args.examples or (RUNGS if args.set == "rungs" else (200,))
     # those of no method last: a group that is left and entered again would tune its plain merge twice
     columns = sorted(args.columns or SETS[args.set], key=lambda name: COLUMNS[name]["kind"] in NO_METHOD)
-    for seed, n, method in itertools.product(range(args.seeds), examples, args.methods):
+    groups = [
+        (seed, n, str(method)) for seed in range(args.seeds) for n in examples for method in args.methods
+    ]
+    for seed, n, method in groups:
         for column in columns:
             alone = COLUMNS[column]["kind"] in NO_METHOD
             settings = {**COLUMNS[column], "test": args.test, "grid": [] if alone else METHODS[method]}

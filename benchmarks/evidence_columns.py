@@ -310,13 +310,13 @@ def climb(
     look: Callable[[np.ndarray], float],
 ) -> tuple[np.ndarray, Found]:  # fmt: skip
     """Gradient ascent stopped by the selection split or the budget: the best weights, and what it cost."""
-    data, selection = data
+    following, selection = data
     settings = gradient.Settings(steps=column["passes"], learning_rate=column["learning_rate"])
     incumbents: Incumbents = []
     looks: list[gradient.Look] = []
 
     def cost(steps: int, looks: int) -> float:
-        return STEP_COST * steps * data.examples + looks * selection.examples
+        return STEP_COST * steps * following.examples + looks * selection.examples
 
     def on_look(_: gradient.State, seen: list[gradient.Look]) -> None:
         looks[:] = seen
@@ -325,10 +325,10 @@ def climb(
         incumbents.append((cost(seen[-1].step, len(seen)), gradient.best(seen).weights))
 
     def may_go_on() -> bool:
-        most = column["passes"] * data.examples
+        most = column["passes"] * following.examples
         return cost(looks[-1].step + settings.check_every, len(looks) + 1) <= most
 
-    ascent = stepwise(lambda w: data.gradient(w, scale, column["fitness"], merge), settings)
+    ascent = stepwise(lambda w: following.gradient(w, scale, column["fitness"], merge), settings)
     state = ascent.init(jax.random.key(group.seed), present)
     gradient.run(ascent, state, present, (), look, [], on_look, may_go_on)
     best = gradient.best(looks)

@@ -96,20 +96,20 @@ def counted(monkeypatch):
 
     def measure(group, column, known):
         seen.append((group.seed, column["kind"]))
-        if len(seen) == measure.dies_at:
+        if len(seen) == dies_at.get("row"):
             raise KeyboardInterrupt
         return {"test": 0.5, "seconds": 0.0}
 
-    measure.dies_at = 0
+    dies_at = {}
     monkeypatch.setattr(evidence, "measure", measure)
     monkeypatch.setattr(evidence, "Suite", lambda *_: None)
     monkeypatch.setattr(evidence, "Group", lambda suite, method, seed, n: argparse.Namespace(seed=seed))
-    return seen, measure
+    return seen, dies_at
 
 
 def test_a_killed_run_does_no_row_twice(counted, tmp_path):
-    (seen, measure), out = counted, tmp_path / "rows.jsonl"
-    measure.dies_at = 3
+    (seen, dies_at), out = counted, tmp_path / "rows.jsonl"
+    dies_at["row"] = 3
     with pytest.raises(KeyboardInterrupt):
         evidence.run(arguments(out))
     assert len(rows(out)) == 2

@@ -361,6 +361,6 @@ def test_the_front_leaves_out_what_is_no_better_in_anything():
 
 
 def test_racing_can_be_asked_for_with_every_other_fitness(demo_run):
-    for name in set(FITNESS) - {"calibrated"}:
+    for name in set(FITNESS) - {"calibrated", "expert_hidden"}:  # refused: see test_rivals.py
         search = dataclasses.replace(demo_run.search, fidelity="racing", fitness=name)
         run_file.check(dataclasses.replace(demo_run, search=search))

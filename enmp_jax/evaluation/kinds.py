@@ -59,9 +59,11 @@ def count_batch(
     if kind.hidden:
         states = pooled_states(backbone, params, batch, deltas)
         scores = class_log_probabilities(heads, states[:, -1], batch.task)
+        expert = batch.expert
         assert batch.states is not None, "this fitness needs the experts' hidden states"
+        assert not isinstance(expert, LikeliestTokens), "hidden states are compared for classification only"
         distance = state_distance(states, batch.states)
-        return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert, distance)
+        return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, expert, distance)
     if kind_of(batch.inputs) != "completion":
         scores = option_log_probabilities(backbone, params, heads, batch, deltas, start)
         assert not isinstance(batch.expert, LikeliestTokens)
