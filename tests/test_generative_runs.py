@@ -56,11 +56,12 @@ def test_search_evaluate_and_refine(small, capsys):
     config = json.loads((small / "out" / "merged" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM" and not config["modules_to_save"]
 
-    code, printed, _ = enmp(
+    code, printed, errors = enmp(
         capsys, "evaluate", small / "run.yaml", "--mask", small / "out" / "mask.json", "--json"
     )
+    assert code == 0, errors
     result = json.loads(printed[printed.index("{") :])
-    assert code == 0 and result["metric"] == scores["metric"]
+    assert result["metric"] == scores["metric"]
     assert result["generated"] == scores["generated"]
     for name in ("reference", "merged", "enmp"):
         for task in TASKS:
