@@ -280,7 +280,7 @@ PARTS: dict[str, tuple[str, Callable[..., Outcome]]] = {
 }
 
 
-def run_parts(only: str | None, scale: float, results: dict[str, Any], save: Callable[[], None]) -> None:
+def run_parts(only: str | None, scale: float, results: dict[str, Any], save: Callable[[str], None]) -> None:
     """Do what is missing."""
     wanted = [
         p for p in (*PARTS, *(f"fuzz_{name}" for name in FUZZ)) if only in (None, p) and p not in results
@@ -302,7 +302,7 @@ def run_parts(only: str | None, scale: float, results: dict[str, Any], save: Cal
                 outcome = Outcome(*fuzz(part.removeprefix("fuzz_"), scale, scratch))
             results[part] = {"what": what, **outcome._asdict(), "seconds": time.perf_counter() - start}
             print(part, outcome, flush=True)
-            save()
+            save(part)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -330,9 +330,9 @@ def main() -> None:
     path = RESULTS / "reliability.json"
     results = json.loads(path.read_text()) if path.exists() else {}
 
-    def save() -> None:
+    def save(part: str) -> None:
         if path.exists():  # another process may do other parts
-            results.update(json.loads(path.read_text()) | results)
+            results.update(json.loads(path.read_text()) | {part: results[part]})
         path.write_text(json.dumps(results, indent=1) + "\n")
         (RESULTS / "reliability.md").write_text(table(results))
 

@@ -138,7 +138,8 @@ def test_one_of_two_ends_and_so_does_the_other(tmp_path, number, own, other):
     run, out = write_run(tmp_path / "run.yaml", 60, ", mesh: {population: 1, data: 2}"), tmp_path / "out"
     processes = start(["search", str(run), "--out", str(out)], 2)
     deadline = time.monotonic() + 240
-    while not (out / "history.jsonl").exists() and time.monotonic() < deadline:
+    saved = out / "checkpoints"
+    while not any(p.name.isdigit() for p in saved.glob("*")) and time.monotonic() < deadline:
         assert processes[0].poll() is None, processes[0].communicate()
         time.sleep(0.05)
     processes[1].send_signal(number)
