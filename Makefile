@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-reference check demo-train suites suite-llm
+.PHONY: demo test test-reference check demo-train docs suites suite-llm
 
 demo: $(VENV)/.base
 	$(BIN)/enmp demo
@@ -21,6 +21,10 @@ check: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+# The page of all run-file keys, after a change of enmp_jax/config/sections.py.
+docs: $(VENV)/.base
+	$(BIN)/python -m enmp_jax.config.reference > docs/run-file.md
 
 demo-train: $(VENV)/.base
 	$(BIN)/enmp train enmp_jax/suites/demo.yaml --out runs/demo-train

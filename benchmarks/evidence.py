@@ -29,7 +29,8 @@ from typing import Any
 
 import jax
 from evidence_columns import COLUMNS, METHODS, NO_METHOD, SETS, Group, measure
-from evidence_report import figures, read, table
+from evidence_figures import figures
+from evidence_report import read, table
 from evidence_suite import Suite
 
 from enmp_jax.errors import UserError
@@ -47,8 +48,10 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 def planned(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows that are asked for, group by group: those of a group share their data."""
     examples = args.examples or (RUNGS if args.set == "rungs" else (200,))
+    # those of no method last: a group that is left and entered again would tune its plain merge twice
+    columns = sorted(args.columns or SETS[args.set], key=lambda name: COLUMNS[name]["kind"] in NO_METHOD)
     for seed, n, method in itertools.product(range(args.seeds), examples, args.methods):
-        for column in args.columns or SETS[args.set]:
+        for column in columns:
             alone = COLUMNS[column]["kind"] in NO_METHOD
             settings = {**COLUMNS[column], "test": args.test, "grid": [] if alone else METHODS[method]}
             yield {
@@ -106,24 +109,29 @@ def run(args: argparse.Namespace) -> None:
             print(f"{args.suite} {method} seed {seed}, {n} examples, {column}: {shown}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def main(description: str | None = __doc__, default: str = "main") -> None:
+    """The command line; ``default`` is the set of columns."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("suite", nargs="?", default="demo")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--figures", nargs=2, type=Path, metavar=("DIR", "FILE"))
-    parser.add_argument("--set", choices=list(SETS), default="main")
+    parser.add_argument("--set", choices=list(SETS), default=default)
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--examples", type=int, nargs="+", help="per task, to search and as many to select")
     parser.add_argument("--test", type=int, default=600, help="examples per task of the test split")
     args = parser.parse_args()
+    # programs of earlier rows and runs are read back instead of compiled again
+    folder = os.environ.get("ENMP_XLA_CACHE", str(Path(tempfile.gettempdir()) / "enmp-evidence-xla"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     try:
         if args.table:
             print(table(read(args.table)))
         elif args.figures:
-            figures(read(args.figures[1]), args.figures[0])
+            print(*figures(read(args.figures[1]), args.figures[0]), sep="\n")
         elif args.out is None:
             raise UserError("give --out FILE.jsonl, where the rows go")
         else:
@@ -133,8 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # programs of earlier rows and runs are read back instead of compiled again
-    folder = os.environ.get("ENMP_XLA_CACHE", str(Path(tempfile.gettempdir()) / "enmp-evidence-xla"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -48,7 +49,7 @@ PASSES = 960  # of the paper's setting, 16 x 60 masks
 TENTH = PASSES // 10
 PLAIN = {"kind": "plain", "fitness": "margin"}
 BINARY = {
-    "kind": "masks", "fitness": "margin", "strategy": "greedy", "population": 8, "start": "first_order",
+    "kind": "masks", "fitness": "margin", "strategy": "greedy", "population": 8, "start": "leave_one_out",
     "passes": TENTH,
 }  # fmt: skip
 PAPER = {
@@ -63,6 +64,7 @@ COLUMNS: dict[str, Setting] = {
     "plain": PLAIN,
     "plain, no labels": PLAIN | NO_LABELS,
     "paper": PAPER,
+    "paper, margin": PAPER | {"fitness": "margin"},
     "ours, binary": BINARY,
     "ours, binary, no labels": BINARY | NO_LABELS,
     "random": {"kind": "random", "fitness": "margin", "masks": 20, "like": "ours, binary"},
@@ -230,9 +232,13 @@ def greedy(group: Group, column: Setting, rows: Rows) -> Found:
 def masks(group: Group, column: Setting, rows: Rows) -> Found:
     """A search of masks; the selection split chooses among its finalists and the plain merge."""
     data, selection, scale = group.start(column)
-    fitness, spec, spent, effects = column["fitness"], group.suite.layers, 0.0, None
+    fitness, spent, effects = column["fitness"], 0.0, None
+    spec = dataclasses.replace(group.suite.layers, **{k: column[k] for k in ("max_pruned",) if k in column})
     if column.get("start") == "first_order":
         effects, spent = first_order(data, scale, fitness).reshape(-1)[list(spec.slots)], STEP_COST
+    elif column.get("start") == "leave_one_out":
+        alone, _ = controls.leave_one_out(lambda keep: data.score(keep, scale, fitness), spec)
+        effects, spent = alone.reshape(-1)[list(spec.slots)], 1 + spec.n_modules
     sigma0, population = column.get("sigma0", 0.5), column["population"]
     space = strategies.Space(spec.genome_size, population, sigma0, spec.threshold, 0, spec.max_count, effects)
     strategy = strategies.build(

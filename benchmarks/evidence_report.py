@@ -1,4 +1,4 @@
-"""Tables and figures of benchmarks/evidence.py from its rows."""
+"""Rows of benchmarks/evidence.py, their intervals over seeds and their table."""
 
 from __future__ import annotations
 
@@ -69,8 +69,3 @@ def _cell(row: Row, column: bool = True) -> tuple[Any, ...]:
 
 def _number(value: float, form: str = ".3f") -> str:
     return "" if math.isnan(value) else format(value, form)
-
-
-def figures(rows: list[Row], folder: Path) -> None:
-    """All figures that the rows suffice for."""
-    raise NotImplementedError

@@ -128,7 +128,7 @@ def _images(place: Path) -> tuple[list[Path], Callable[[], Any]]:
     for i, suffix in enumerate(("png", "jpg", "bmp", "gif")):
         path = place / f"images/{i % 2}/{i}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8, 8), i, np.uint8)).save(path)
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(path)
         files.append(path)
     return files, _data(DataConfig(f"folder:{place / 'images'}", test="all"))
 

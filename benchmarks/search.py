@@ -47,6 +47,7 @@ NO_LABELS = {"fitness": "expert_margin"}
 ROWS: dict[str, dict[str, Any]] = {
     "paper": PAPER | {"fitness": "accuracy"},
     "paper, margin": PAPER | {"fitness": "margin"},
+    "paper, margin, racing": PAPER | {"fitness": "margin", "fidelity": "racing"},
     "cma_es, a tenth": {"strategy": "cma_es", **TENTH},
     "greedy, leave-one-out": {"strategy": "greedy", "start": "leave_one_out", **TENTH, "generations": 6},
     "greedy, first order": {"strategy": "greedy", "start": "first_order", **TENTH, "generations": 11},

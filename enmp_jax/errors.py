@@ -18,6 +18,11 @@ class UserError(Exception):
         merge method 'ties' has no hyperparameter 'densty': did you mean 'density'?
     """
 
+    def __init__(self, message: object = ""):
+        """Takes the line; what a file put into it is cut out of its middle where it is very long."""
+        text = str(message)
+        super().__init__(text if len(text) <= 1500 else f"{text[:1000]} ... {text[-400:]}")
+
 
 class Stopped(Exception):
     """The process was told to end (SIGTERM, SIGHUP), and what it was doing is saved."""

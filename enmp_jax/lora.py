@@ -15,7 +15,7 @@ from enmp_jax.errors import UserError, shown
 
 _MAX_LAYERS = 4096
 _MOST_PADDED = 2**26
-_LAYER_INDEX = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
+_LAYER_INDEX = re.compile(r"(?<=\.)(?<!\.experts\.)(\d+)(?=\.|$)")
 
 
 @flax.struct.dataclass
@@ -95,7 +95,8 @@ class LoraStack:
 def split_layer(path: str) -> tuple[str, int]:
     """Split a module path into its template and layer index.
 
-    ``encoder.layers.3.self_attn.q_proj`` -> (``encoder.layers.{}.self_attn.q_proj``, 3).
+    ``encoder.layers.3.self_attn.q_proj`` -> (``encoder.layers.{}.self_attn.q_proj``, 3). The number of an
+    expert stays: each expert of a mixture is a projection of its layer.
 
     Raises:
         UserError: the path has no layer index, or several.

@@ -249,6 +249,7 @@ class MaskSpec:
         keep: Keep,
         scale: float | None,
         merge: Mapping[str, Any] | None = None,
+        adapters: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """The content of ``mask.json``: modules by name, never by flat index.
 
@@ -257,6 +258,7 @@ class MaskSpec:
             scale: the merge coefficient, if it is known.
             merge: what the mask was found for, as ``merges.make`` takes it: ``method``, ``space``,
                 ``isotropize`` and hyperparameters. A ``scale`` in it and what is None are left out.
+            adapters: task -> hash of the adapter that it was found for.
         """
         keep = np.asarray(keep)
         keep = keep if keep.dtype == bool else keep.astype(np.float32)
@@ -270,6 +272,7 @@ class MaskSpec:
             **finer,
             **({} if keep.dtype == bool else {"weights": [list(x) for x in self.weighted_modules(keep)]}),
             **({} if merge is None else {"merge": _given(merge)}),
+            **({} if adapters is None else {"adapters": dict(adapters)}),
         }
 
 

@@ -350,7 +350,7 @@ def test_a_whole_search_does_not_depend_on_the_devices(demo_run, tmp_path, strat
         mesh = dict(zip(("population", "data", "model"), shape, strict=True))
         run = dataclasses.replace(
             demo_run,
-            merge=MergeConfig("tsv", scale=0.6),
+            merge=MergeConfig("tsv", scale=0.2),  # too small, so that other weights win
             search=dataclasses.replace(
                 demo_run.search, generations=4, check_every=2, fitness="margin", **strategy
             ),
@@ -361,7 +361,7 @@ def test_a_whole_search_does_not_depend_on_the_devices(demo_run, tmp_path, strat
         history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
         found[shape] = json.loads((out / "mask.json").read_text()), history
     mask, history = found.pop((1, 1, 1))
-    assert mask["pruned"] or mask["weights"]  # something was found
+    assert mask["pruned"] or mask.get("weights")  # something was found
     for other, lines in found.values():
         assert other["pruned"] == mask["pruned"]
         weights, expected = (

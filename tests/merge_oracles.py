@@ -15,7 +15,10 @@ Factors = Sequence[tuple[np.ndarray, np.ndarray]]  # (A [r, in], B [out, r]) of 
 def merged(
     tasks: Factors, method: str, space: str = "full", isotropize: bool = False, drops=None, **hyper
 ) -> np.ndarray:
-    """The merged delta [out, in] of the kept tasks; ``drops(shape)`` gives each task's 0 or 1 of DARE."""
+    """The merged delta [out, in] of the kept tasks; ``drops(shape)`` gives each task's 0 or 1 of DARE.
+
+    ``drops(shape, uniform=True)``: the uniform numbers of DELLA.
+    """
     if not tasks:
         raise ValueError("no tasks: the delta is zero")
     a, b = [np.asarray(x, np.float64) for x, _ in tasks], [np.asarray(y, np.float64) for _, y in tasks]
@@ -25,8 +28,14 @@ def merged(
         whole = lego(a, b, **hyper)
     elif method == "iso_cts":
         whole = iso_cts(deltas, ranks, **hyper)
+    elif method == "pico":
+        whole = pico(b, deltas)
+    elif method == "compress":
+        whole = compress(deltas, **hyper)
     else:
         left, mats, right = in_space(space, a, b, deltas)
+        if method == "della":
+            mats = [magprune(m, bits, **hyper) for m, bits in zip(mats, drops(mats[0].shape, uniform=True))]
         if method.startswith("dare"):
             keep = drops(mats[0].shape)
             mats = [m * k / (1 - hyper["drop_rate"]) for m, k in zip(mats, keep)]
@@ -135,6 +144,67 @@ def lego(a, b, clusters):
     return np.sum(halves, axis=0) * np.sqrt(np.mean([len(x) for x in a]) / clusters)
 
 
+def magprune(matrix, uniform, drop_rate, epsilon):
+    kept = np.zeros_like(matrix)
+    for row, numbers, out in zip(matrix, uniform, kept):
+        low, high = drop_rate - epsilon, drop_rate + epsilon
+        for k, column in enumerate(np.argsort(np.abs(row))):
+            probability = high - (high - low) * k / max(len(row) - 1, 1)
+            if numbers[column] < 1 - probability:
+                out[column] = row[column] / (1 - probability)
+    return kept
+
+
+def sce(mats, ranks, density):
+    spread = np.var(mats, axis=0)
+    limit = np.sort(spread.ravel())[-max(int(spread.size * density), 1)]
+    chosen = [np.where(spread >= limit, m, 0) for m in mats]
+    energy = [np.sum(m**2) for m in chosen]
+    agree = [np.sign(m) == np.where(np.sum(chosen, axis=0) >= 0, 1, -1) for m in chosen]
+    weights = [e / sum(energy) * g for e, g in zip(energy, agree)]
+    total = np.sum(weights, axis=0)
+    return np.sum([w * m for w, m in zip(weights, chosen)], axis=0) / np.where(total > 0, total, 1)
+
+
+def karcher(mats, ranks):
+    units = [m.ravel() / np.linalg.norm(m) for m in mats]
+    mean = np.mean(units, axis=0)
+    mean /= np.linalg.norm(mean)
+    for _ in range(10):
+        tangent = np.zeros_like(mean)
+        for u in units:
+            cosine = np.clip(mean @ u, -1, 1)
+            angle = np.arccos(cosine)
+            if angle > 1e-5:
+                tangent += angle / np.sin(angle) * (u - cosine * mean) / len(units)
+        size = np.linalg.norm(tangent)
+        if size < 1e-5:
+            break
+        mean = np.cos(size) * mean + np.sin(size) * tangent / size
+        mean /= np.linalg.norm(mean)
+    return (np.mean([np.linalg.norm(m) for m in mats]) * mean).reshape(mats[0].shape)
+
+
+def pico(b, deltas):
+    u, s, _ = np.linalg.svd(np.concatenate(b, axis=1), full_matrices=False)
+    damped = 1 / (1 + (len(b) - 1) * s**2 / np.sum(s**2))
+    operator = np.eye(len(u)) + (u * (damped - 1)) @ u.T
+    merged = operator @ np.mean(deltas, axis=0)
+    return merged * np.mean([np.linalg.norm(d) for d in deltas]) / np.linalg.norm(merged)
+
+
+def compress(deltas, compressed_rank):
+    def leading(matrices):
+        return np.linalg.svd(np.concatenate(matrices, axis=1), full_matrices=False)[0][:, :compressed_rank]
+
+    left = leading(deltas)
+    right = leading([d.T @ left for d in deltas])
+    for _ in range(5):
+        left = leading([d @ right for d in deltas])
+        right = leading([d.T @ left for d in deltas])
+    return left @ left.T @ np.sum(deltas, axis=0) @ right @ right.T
+
+
 COMBINE = {
     "sum": lambda mats, ranks: np.sum(mats, axis=0),
     "mean": lambda mats, ranks: np.mean(mats, axis=0),
@@ -143,6 +213,9 @@ COMBINE = {
     "dare": lambda mats, ranks, drop_rate: np.sum(mats, axis=0),
     "dare_ties": ties,
     "breadcrumbs": breadcrumbs,
+    "della": lambda mats, ranks, drop_rate, epsilon: ties(mats, ranks, 1.0),
+    "sce": sce,
+    "karcher": karcher,
     "tsv": tsv,
     "cart": cart,
 }

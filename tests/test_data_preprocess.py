@@ -137,6 +137,7 @@ def test_exactly_the_maximum_is_not_truncated(root):
     ("config", "longest"),
     [
         ({"max_position_embeddings": 6}, 6),
+        ({"model_type": "gpt2", "n_positions": 5}, 5),
         ({"model_type": "roberta", "max_position_embeddings": 9}, 7),
         ({}, 9),
     ],

@@ -123,6 +123,14 @@ def test_a_killed_run_does_no_row_twice(counted, tmp_path):
     assert len(seen) == 5
 
 
+def test_rows_of_no_method_come_last_and_once(counted, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    evidence.run(arguments(out, seeds=1, methods=["sum", "tsv"], columns=["joint LoRA", "plain"]))
+    assert [(row["method"], row["column"]) for row in rows(out)] == [
+        ("sum", "plain"), ("-", "joint LoRA"), ("tsv", "plain"),
+    ]  # fmt: skip
+
+
 def test_a_line_cut_short_is_done_again(counted, tmp_path):
     (seen, _), out = counted, tmp_path / "rows.jsonl"
     evidence.run(arguments(out, seeds=1))

@@ -165,3 +165,29 @@ def test_every_export_says_what_was_verified(capped):
         assert "| modules | ok |" in text and "| vLLM: rank | ok |" in text and "| weights | ok |" in text
     config = yaml.safe_load((out / "merged" / "enmp_config.yaml").read_text())
     assert config["options"] == {"rank": 2} and config["exported"]["rank"] == 2
+
+
+def test_a_mask_of_other_adapters_is_refused_unless_told_otherwise(capped, tmp_path, monkeypatch, capfd):
+    """A pruned adapter of the run has its weights folded in already: the mask must not meet it again."""
+    out, _ = capped
+    monkeypatch.chdir(SUITES / "demo" / "adapters")
+    tasks = json.loads((out / "mask.json").read_text())["tasks"]
+    words = ["merge", "--mask", str(out / "mask.json"), "--out", str(tmp_path / "out")]
+    own = [word for task in tasks for word in ("--adapter", f"{task}={task}")]
+    other = [*own[:-1], f"{tasks[-1]}={tasks[0]}"]
+    enmp(*words, *other, code=2)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"another adapter of task {tasks[-1]!r}" in line and not (tmp_path / "out").exists()
+    enmp(*words, *other, "--allow-other-adapters")
+    enmp(*words[:-1], tmp_path / "own", *own)
+    ours, theirs = (tmp_path / "own/delta.safetensors", out / "delta/delta.safetensors")
+    with open_tensors(ours) as x, open_tensors(theirs) as y:
+        assert all(np.array_equal(x.get_tensor(key), y.get_tensor(key)) for key in x.keys())  # noqa: SIM118
+
+
+def test_everything_that_a_run_holds_is_verified(capped, capfd):
+    out, _ = capped
+    enmp("verify", out)
+    printed = capfd.readouterr().out
+    assert [f"({kind} export)" in printed for kind in ("adapters", "delta", "peft")] == [True] * 3
+    assert "PEFT" in printed and "NOT  weights" not in printed

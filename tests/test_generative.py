@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generative_files import loaded_run, save_all
+from generative_files import loaded_run, save_all, save_tokenizer
 
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import experts
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.fitness import FITNESS
+from enmp_jax.evaluation.generation import generated_scores
 from enmp_jax.evaluation.loaded_run import load
+from enmp_jax.evaluation.text_metrics import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +205,30 @@ def test_gradients_are_those_of_finite_differences(loaded):
         step[i] = 1e-2
         difference = float(value(weights + step) - value(weights - step)) / 2e-2
         assert gradient[i] == pytest.approx(difference, rel=0.03, abs=2e-4)
+
+
+def greedy(loaded, prompt, weights, most, end):
+    """The likeliest next token again and again, by whole forward passes."""
+    ids = list(prompt)
+    while len(ids) - len(prompt) < most and ids[-1] != end:
+        ids.append(int(full_logits(loaded, ids, weights)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_generated_answers_are_the_greedy_ones(loaded, tmp_path):
+    say, pick = loaded.run.tasks
+    say = dataclasses.replace(say, metrics=("chrf", "contains"))
+    run = dataclasses.replace(loaded.run, tasks=(say, pick))
+    evaluator = Evaluator(dataclasses.replace(loaded, run=run))
+    tokenizer = save_tokenizer(tmp_path)
+    found = generated_scores(evaluator, "search", {"merged": (np.ones((2, 2), bool), 0.5)})
+    assert set(found) == {"say"}
+    examples = loaded.examples["search"][0]
+    rows = [next(iter(sequences(examples, row))) for row in range(len(examples.labels))]
+    wanted = [tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in rows]
+    end = tokenizer.eos_token_id
+    for name, weights in (("merged", (0.5, 0.5)), ("reference", (1.0, 0.0))):
+        made = [greedy(loaded, ids[:start], weights, 8, end) for ids, start in rows]
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
+        for metric in ("chrf", "contains"):
+            assert found["say"][metric][name] == pytest.approx(METRICS[metric](texts, wanted), abs=1e-6)

@@ -40,6 +40,8 @@ def enmp(capsys, *args):
 def test_search_evaluate_and_refine(small, capsys):
     """A run of both kinds from the run file to a refined adapter; every task's metric is named."""
     loaded_run(small, search=", fitness: expert_kl", strategy="gradient")
+    text = (small / "run.yaml").read_text()
+    (small / "run.yaml").write_text(text.replace("name: say,", "name: say, metrics: [exact_match, chrf],"))
     assert enmp(capsys, "search", small / "run.yaml", "--out", small / "out")[0] == 0
     scores = json.loads((small / "out" / "scores.json").read_text())
     assert scores["metric"] == {"say": "likelihood", "pick": "accuracy"}
@@ -50,6 +52,7 @@ def test_search_evaluate_and_refine(small, capsys):
     relative = [scores["enmp"][t] / scores["reference"][t] for t in TASKS]
     assert scores["mean_normalised"]["enmp"] == pytest.approx(np.mean(relative), rel=1e-5)
     assert (small / "out" / "report.html").exists()
+    assert set(scores["generated"]["say"]) == {"exact_match", "chrf"} and "pick" not in scores["generated"]
     config = json.loads((small / "out" / "merged" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM" and not config["modules_to_save"]
 
@@ -58,13 +61,14 @@ def test_search_evaluate_and_refine(small, capsys):
     )
     result = json.loads(printed[printed.index("{") :])
     assert code == 0 and result["metric"] == scores["metric"]
+    assert result["generated"] == scores["generated"]
     for name in ("reference", "merged", "enmp"):
         for task in TASKS:
             assert result["loss"][name][task] == pytest.approx(scores["loss"][name][task], rel=1e-4)
     code, printed, _ = enmp(capsys, "evaluate", small / "run.yaml", "--mask", small / "out" / "mask.json")
     assert code == 0 and "accuracy, of completions likelihood exp(-loss)" in " ".join(printed.split())
 
-    assert enmp(capsys, "refine", small / "out", "--steps", "4", "--check-every", "2")[0] == 0
+    assert enmp(capsys, "refine", small / "out", "--steps", "3")[0] == 0
     refined = json.loads((small / "out" / "scores.json").read_text())
     assert set(refined["loss"]["refined"]) == set(TASKS)
     assert (small / "out" / "refined" / "adapter_model.safetensors").exists()
@@ -126,6 +130,8 @@ def test_bad_runs_are_one_line_and_write_nothing(small, capsys):
     assert "racing compares examples, and completions are scored by the token" in racing
     head = refused(small, capsys, ("name: say,", "name: say, head: {source: base},"), **search)
     assert "tasks.say.head: a generative task has no head" in head
+    metrics = refused(small, capsys, ("name: pick,", "name: pick, metrics: [chrf],"), **search)
+    assert "tasks.pick.metrics: nothing is generated in a choice task" in metrics
     source = refused(small, capsys, ("name: say,", "name: say, kind: choice,"), **search)
     assert "choices must be a list of two or more strings" in source
     config = json.loads((small / "base" / "config.json").read_text())

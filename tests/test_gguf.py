@@ -98,8 +98,8 @@ def test_scaled_rotary_frequencies_of_llama_3(tmp_path):
     settings = files.config(rope_scaling=scaling)
     tensors = files.hf_tensors(settings)
     # convert_hf_to_gguf.py writes what each frequency is divided by
-    plain = models.build(files.config()).config.frequencies
-    scaled = models.build(settings).config.frequencies
+    plain = models.build(files.config()).config.rope.frequencies
+    scaled = models.build(settings).config.rope.frequencies
     divisors = np.asarray(plain, np.float32) / np.asarray(scaled, np.float32)
     assert divisors.max() == 8
     path = tmp_path / "tiny.gguf"
@@ -109,7 +109,7 @@ def test_scaled_rotary_frequencies_of_llama_3(tmp_path):
         )
         files.write(path, settings, {**tensors, "rope_freqs.weight": divisors})
     backbone, _ = models.load(path)
-    np.testing.assert_allclose(backbone.config.frequencies, scaled, rtol=1e-6)
+    np.testing.assert_allclose(backbone.config.rope.frequencies, scaled, rtol=1e-6)
 
 
 def test_the_tokenizer_and_the_chat_template_come_along(tmp_path):

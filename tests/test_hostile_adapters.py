@@ -45,10 +45,10 @@ LONG = MODULE.format(0) + "." + "a" * 300
     ],
 )
 def test_patterns_that_backtrack_for_ever_are_given_up(tmp_path, config):
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(UserError, match="take too long"):
         load_adapters({"t": adapter(tmp_path / "x", [LONG], config)})
-    assert time.perf_counter() - start < 30  # seconds here; alone, minutes to centuries
+    assert time.thread_time() - start < 30  # seconds here; alone, minutes to centuries
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_patterns_mean_what_peft_means():
 
 @pytest.mark.parametrize("layer", ["1000000000", "4096", "9" * 5000])
 def test_layers_that_no_model_has(tmp_path, layer):
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(UserError, match="layer"):
         load_adapters({"t": adapter(tmp_path / "x", [MODULE.format(0), MODULE.format(layer)])})
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_ranks_that_lie_far_apart_do_not_fill_the_memory(tmp_path):
@@ -113,10 +113,10 @@ def test_ranks_that_lie_far_apart_do_not_fill_the_memory(tmp_path):
 def test_many_projections_are_not_compared_in_pairs(tmp_path):
     paths = [f"base_model.model.layers.0.p{i}" for i in range(5000)]
     path = adapter(tmp_path / "x", paths, {"target_modules": "all-linear"})
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(UserError, match="5000 different projections"):
         load_adapters({"t": path})
-    assert time.perf_counter() - start < 10
+    assert time.thread_time() - start < 10
 
 
 @pytest.mark.parametrize("form", ["delta", "peft", "adapters"])

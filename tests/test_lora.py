@@ -51,13 +51,14 @@ def test_a_stack_is_a_pytree_that_jit_takes():
         ("encoder.layers.3.self_attn.q_proj", ("encoder.layers.{}.self_attn.q_proj", 3)),
         ("h.11.attn2.c_attn", ("h.{}.attn2.c_attn", 11)),
         ("blocks.0", ("blocks.{}", 0)),
+        ("layers.2.mlp.experts.13.up_proj", ("layers.{}.mlp.experts.13.up_proj", 2)),
     ],
 )
 def test_split_layer(path, expected):
     assert split_layer(path) == expected
 
 
-@pytest.mark.parametrize("path", ["lm_head", "experts.1.layers.2.w1"])
+@pytest.mark.parametrize("path", ["lm_head", "experts.1.layers.2.w1", "layers.1.block.2.q"])
 def test_paths_without_one_layer_index_are_refused(path):
     with pytest.raises(UserError, match="LoRA on numbered layers"):
         split_layer(path)

@@ -246,7 +246,7 @@ CORPUS = {
     "two spellings of one module": (module(MODULE.removeprefix("base_model.model.")), "there twice"),
     "base_layer and not": (module(f"{MODULE}.base_layer"), "there twice"),
     "no layer number": (module("base_model.model.q_proj"), "none of the numbered layers"),
-    "experts": (module("base_model.model.layers.0.experts.3.q_proj"), "2 indices"),
+    "two layer numbers": (module("base_model.model.block.0.layer.3.q_proj"), "2 indices"),
     "layers of different shapes": (module(MODULE.replace(".0.", ".1."), a=(2, 8)), "different"),
     "weights are a directory": (replace(WEIGHTS, Path.mkdir), "not a regular file"),
     "weights are a pipe": (replace(WEIGHTS, os.mkfifo), "not a regular file"),

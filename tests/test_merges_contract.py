@@ -15,7 +15,7 @@ from enmp_jax.merges.hyperparameters import hyperparameters
 LAYERS, OUT, IN = 2, 10, 14
 RANKS = (3, 2, 3)  # mixed: task 1 is padded
 TASKS = ("cars", "dtd", "rte")
-HYPER = {"density": 0.4, "drop_rate": 0.3, "rank_fraction": 0.1, "gamma": 0.05}
+HYPER = {"density": 0.4, "drop_rate": 0.3, "rank_fraction": 0.1, "gamma": 0.05, "compressed_rank": 3}
 PAIRS = [(m, s) for m in merges.METHODS for s in merges.SPACES if (m, s) not in merges.REFUSED]
 KEEPS = np.array([[[1, 1, 1], [1, 1, 1]], [[1, 0, 1], [0, 0, 0]], [[0, 1, 0], [1, 1, 0]]], np.float32)
 

@@ -12,7 +12,7 @@ from enmp_jax import merges
 from enmp_jax.deltas import member_axes
 from enmp_jax.lora import LoraStack, stack_adapters
 from enmp_jax.merges.base import _keys
-from enmp_jax.merges.dare import random_drop
+from enmp_jax.merges.dare import random_drop, random_rows
 from enmp_jax.merges.hyperparameters import hyperparameters
 
 HYPER = {
@@ -23,6 +23,8 @@ HYPER = {
     "gamma": 0.05,
     "common_fraction": 0.6,
     "clusters": 2,
+    "epsilon": 0.2,
+    "compressed_rank": 2,
 }
 TOLERANCE = 1e-9
 NAME = "enc.{}.q_proj"
@@ -62,7 +64,7 @@ def ours(stack: LoraStack, pairs: list[tuple[str, bool]], method: str, keeps: np
 
 @jax.jit
 def drawn(keys, ones):
-    return random_drop(HYPER["drop_rate"])(ones, keys, 0)
+    return random_drop(HYPER["drop_rate"])(ones, keys, 0), random_rows(ones.shape, keys, 0)
 
 
 def oracle(
@@ -74,10 +76,11 @@ def oracle(
     if not tasks:
         return np.zeros(pair.shape)
 
-    def drops(shape: tuple[int, int]) -> np.ndarray:
+    def drops(shape: tuple[int, int], uniform: bool = False) -> np.ndarray:
         # rows have keys of their own, and a shorter row is the beginning of a longer one
-        whole = drawn(_keys(0, stack, NAME)[layer], jnp.ones((stack.n_tasks, 14, 14)))
-        return np.asarray(whole)[kept, : shape[0], : shape[1]] > 0
+        dropped, bits = drawn(_keys(0, stack, NAME)[layer], jnp.ones((stack.n_tasks, 14, 14)))
+        whole = np.asarray(bits) / 2**32 if uniform else np.asarray(dropped) > 0
+        return whole[kept, : shape[0], : shape[1]]
 
     return merge_oracles.merged(tasks, method, space, isotropize, drops, **hyper(method))
 

@@ -8,7 +8,8 @@ import pytest
 from enmp_jax.deltas import Dense, LowRank
 from enmp_jax.models import parameters
 from enmp_jax.models.attention import attend
-from enmp_jax.models.layers import BlockSpec, Stream, declare_layers, linear, run_layers
+from enmp_jax.models.block import BlockSpec, declare_layers
+from enmp_jax.models.layers import Stream, linear, run_layers
 
 SPEC = BlockSpec(width=48, heads=4, hidden=160, kv_heads=2, head_dim=12, dtype=jnp.bfloat16)
 LAYERS = 3

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from adapter_files import RECIPE, merged
 from test_models_golden import GOLDEN, as_arrays, close, golden, load
 
@@ -50,6 +51,37 @@ def test_an_adapter_goes_in_and_a_checkpoint_comes_out(case, told, tmp_path):
     export_checkpoint(tmp_path / "out", loaded, deltas, GOLDEN / case, RECIPE)
     again, merged_params = models.load(tmp_path / "out")
     np.testing.assert_allclose(jax.jit(again.features)(merged_params, inputs), expected, atol=3e-5)
+
+
+def test_adapters_of_experts_are_merged_and_exported(tmp_path):
+    """Mixtral as transformers 4 and PEFT spell it: one LoRA for each expert, merged without a backbone."""
+    random = np.random.default_rng(0)
+    paths = [
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w{i}"
+        for layer in range(2)
+        for expert in range(11)
+        for i in (1, 2)
+    ]
+    sides = {}
+    for task in ("a", "b"):
+        sides[task] = {p: (random.normal(size=(2, 6)), random.normal(size=(4, 2))) for p in paths}
+        modules = {p: (x.astype(np.float32), y.astype(np.float32)) for p, (x, y) in sides[task].items()}
+        save_adapter(tmp_path / task, modules, 2, 2, "org/mixtral")
+    base = {f"{p}.weight": random.normal(size=(4, 6)).astype(np.float32) for p in paths}
+    base["model.layers.0.block_sparse_moe.gate.weight"] = np.ones((11, 6), np.float32)
+    (tmp_path / "base").mkdir()
+    safetensors.numpy.save_file(base, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "mixtral"}')
+    loaded = load_adapters({task: tmp_path / task for task in sides})
+    keep = np.ones((2, 22, 2), bool)
+    keep[1, loaded.stack.projections.index("model.layers.{}.block_sparse_moe.experts.10.w2"), 0] = False
+    export_checkpoint(tmp_path / "out", loaded, merged(loaded, keep, scale=1.0), tmp_path / "base", RECIPE)
+    found = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    for path in paths:
+        tasks = ("b",) if path.endswith("1.block_sparse_moe.experts.10.w2") else ("a", "b")
+        expected = base[f"{path}.weight"] + sum(sides[t][path][1] @ sides[t][path][0] for t in tasks)
+        np.testing.assert_allclose(found[f"{path}.weight"], expected, atol=1e-5)
+    assert (found["model.layers.0.block_sparse_moe.gate.weight"] == 1).all()
 
 
 def test_windows_by_layer():

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -45,6 +47,12 @@ def search(run, out, processes=1, extra=()):
 
 def launch(arguments, processes=1, by_environment=False):
     """Exit codes and outputs of all processes, told of each other by flags or by their environment."""
+    started = start(arguments, processes, by_environment)
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    return [process.returncode for process in started], outputs
+
+
+def start(arguments, processes=1, by_environment=False):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,8 +75,7 @@ def launch(arguments, processes=1, by_environment=False):
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
         )  # fmt: skip
-    outputs = [process.communicate(timeout=240)[0] for process in started]
-    return [process.returncode for process in started], outputs
+    return started
 
 
 def contents(out):
@@ -123,6 +130,27 @@ def test_two_processes_write_what_one_writes(alone, tmp_path):
         for p in (tmp_path / "out").rglob("*")
         if "checkpoints" not in p.parts
     }
+
+
+@pytest.mark.parametrize(("number", "own", "other"), [(signal.SIGKILL, -9, 1), (signal.SIGTERM, 143, 143)])
+def test_one_of_two_ends_and_so_does_the_other(tmp_path, number, own, other):
+    """Within a minute and with one line; one process alone then finishes the search."""
+    run, out = write_run(tmp_path / "run.yaml", 60, ", mesh: {population: 1, data: 2}"), tmp_path / "out"
+    processes = start(["search", str(run), "--out", str(out)], 2)
+    deadline = time.monotonic() + 240
+    while not (out / "history.jsonl").exists() and time.monotonic() < deadline:
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.05)
+    processes[1].send_signal(number)
+    clock = time.monotonic()
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert time.monotonic() - clock < 60
+    assert [process.returncode for process in processes] == [other, own], outputs
+    said = [line for line in outputs[0].splitlines() if line.startswith("enmp search: ")]
+    assert len(said) == 1 and "--resume" in said[0] and "Traceback" not in outputs[0], outputs[0]
+    codes, outputs = search(write_run(tmp_path / "run.yaml", 60), out, extra=["--resume"])
+    assert codes == [0] and "goes on after generation" in outputs[0], outputs
+    assert len((out / "history.jsonl").read_text().splitlines()) == 60
 
 
 def test_two_processes_evaluate_as_one(alone, tmp_path):

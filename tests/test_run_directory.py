@@ -213,5 +213,6 @@ def test_changed_settings_are_named_by_their_keys():
         "search": {"seed": 0},
     }
     now = {"tasks": [{"name": "a", "head": {"source": "y"}}], "merge": {}, "search": {"seed": 0}}
+    before["evaluation"], now["evaluation"] = {"mesh": None}, {"mesh": {"data": 2}}  # no result depends on it
     found = [text for key in before for text in changed_settings(before[key], now[key], key)]
     assert found == ["tasks.a.head.source ('x', now 'y')", "merge.scale (1.0, now None)"]

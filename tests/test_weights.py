@@ -18,7 +18,7 @@ from enmp_jax import merges
 from enmp_jax.adapters import load_adapters, read_adapter
 from enmp_jax.adapters.lora_factors import lora_factors
 from enmp_jax.adapters.peft_export import export_adapters, export_peft
-from enmp_jax.adapters.recipe import Recipe, mask_text
+from enmp_jax.adapters.recipe import Recipe, hashes, mask_text
 from enmp_jax.cli import main as cli
 from enmp_jax.deltas import Deltas, Dense
 from enmp_jax.errors import UserError
@@ -170,7 +170,8 @@ def test_a_mask_brings_its_weights_scale_and_merge(loaded, weights, mask, tmp_pa
         np.testing.assert_allclose(found[name], dense, atol=1e-6)
     assert capfd.readouterr().err == ""
     assert json.loads((tmp_path / "out" / "mask.json").read_text()) == json.loads(mask.read_text()) | {
-        "merge": {key: value for key, value in TIES.items() if value}
+        "merge": {key: value for key, value in TIES.items() if value},
+        "adapters": hashes(loaded),
     }
 
 

@@ -178,7 +178,7 @@ def mask_of(loaded: LoadedAdapters, recipe: Recipe) -> tuple[MaskSpec, Keep]:
 def mask_text(loaded: LoadedAdapters, recipe: Recipe) -> str:
     """``mask.json`` of a recipe, which ``enmp merge --mask`` takes."""
     spec, keep = mask_of(loaded, recipe)
-    data = spec.to_json(keep, recipe.merge.get("scale"), plain(recipe.merge))
+    data = spec.to_json(keep, recipe.merge.get("scale"), plain(recipe.merge), hashes(loaded))
     return json.dumps(data, indent=1) + "\n"
 
 
@@ -220,6 +220,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value.item() if hasattr(value, "item") else value
+
+
+def hashes(loaded: LoadedAdapters) -> dict[str, str]:
+    """Task -> hash of its adapter."""
+    return {task: sha256(adapter) for task, adapter in loaded.adapters.items()}
 
 
 def sha256(adapter: Adapter) -> str:

@@ -75,7 +75,7 @@ def explained(error: BaseException) -> tuple[int, str]:
         return 2, "the input is nested too deeply to be read"
     if isinstance(error, OverflowError):
         return 2, f"a number of the input is too large ({one_line(error)})"
-    if _several() and type(error).__name__ == "JaxRuntimeError":
+    if _several() and type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         return 1, f"another process has ended or cannot be reached ({one_line(error, 120)})"
     return 1, ""
 

@@ -25,6 +25,8 @@ class Args:
     """Merge coefficient; default: the mask's, else the run file's, else chosen on the search split."""
     experts: bool = False
     """Score only the adapters alone (the reference accuracies)."""
+    lm_eval: tuple[str, ...] = ()
+    """Score the merge (under the mask) on these tasks of lm-eval instead, by name or task file (.yaml)."""
     set: Settings = ()
     skip_bad: bool = False
     """Leave out images that do not decode, instead of stopping."""
@@ -43,6 +45,12 @@ def run(args: Args) -> None:
     from enmp_jax.report.terminal import print_evaluation
     from enmp_jax.runs.evaluate import evaluate_run
 
+    if args.lm_eval:
+        from enmp_jax.integrations.lm_eval import EnmpLM, evaluate_tasks
+
+        model = EnmpLM.from_run(load_run_file(args.run, args.set), args.mask, args.scale)
+        print(json.dumps({"lm_eval": evaluate_tasks(model, args.lm_eval)}, indent=1))
+        return
     with make_reporter() as reporter:
         config = load_run_file(args.run, args.set, args.skip_bad)
         result = evaluate_run(config, args.split, args.mask, args.scale, args.experts, reporter)

@@ -55,6 +55,8 @@ class Options:
     """Of methods that draw at random; default: 0."""
     task_weights: tuple[float, ...] | None = None
     """One factor for each task's delta, in the order of --adapter."""
+    layer_scaling: tuple[float, float] | None = None
+    """Factors of the first and the last layer's merged delta, linear between (LiNeS)."""
     prune: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="LAYER[:PROJECTION]:TASK")
     ] = ()
@@ -74,6 +76,8 @@ class Options:
     """checkpoint: type of the weights; default: the base's (GGUF: float32). gguf: of the factors."""
     allow_base_mismatch: bool = False
     """Merge adapters that name different base models."""
+    allow_other_adapters: bool = False
+    """Use a mask that was found for other adapters."""
 
 
 def _hyperparameters() -> dict[str, dict[str, Hyperparameter]]:
@@ -148,7 +152,7 @@ def show(written: Written, out: Path, command: str) -> None:
 
 def _merge(args: Options, found_for: Mapping[str, Any] | None) -> dict[str, Any]:
     """What ``merges.make`` takes: the merge that the mask was found for, changed as the command line says."""
-    names = ("method", "space", "seed", "task_weights", *_hyperparameters())
+    names = ("method", "space", "seed", "task_weights", "layer_scaling", *_hyperparameters())
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     given |= {"isotropize": True} if args.isotropize else {}
     if found_for and given.get("method", found_for["method"]).replace("-", "_") == found_for["method"]:
@@ -204,6 +208,9 @@ def _mask(
         if args.prune:
             raise UserError("give --prune or --mask, not both")
         saved = mask_file.load(args.mask, loaded.stack)
+        if not args.allow_other_adapters:
+            remedy = "give that adapter, or --allow-other-adapters to prune these all the same"
+            saved.refuse_others(args.mask, loaded, remedy)
         scale = args.scale if args.scale is not None else saved.scale
         return saved.spec, saved.keep, 1.0 if scale is None else scale, saved.merge
     modules = [parse_prune(text) for text in args.prune]

@@ -112,6 +112,8 @@ class TaskConfig:
     """classification by a head; choice: which of the given answers is likeliest; completion: how likely the
     answer's tokens are. Default: found from the data (``choices``; ``prompt`` and ``answer``;
     ``messages``)."""
+    metrics: tuple[Literal["exact_match", "contains", "chrf"], ...] = ()
+    """completion: generate answers of the split that is scored, and compare them with the right ones."""
     reference: float | None = None
     """Score of the unmerged adapter on the test split, 0..1: accuracy, or of a completion task exp(-loss);
     default: measured."""

@@ -67,7 +67,7 @@ class AnswerTokens:
     def __call__(self, values: Sequence[Question]) -> tuple[dict[str, np.ndarray], int]:
         """See ``Preprocess``; the inputs of ``data.layout``."""
         prompts, answers = self._tokens(values)
-        rows: list[dict[str, list[int]]] = []
+        rows: list[dict[str, list]] = []
         truncated = 0
         place = 0
         for question, prompt in zip(values, prompts, strict=True):
@@ -79,19 +79,17 @@ class AnswerTokens:
                 raise self._too_long(question, len(prompt), longest)
             truncated += longest > room
             rows.append(self._row(question, prompt, [answer[:room] for answer in own]))
-        arrays = stack([{name: row[name] for name in self.padding} for row in rows])
-        if self.kind == "choice":
-            arrays["choice_length"] = arrays["choice_length"].astype(np.float32)
-        return arrays, truncated
+        return stack(rows), truncated
 
-    def _row(self, question: Question, prompt: list[int], answers: Sequences) -> dict[str, list[int]]:
+    def _row(self, question: Question, prompt: list[int], answers: Sequences) -> dict[str, list]:
         """Lists of different lengths: one example."""
-        length = {
-            "none": [1] * len(answers),
-            "token": [len(answer) for answer in answers],
-            "character": [len(text) for text in question.answers],
+        lengths = {
+            "none": [1.0] * len(answers),
+            "token": [float(len(answer)) for answer in answers],
+            "character": [float(len(text)) for text in question.answers],
         }
-        return pack(prompt, answers) | {"choice_length": length[self._norm]}
+        row = pack(prompt, answers) | {"choice_length": lengths[self._norm]}
+        return {name: row[name] for name in self.padding}
 
     def _tokens(self, questions: Sequence[Question]) -> tuple[Sequences, Sequences]:
         """Tokens of every prompt, and of all answers one after the other."""

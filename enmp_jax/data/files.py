@@ -18,6 +18,7 @@ from enmp_jax.config.sections import DataConfig
 from enmp_jax.data.base import Raw, file_identity
 from enmp_jax.data.labels import label_key, number_labels
 from enmp_jax.errors import UserError, one_line
+from enmp_jax.io.files import is_file
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 TEXT_PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"))
@@ -28,10 +29,13 @@ def existing(path: Path, what: str) -> Path:
     """The path, if it is there.
 
     Raises:
-        UserError: nothing is there.
+        UserError: nothing is there, or what is neither a directory nor a regular file (a pipe would be waited
+            for).
     """
     if not path.exists():
         raise UserError(f"{what}: {path} does not exist")
+    if not path.is_dir():
+        is_file(path)
     return path
 
 
@@ -95,7 +99,7 @@ class NpzSource:
         for name in {"split", "class_names"} & set(arrays):
             if arrays[name].ndim != 1:
                 raise UserError(
-                    f"{self._config.source}: {name!r} has shape {list(arrays[name].shape)}, not [n]"
+                    f"{self._config.source}: {name!r} has the shape {list(arrays[name].shape)}, not [n]"
                 )
         for name in sorted({*keys, "split"} & set(arrays)):
             if _n_rows(arrays[name]) != n:

@@ -29,6 +29,8 @@ def decode(value: np.ndarray | bytes | Path) -> np.ndarray:
         if not value.size:
             raise BadImage("it has no pixels")
         return value if value.ndim == 3 else value[..., None]
+    if isinstance(value, Path) and not value.is_file():
+        raise BadImage("there is no such file")
     from PIL import Image
 
     try:

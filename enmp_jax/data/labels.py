@@ -50,7 +50,8 @@ def number_labels(values: Sequence[Any], config: DataConfig) -> tuple[np.ndarray
         return np.asarray([-1 if v is None else v for v in values], np.int64), ()
     for v in given:
         if not isinstance(v, str):
-            raise UserError(f"{config.source}: the label {shown(v)} is neither a whole number nor a name")
+            said = f"the label {shown(v, 80)} is neither a whole number nor a class name"
+            raise UserError(f"{config.source}: {said}")
     found = sorted(set(given))
     names = config.class_names if set(found) <= set(config.class_names) else tuple(found)
     number = {None: -1} | {name: i for i, name in enumerate(names)}

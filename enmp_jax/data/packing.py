@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Shaped
 
 Row = dict[str, list[int]]
 
 
 def pack(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Row:
-    """One row: the prompt, then its answers one after the other.
-
-    Tokens of answer c are branch c + 1 and see the prompt (branch 0) and their own answer alone. The last
-    token of an answer predicts nothing: it is a target, but no input.
+    """One row of ``data.layout``: the prompt, then its answers one after the other.
 
     Args:
         prompt: at least one token.
         answers: at least one token each.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``position`` and ``branch`` of every token; ``target_ids``,
-        ``target_from`` (the index of the token before) and ``target_branch`` of every answer's tokens.
+        All of its inputs but ``choice_length``.
     """
     n = len(prompt)
     row: Row = {"input_ids": list(prompt), "position": list(range(n)), "branch": [0] * n}
@@ -38,12 +34,13 @@ def pack(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Row:
     return row | {"attention_mask": [1] * len(row["input_ids"])}
 
 
-def stack(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Int[np.ndarray, "row _"]]:
-    """Rows as arrays, padded with zeros on the right to the longest."""
+def stack(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Shaped[np.ndarray, "row _"]]:
+    """Rows as arrays, int32 or, of fractions, float32; padded with zeros on the right to the longest."""
     arrays = {}
     for name in rows[0]:
         lists = [row[name] for row in rows]
-        arrays[name] = np.zeros((len(rows), max(map(len, lists))), np.int32)
+        kind = np.float32 if isinstance(lists[0][0], float) else np.int32
+        arrays[name] = np.zeros((len(rows), max(map(len, lists))), kind)
         for array, values in zip(arrays[name], lists, strict=True):
             array[: len(values)] = values
     return arrays

@@ -189,7 +189,8 @@ def preprocess_for(
         raise UserError(
             f"{directory} has neither an image size nor tokenizer files: what does this {family} read?"
         )
-    limit = _positive(settings, "max_position_embeddings", config.max_length, directory)
+    positions = "n_positions" if settings.get("model_type") == "gpt2" else "max_position_embeddings"
+    limit = _positive(settings, positions, config.max_length, directory)
     if settings.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
         padding = settings.get("pad_token_id", 1)
         limit -= (padding if isinstance(padding, int) else 1) + 1  # positions start behind the padding index

@@ -15,6 +15,8 @@ from enmp_jax.errors import UserError, one_line
 from enmp_jax.io import signals
 
 T = TypeVar("T")
+HEARTBEAT_SECONDS = 30
+"""A process that was not heard of for so long is dead, and the others end."""
 
 
 class Job(NamedTuple):
@@ -83,7 +85,7 @@ def initialize(job: Job | None) -> None:
     if jax.distributed.is_initialized():
         return
     try:
-        jax.distributed.initialize(*job)
+        jax.distributed.initialize(*job, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot join the other processes ({one_line(error)}): give --coordinator HOST:PORT, "

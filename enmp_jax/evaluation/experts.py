@@ -68,15 +68,14 @@ def answers(loaded: LoadedRun, split: Split) -> list[Answers]:
     """
     examples = loaded.examples[split]
     if jax.process_count() > 1:
-        return _unpacked(loaded, split, _compute(loaded, split, _read_answers(loaded.backbone)))
+        return _unpacked(loaded, split, _compute(loaded, split))
     entry, names = key(loaded, split), [str(i) for i in range(len(examples))]
-    read = _read_answers(loaded.backbone)
     cached = cache.read("experts", entry)
     found = [cached.arrays.get(name) for name in names] if cached else []
     rows = [len(e.labels) for e in examples]
     if [None if a is None else len(a) for a in found] != rows:
         # -inf is no number that the cache takes
-        found = [np.maximum(a, np.finfo(np.float32).min) for a in _compute(loaded, split, read)]
+        found = [np.maximum(a, np.finfo(np.float32).min) for a in _compute(loaded, split)]
         cache.write("experts", entry, dict(zip(names, found, strict=True)), {})
     restored = [np.where(a <= np.finfo(np.float32).min, -np.inf, a) for a in found if a is not None]
     return _unpacked(loaded, split, restored)
@@ -141,8 +140,10 @@ def _read_answers(backbone: Backbone) -> Callable[..., Array]:
     return read
 
 
-def _compute(loaded: LoadedRun, split: Split, read: Callable[..., Array]) -> list[np.ndarray]:
-    """What ``read(params, heads, batch, deltas) -> [row, ...]`` says of every task's examples."""
+def _compute(loaded: LoadedRun, split: Split, read: Callable[..., Array] | None = None) -> list[np.ndarray]:
+    """What ``read(params, heads, batch, deltas) -> [row, ...]`` says of every task's examples; default: its
+    answers."""
+    read = read or _read_answers(loaded.backbone)
     merge, stack = merges.make("sum"), loaded.stack  # the sum of one adapter is that adapter
     ingredients = replicate(merge.prepare(stack), loaded.mesh)
     heads = replicate(loaded.heads, loaded.mesh)

@@ -265,6 +265,8 @@ def checked_kind(task: TaskConfig, root: Path, backbone: Backbone, base: str) ->
         UserError: a generative task for a base model without next-token logits, or as ``task_kind``.
     """
     kind = task_kind(task, root)
+    if task.metrics and kind != "completion":
+        raise UserError(f"tasks.{task.name}.metrics: nothing is generated in a {kind} task; leave them out")
     headless = backbone.logits is None or getattr(backbone.config, "head", "") is None
     if kind != "classification" and headless:
         raise UserError(

@@ -21,13 +21,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from jaxtyping import Array, Bool, Float
 
 from enmp_jax import models
 from enmp_jax.config import run_file
+from enmp_jax.config.run_file import RunConfig
 from enmp_jax.data.packing import Row, pack, stack
+from enmp_jax.data.tokenizer import load_tokenizer
 from enmp_jax.deltas import Deltas
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.evaluation import decoding
 from enmp_jax.evaluation.loaded_run import load_run_adapters, make_merge
 from enmp_jax.masks import MaskSpec
@@ -94,12 +97,16 @@ class EnmpLM(TemplateLM):
 
     @classmethod
     def from_run(
-        cls, run: str | Path, mask: str | Path | None = None, scale: float | None = None, **options: Any
+        cls,
+        run: RunConfig | str | Path,
+        mask: str | Path | None = None,
+        scale: float | None = None,
+        **options: Any,
     ) -> EnmpLM:
         """The merged model of a run file.
 
         Args:
-            run: the run file.
+            run: a run file, or its content.
             mask: a ``mask.json``; None: nothing is pruned.
             scale: merge coefficient; default: the mask's, else the run file's.
             options: see the class.
@@ -107,23 +114,20 @@ class EnmpLM(TemplateLM):
         Raises:
             UserError: a bad run file, base, adapter or mask, or no scale anywhere.
         """
-        config = run_file.load(run)
+        config = run if isinstance(run, RunConfig) else run_file.load(run)
         base = config.path(config.base.model)
         backbone, params = models.load(base, dtype=config.base.dtype, quantization=config.base.quantization)
         loras, method = load_run_adapters(config, backbone).stack, make_merge(config)
         saved = None if mask is None else mask_file.load(mask, loras)
-        spec = MaskSpec.of(loras, config.search.granularity)
         value = scale if scale is not None else saved.scale if saved else None
         if value is None and config.merge.scale == "auto":
             raise UserError("the run file says merge.scale: auto, and no mask says which: give a scale")
         value = float(config.merge.scale) if value is None else value
-        keep = jnp.asarray(saved.keep if saved else spec.all_kept())
-        deltas = jax.jit(method.merge)(method.prepare(loras), keep, value)
+        keep = saved.keep if saved else MaskSpec.of(loras, config.search.granularity).all_kept()
+        deltas = jax.jit(method.merge)(method.prepare(loras), jnp.asarray(keep), value)
         directory = checkpoint.find(base)
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        return cls(backbone, params, tokenizer, deltas, end_tokens=_end_tokens(directory), **options)
+        options = {"end_tokens": _end_tokens(directory), **options}
+        return cls(backbone, params, load_tokenizer(directory), deltas, **options)
 
     @property
     def eot_token_id(self) -> int:
@@ -268,6 +272,56 @@ class EnmpLM(TemplateLM):
         """Decoded up to the first end token."""
         ends = np.flatnonzero(np.isin(tokens, self._end))
         return self.tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens, skip_special_tokens=True)
+
+
+def evaluate_tasks(model: EnmpLM, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """lm-eval's metrics on some of its tasks, by task and metric.
+
+    Args:
+        model: the merged model.
+        tasks: names of tasks, or task files (``.yaml``).
+
+    Raises:
+        UserError: an unknown task, one that cannot be read, or what it asks of the model.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    chosen = [_task(name) for name in tasks]
+    known = TaskManager(include_defaults=any(isinstance(task, str) for task in chosen))
+    for task in chosen:
+        if isinstance(task, str) and task not in known.all_tasks:
+            raise UserError(f"lm-eval has no task {task!r}: lm-eval ls tasks lists them; files end in .yaml")
+    try:
+        found = simple_evaluate(
+            model=model, tasks=chosen, task_manager=known, log_samples=False, bootstrap_iters=0
+        )
+    except (OSError, ValueError, KeyError) as error:  # data that is not there, a task that contradicts itself
+        raise UserError(f"lm-eval: {', '.join(tasks)}: {one_line(error)}") from None
+    assert found is not None
+    return {task: _numbers(values) for task, values in found["results"].items()}
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """The metrics among what lm-eval says of a task (``acc,none`` is ``acc`` without a filter)."""
+    return {
+        k.removesuffix(",none"): v for k, v in values.items() if isinstance(v, float) and "_stderr" not in k
+    }
+
+
+def _task(name: str) -> str | dict[str, Any]:
+    """A task's name, or the content of its file."""
+    if not name.endswith(".yaml"):
+        return name
+    try:
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read task file {name}: {reason(error)}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not a task file of plain YAML: {one_line(error)}") from None
+    if not isinstance(content, dict) or "task" not in content:
+        raise UserError(f"{name} is no task file: it has no key task")
+    return content
 
 
 def _score(

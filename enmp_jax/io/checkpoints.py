@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from enmp_jax.errors import UserError, one_line, reason
+from enmp_jax.errors import Stopped, UserError, one_line, reason
 
 
 class Restored(NamedTuple):
@@ -68,6 +69,8 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp  # slow to import
 
+        # what goes wrong is raised here; orbax logs the same with tracebacks
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.path, self.fingerprint, self.say, self._ocp = Path(path).resolve(), fingerprint, say, ocp
         managers = ocp.checkpoint_managers
         best = managers.BestN(
@@ -173,7 +176,9 @@ class Checkpoints:
         _everywhere(True)  # nobody looks before it is done
         self._manager.reload()
 
-    def _not_written(self, error: Exception) -> UserError:
+    def _not_written(self, error: Exception) -> Exception:
+        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+            return error  # another process is gone: no fault of the disk
         return UserError(
             f"cannot write a checkpoint to {self.path}: {reason(error)}; make room, then --resume goes on "
             "from the newest whole one"
@@ -188,6 +193,8 @@ class Checkpoints:
         Raises:
             UserError: it could not be written.
         """
+        if kind is not None and not issubclass(kind, Stopped) and jax.process_count() > 1:
+            return  # another process may be gone, and closing would wait for it
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:

@@ -17,13 +17,19 @@ from enmp_jax.lora import LoraPair, LoraStack
 from enmp_jax.merges.base import LayerMethod, Merge, lift, merge_population
 from enmp_jax.merges.breadcrumbs import breadcrumbs as _breadcrumbs
 from enmp_jax.merges.cart import cart as _cart
+from enmp_jax.merges.compress import compress as _compress
 from enmp_jax.merges.dare import dare as _dare
 from enmp_jax.merges.dare import dare_ties as _dare_ties
+from enmp_jax.merges.della import della as _della
 from enmp_jax.merges.hyperparameters import check, check_seed, hyperparameters
 from enmp_jax.merges.iso import iso as _iso
 from enmp_jax.merges.iso import isotropized
 from enmp_jax.merges.iso_cts import iso_cts as _iso_cts
+from enmp_jax.merges.karcher import karcher as _karcher
 from enmp_jax.merges.lego import lego as _lego
+from enmp_jax.merges.lines import layer_scaled
+from enmp_jax.merges.pico import pico as _pico
+from enmp_jax.merges.sce import sce as _sce
 from enmp_jax.merges.spaces import SPACES
 from enmp_jax.merges.sum import mean as _mean
 from enmp_jax.merges.sum import sum_ as _sum
@@ -36,24 +42,34 @@ METHODS: dict[str, Callable[..., LayerMethod]] = {
     "ties": _ties,
     "dare": _dare,
     "dare_ties": _dare_ties,
+    "della": _della,
     "breadcrumbs": _breadcrumbs,
+    "sce": _sce,
     "tsv": _tsv,
     "cart": _cart,
     "iso": _iso,
     "iso_cts": _iso_cts,
     "lego": _lego,
+    "karcher": _karcher,
+    "pico": _pico,
+    "compress": _compress,
 }
 
 REFUSED: dict[tuple[str, str], str] = {
     ("iso_cts", "knots"): "the singular values of KnOTS undo the isotropy; use full",
     ("lego", "knots"): "it clusters the adapters' own factors; use full",
     ("lego", "core"): "it clusters the adapters' own factors; use full",
+    ("della", "core"): "its drop rates would depend on the size of the space; use full or knots",
+    ("karcher", "knots"): "it needs the angles between deltas, which KnOTS's coordinates change; use full",
+    ("pico", "knots"): "it calibrates the adapters' own B; use full",
+    ("compress", "knots"): "it finds bases of its own; use full",
 }
 _ISOTROPIC = ("iso", "iso_cts")
 
 __all__ = [
-    "METHODS", "REFUSED", "SPACES", "Merge", "breadcrumbs", "cart", "dare", "dare_ties", "iso", "iso_cts",
-    "lego", "make", "mean", "merge_population", "sum", "ties", "tsv",
+    "METHODS", "REFUSED", "SPACES", "Merge", "breadcrumbs", "cart", "compress", "dare", "dare_ties", "della",
+    "iso", "iso_cts", "karcher", "lego", "make", "mean", "merge_population", "pico", "sce", "sum", "ties",
+    "tsv",
 ]  # fmt: skip
 
 _P = ParamSpec("_P")
@@ -68,7 +84,8 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
         isotropize: make the merged delta isotropic afterwards (Iso-C after any method).
         given: hyperparameters: those of the method (see its factory); ``task_weights`` for all: each task's
             delta is multiplied by its weight before anything else (a weight of 0 is not pruning: the
-            task still counts); ``seed`` for random methods.
+            task still counts); ``layer_scaling``: factors of the first and the last layer's merged delta
+            (LiNeS, see ``lines``); ``seed`` for random methods.
 
     Raises:
         UserError: an unknown method, space, pair of them or hyperparameter, or a value out of range.
@@ -86,11 +103,12 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
         raise UserError(f"{name} makes no sense in {space} space: {REFUSED[name, space]}")
     if isotropize and name in _ISOTROPIC:
         raise UserError(f"{name} is isotropic already: leave out isotropize")
-    weights = given.pop("task_weights", None)
+    weights, scaling = given.pop("task_weights", None), given.pop("layer_scaling", None)
     # random methods alone use the seed; others accept it, as run files set it for a whole run
     seed = check_seed(given.pop("seed", 0))
     built = METHODS[name](space, **check(name, METHODS[name], given))
     merge = lift(isotropized(built) if isotropize else built, seed)
+    merge = merge if scaling is None else layer_scaled(merge, scaling)
     return merge if weights is None else _weighted(merge, weights)
 
 
@@ -125,6 +143,7 @@ class Method(Protocol[_P]):
         isotropize: bool = False,
         seed: int = 0,
         task_weights: Sequence[float] | None = None,
+        layer_scaling: Sequence[float] | None = None,
         **given: float | str,
     ) -> Merge: ...
 
@@ -144,7 +163,8 @@ def public(name: str, factory: Callable[_P, LayerMethod]) -> Method[_P]:
     method.__name__ = method.__qualname__ = name
     method.__doc__ = (
         f"{inspect.getdoc(factory)}\n\n"
-        "Every method also takes isotropize, seed and task_weights (see ``make``). Returns a ``Merge``.\n\n"
+        "Every method also takes isotropize, seed, task_weights and layer_scaling (see ``make``). Returns a "
+        "``Merge``.\n\n"
         f"Raises:\n    UserError: as ``make``.\n\n"
         f"Example:\n    >>> import enmp_jax as enmp\n    >>> method = enmp.merges.{name}({arguments})\n"
     )
@@ -157,9 +177,14 @@ mean = public("mean", _mean)
 ties = public("ties", _ties)
 dare = public("dare", _dare)
 dare_ties = public("dare_ties", _dare_ties)
+della = public("della", _della)
 breadcrumbs = public("breadcrumbs", _breadcrumbs)
+sce = public("sce", _sce)
 tsv = public("tsv", _tsv)
 cart = public("cart", _cart)
 iso = public("iso", _iso)
 iso_cts = public("iso_cts", _iso_cts)
 lego = public("lego", _lego)
+karcher = public("karcher", _karcher)
+pico = public("pico", _pico)
+compress = public("compress", _compress)

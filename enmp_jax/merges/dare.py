@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, UInt32
 
 from enmp_jax.merges.base import LayerMethod
-from enmp_jax.merges.entrywise import Combine, Entrywise, Tasks, entrywise_in_space
+from enmp_jax.merges.entrywise import Combine, Entrywise, Tasks, entrywise_in_space, total
 from enmp_jax.merges.hyperparameters import PositiveShare, ProperShare
-from enmp_jax.merges.ties import elect, largest, total
+from enmp_jax.merges.ties import elect, largest
 
 added = Combine(None, lambda x, weights, votes: total(x, weights))
 
@@ -47,19 +47,22 @@ def dare_ties(space: str = "full", drop_rate: ProperShare = 0.9, density: Positi
 
 
 def random_drop(rate: float) -> Callable[[Tasks, Key[Array, " task"], Int[Array, ""] | int], Tasks]:
-    """Zero entries with probability ``rate``, divide the others by ``1 - rate``.
-
-    Each row has its own key, so blocks of rows can be drawn apart.
-    """
+    """Zero entries with probability ``rate``, divide the others by ``1 - rate``; blocks of rows apart."""
     limit = min(round(rate * 2**32), 2**32 - 1)
 
     def drop(x: Tasks, key: Key[Array, " task"], first_row: Int[Array, ""] | int) -> Tasks:
-        rows = jnp.arange(x.shape[1]) + first_row
-
-        def bits(key: Key[Array, ""], row: Int[Array, ""]) -> Array:
-            return jax.random.bits(jax.random.fold_in(key, row), (x.shape[2],), jnp.uint32)
-
-        drawn = jax.vmap(jax.vmap(bits, (None, 0)), (0, None))(key, rows)
-        return jnp.where(drawn >= jnp.uint32(limit), x / (1 - rate), 0)
+        return jnp.where(random_rows(x.shape, key, first_row) >= jnp.uint32(limit), x / (1 - rate), 0)
 
     return drop
+
+
+def random_rows(
+    shape: tuple[int, ...], key: Key[Array, " task"], first_row: Int[Array, ""] | int
+) -> UInt32[Array, "task row column"]:
+    """Random bits for the entries of a block of rows; each row has its own key."""
+    rows = jnp.arange(shape[1]) + first_row
+
+    def bits(key: Key[Array, ""], row: Int[Array, ""]) -> Array:
+        return jax.random.bits(jax.random.fold_in(key, row), (shape[2],), jnp.uint32)
+
+    return jax.vmap(jax.vmap(bits, (None, 0)), (0, None))(key, rows)

@@ -38,7 +38,8 @@ def lego(space: str = "full", clusters: Annotated[int, Range(1, 1_000_000)] | No
 
     Args:
         space: full only; clustering needs the adapters' own factors.
-        clusters: rank of the merged adapter; otherwise the largest rank of the adapters.
+        clusters: rank of the merged adapter; otherwise, for each module, the largest rank that a kept
+            adapter has there.
     """
 
     def prepare(inputs: LayerInputs) -> _Units:
@@ -53,10 +54,12 @@ def lego(space: str = "full", clusters: Annotated[int, Range(1, 1_000_000)] | No
 
     def merge(units: _Units, weights: Float[Array, " task"]) -> LowRank:
         rank = units.gram.shape[0] // weights.shape[0]
-        k = min(clusters or rank, units.gram.shape[0])
+        most = min(clusters or rank, units.gram.shape[0])  # the shapes'; a module may have fewer
+        largest = jnp.max(jnp.where(weights > 0, units.rank, 0))
+        k = jnp.asarray(most) if clusters else jnp.minimum(jnp.maximum(largest, 1), most)
         lengths = jnp.sqrt(jnp.diag(units.gram))
         weight = jnp.repeat(weights, rank) * (lengths > 0)
-        members = _k_means(units.gram, jax.lax.stop_gradient(weight > 0), k) * weight[:, None]
+        members = _k_means(units.gram, jax.lax.stop_gradient(weight > 0), most, k) * weight[:, None]
         total = members.sum(0)
         share = members / jnp.where(total > 0, total, 1)  # centroids in terms of units
         squared = jnp.einsum("ic,ij,jc->c", share, units.gram, share)
@@ -69,8 +72,10 @@ def lego(space: str = "full", clusters: Annotated[int, Range(1, 1_000_000)] | No
     return LayerMethod(prepare, merge)
 
 
-def _k_means(gram: Float[Array, "unit unit"], active: Array, k: int) -> Float[Array, "unit k"]:
-    """Cluster membership (0 or 1) of the active units, from inner products alone."""
+def _k_means(
+    gram: Float[Array, "unit unit"], active: Array, most: int, k: Int[Array, ""]
+) -> Float[Array, "unit most"]:
+    """Membership (0 or 1) of the active units in k clusters, of ``most``, from inner products alone."""
     squared = jnp.diag(gram)
 
     def choose(c: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -78,16 +83,16 @@ def _k_means(gram: Float[Array, "unit unit"], active: Array, k: int) -> Float[Ar
         unit = jnp.argmax(jnp.where(active, nearest, -jnp.inf)).astype(chosen.dtype)
         return chosen.at[c].set(unit), jnp.minimum(nearest, squared + squared[unit] - 2 * gram[unit])
 
-    chosen, _ = jax.lax.fori_loop(0, k, choose, (jnp.zeros(k, jnp.int32), squared))
-    share = jax.nn.one_hot(chosen, gram.shape[0], dtype=gram.dtype).T
+    chosen, _ = jax.lax.fori_loop(0, most, choose, (jnp.zeros(most, jnp.int32), squared))
+    share = jax.nn.one_hot(chosen, gram.shape[0], dtype=gram.dtype).T * (jnp.arange(most) < k)
 
-    def members(share: Float[Array, "unit k"]) -> Float[Array, "unit k"]:
+    def members(share: Float[Array, "unit most"]) -> Float[Array, "unit most"]:
         inner = gram @ share
         distance = jnp.einsum("ic,ic->c", share, inner) - 2 * inner
         distance = jnp.where(share.sum(0) > 0, distance, jnp.inf)
-        return jax.nn.one_hot(jnp.argmin(distance, axis=1), k, dtype=gram.dtype) * active[:, None]
+        return jax.nn.one_hot(jnp.argmin(distance, axis=1), most, dtype=gram.dtype) * active[:, None]
 
-    def step(_: Int[Array, ""], share: Float[Array, "unit k"]) -> Float[Array, "unit k"]:
+    def step(_: Int[Array, ""], share: Float[Array, "unit most"]) -> Float[Array, "unit most"]:
         belongs = members(share)
         return belongs / jnp.maximum(belongs.sum(0), 1)
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from enmp_jax.errors import UserError
 from enmp_jax.models import parameters
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import BlockSpec, Stream, declare_layers, normalise
+from enmp_jax.models.block import BlockSpec, declare_layers
+from enmp_jax.models.layers import Stream, normalise
 from enmp_jax.models.names import Spelling
 from enmp_jax.models.transformer import transformer
 from enmp_jax.models.vit import PatchSpec, embed_patches, patch_spec

@@ -13,8 +13,9 @@ from enmp_jax.devices.matmul import times_transposed
 from enmp_jax.errors import UserError
 from enmp_jax.models import parameters
 from enmp_jax.models.base import Backbone, Inputs, Params
+from enmp_jax.models.block import BlockSpec, declare_layers
 from enmp_jax.models.causal import causal_mask, positions, rotary
-from enmp_jax.models.layers import BlockSpec, Rotary, Stream, Windowed, declare_layers, normalise
+from enmp_jax.models.layers import Rotary, Stream, Windowed, normalise
 from enmp_jax.models.names import Spelling
 from enmp_jax.models.quantised import dense
 from enmp_jax.models.rope import Rope

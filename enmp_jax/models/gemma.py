@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from enmp_jax.errors import UserError
 from enmp_jax.models.base import Backbone
+from enmp_jax.models.block import BlockSpec
 from enmp_jax.models.decoder import DecoderConfig, decoder, head_of, windowed_layers
-from enmp_jax.models.layers import BlockSpec
 from enmp_jax.models.llama import LAYER, SPELLING
 from enmp_jax.models.rope import Rope, rope
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from enmp_jax.errors import UserError
 from enmp_jax.models.base import Backbone
+from enmp_jax.models.block import BlockSpec
 from enmp_jax.models.decoder import DecoderConfig, Names, decoder, head_of
-from enmp_jax.models.layers import BlockSpec
 from enmp_jax.models.names import Spelling
 
 SPELLING = Spelling(

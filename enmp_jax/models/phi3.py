@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from enmp_jax.models.base import Backbone
+from enmp_jax.models.block import BlockSpec
 from enmp_jax.models.decoder import DecoderConfig, decoder, head_of
-from enmp_jax.models.layers import BlockSpec
 from enmp_jax.models.llama import LAYER, SPELLING
 from enmp_jax.models.rope import rope
 

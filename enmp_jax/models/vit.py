@@ -13,7 +13,8 @@ from enmp_jax.devices.matmul import times_transposed
 from enmp_jax.errors import UserError
 from enmp_jax.models import parameters
 from enmp_jax.models.base import Backbone, Inputs, Params
-from enmp_jax.models.layers import BlockSpec, Stream, declare_layers, normalise
+from enmp_jax.models.block import BlockSpec, declare_layers
+from enmp_jax.models.layers import Stream, normalise
 from enmp_jax.models.names import Spelling
 from enmp_jax.models.transformer import transformer
 

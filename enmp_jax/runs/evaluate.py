@@ -15,7 +15,7 @@ from enmp_jax.evaluation.scoring import by_task
 from enmp_jax.io.progress import Reporter
 from enmp_jax.runs import mask_file
 from enmp_jax.runs.search import choose_scale
-from enmp_jax.runs.task_scores import metrics, task_scores
+from enmp_jax.runs.task_scores import generated, metrics, task_scores
 
 
 def evaluate_run(
@@ -74,6 +74,7 @@ def evaluate_run(
     counts = evaluator.score(evaluator.inputs(split), np.stack(list(masks.values())), scales)
     normalised = np.asarray(scoring.normalised(counts))
     result |= task_scores(evaluator, split, {name: row for row, name in enumerate(masks)}, counts)
+    result |= generated(evaluator, split, {name: (keep, value) for name, keep in masks.items()})
     mean = {name: float(x) for name, x in zip(masks, normalised, strict=True) if name != "base"}
     pruned = [list(m) for m in saved.spec.pruned_modules(saved.keep)] if saved else []
     return result | {"mean_normalised": mean, "scale": value, "pruned": pruned}

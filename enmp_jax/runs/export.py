@@ -222,6 +222,7 @@ def export_run(
     check_limits(options.rank, options.tolerance)
     adapters = load_run_adapters(run, models.build(checkpoint.read_config(checkpoint.find(base))))
     saved = mask_file.load(run_dir / "mask.json", adapters.stack)
+    saved.refuse_others(run_dir / "mask.json", adapters, "put that adapter back")
     merge = saved.merge or run.merge.recipe()
     if plain(merge) != plain(run.merge.recipe()):
         raise UserError(

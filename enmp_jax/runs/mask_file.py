@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from enmp_jax import merges
+from enmp_jax.adapters.peft_import import LoadedAdapters
+from enmp_jax.adapters.recipe import sha256
 from enmp_jax.errors import UserError, one_line, reason
+from enmp_jax.io.files import is_file
 from enmp_jax.lora import LoraStack
 from enmp_jax.masks import Keep, MaskSpec
 
@@ -23,12 +26,33 @@ class SavedMask(NamedTuple):
         keep: bool, or float where the file has weights.
         scale: the merge coefficient, if the file has one.
         merge: what the mask was found for, as ``merges.make`` takes it, if the file says.
+        adapters: task -> hash of the adapter that it was found for, if the file says.
     """
 
     spec: MaskSpec
     keep: Keep
     scale: float | None
     merge: dict[str, Any] | None = None
+    adapters: Mapping[str, str] | None = None
+
+    def refuse_others(self, path: str | Path, loaded: LoadedAdapters, remedy: str) -> None:
+        """Refuse other adapters than those that the mask was found for: it says nothing of them.
+
+        Args:
+            path: of the mask.
+            loaded: the adapters given.
+            remedy: what to do.
+
+        Raises:
+            UserError: the first adapter whose hash differs.
+        """
+        for task, adapter in loaded.adapters.items():
+            known = (self.adapters or {}).get(task)
+            if known is not None and known != sha256(adapter):
+                raise UserError(
+                    f"{path} was found for another adapter of task {task!r} than {one_line(adapter.source)} "
+                    f"(its weights differ): {remedy}"
+                )
 
 
 def from_json(data: Any, stack: LoraStack) -> SavedMask:
@@ -71,7 +95,10 @@ def from_json(data: Any, stack: LoraStack) -> SavedMask:
     else:
         keep = spec.keep_from_weights(weights, data["pruned"])
     merge = _merge(data.get("merge"), data["tasks"], stack)
-    return SavedMask(spec, keep, None if scale is None else float(scale), merge)
+    adapters = data.get("adapters")
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise UserError("mask: adapters must be a mapping from tasks to hashes")
+    return SavedMask(spec, keep, None if scale is None else float(scale), merge, adapters)
 
 
 def load(path: str | Path, stack: LoraStack) -> SavedMask:
@@ -80,6 +107,8 @@ def load(path: str | Path, stack: LoraStack) -> SavedMask:
     Raises:
         UserError: unreadable file or what ``from_json`` says.
     """
+    if not is_file(Path(path)):
+        raise UserError(f"cannot read mask {path}: no such file")
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -89,7 +118,7 @@ def load(path: str | Path, stack: LoraStack) -> SavedMask:
     try:
         return from_json(data, stack)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {one_line(error, 500)}") from None
 
 
 def _merge(data: Any, tasks: list[str], stack: LoraStack) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ from enmp_jax.models import checkpoint
 from enmp_jax.version import __version__, code_digest
 
 _ONLY_RESULTS = ("search.refine", "search.finalists", "evaluation.test_examples")
+_HOW_IT_RUNS = ("evaluation.mesh", "evaluation.member_chunk", "search.checkpoint_every")
+"""Settings that change no result: a search may go on with others, say on fewer devices."""
 
 
 def fingerprints(loaded: LoadedRun) -> dict[str, str]:
@@ -57,7 +59,7 @@ def changed_inputs(before: Mapping[str, Any], now: Mapping[str, str]) -> list[st
 
 def changed_settings(before: Any, now: Any, path: str = "") -> Iterator[str]:
     """``search.population (8, now 16)`` for each key of two plain configurations that differs."""
-    if before == now:
+    if before == now or path in _HOW_IT_RUNS:
         return
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys((*before, *now)):
@@ -75,9 +77,9 @@ def only_results(changes: list[str]) -> bool:
 
 
 def of_search(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain configuration without what comes after the search alone: what its checkpoints depend on."""
+    """The part of a plain configuration that the checkpoints of a search depend on."""
     kept = {section: dict(config[section]) for section in ("search", "evaluation")}
-    for path in _ONLY_RESULTS:
+    for path in (*_ONLY_RESULTS, *_HOW_IT_RUNS):
         section, key = path.split(".")
         kept[section].pop(key, None)
     return {**config, **kept}

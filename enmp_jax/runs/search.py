@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from enmp_jax.adapters.recipe import hashes
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.devices.distributed import all_or_none, barrier
 from enmp_jax.errors import UserError, one_line
@@ -31,7 +32,7 @@ from enmp_jax.runs.plan import out_of_memory
 from enmp_jax.runs.provenance import fingerprints
 from enmp_jax.runs.refine import refine_winner, test_refined, with_refined
 from enmp_jax.runs.rehearsal import rehearse
-from enmp_jax.runs.task_scores import task_scores
+from enmp_jax.runs.task_scores import generated, task_scores
 from enmp_jax.search import controls
 from enmp_jax.training.refine import Refined
 
@@ -96,7 +97,8 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
         "modules": spec.n_modules,
         "splits": {split: by_task(loaded.tasks, loaded.sizes(split)) for split in loaded.examples},
     }  # fmt: skip
-    directory.write_json("mask.json", spec.to_json(best.keep, best.scale, run.merge.recipe()))
+    made_of = run.merge.recipe(), hashes(loaded.adapters)
+    directory.write_json("mask.json", spec.to_json(best.keep, best.scale, *made_of))
     directory.write_json("scores.json", scores)
     exports = prepare_search(evaluator, best, refined, reporter)
     if own := exported_scores(run, exports):
@@ -280,6 +282,8 @@ def test(
         "scale": best.scale,
         "seed": best.seed,
     }  # fmt: skip
+    compared = {"base": (~plain, scale), "merged": (plain, scale), "enmp": (best.keep, best.scale)}
+    found |= generated(evaluator, "test", compared)
     if best.keep.dtype != bool:
         found["weighted"] = len(spec.weighted_modules(best.keep))
     return found if refined is None else with_refined(found, test_refined(evaluator, refined))

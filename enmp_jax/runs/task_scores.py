@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.generation import Model, generated_scores
 from enmp_jax.evaluation.loaded_run import Split
 from enmp_jax.evaluation.scoring import Counts, by_task
 
@@ -39,6 +40,12 @@ def task_scores(
     loss = {"reference": by_task(tasks, evaluator.expert_losses(split))}
     loss |= {name: by_task(tasks, losses[row]) for name, row in models.items()}
     return {"metric": metrics(evaluator, split), **found, "loss": loss}
+
+
+def generated(evaluator: Evaluator, split: Split, models: Mapping[str, Model]) -> dict[str, Any]:
+    """``generated``: task -> metric -> model -> value, if some task asks for metrics."""
+    found = generated_scores(evaluator, split, models)
+    return {"generated": found} if found else {}
 
 
 def one_model(counts: Counts) -> Counts:

@@ -21,7 +21,9 @@ from enmp_jax.models.base import Backbone, Params
 from enmp_jax.models.causal import answer_log_probabilities
 from enmp_jax.training.loop import OnProgress, Schedule, train
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value")
+ATTENTION = (
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "query", "key", "value", "c_attn",
+)  # fmt: skip
 
 
 class Experts(NamedTuple):

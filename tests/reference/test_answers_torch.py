@@ -41,7 +41,7 @@ def pair(request, tmp_path):
     torch.manual_seed(0)
     theirs = model(config(**SIZES, **options)).eval()
     for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.normal_(parameter, std=0.4)
     theirs.save_pretrained(tmp_path)
     return theirs, *models.load(tmp_path)
 
@@ -88,7 +88,7 @@ def test_losses_of_answers_that_share_a_prompt(pair):
 def test_greedy_decoding(pair):
     theirs, backbone, params = pair
     prompts, _ = drawn()
-    prompts = prompts[:6]
+    prompts = prompts[:4]
     padded = stack([{"tokens": prompt} for prompt in prompts])["tokens"]
     run = jax.jit(partial(decoding.generate, backbone, max_new_tokens=8, eos=(1,)))
     got = run(params, None, jnp.asarray(padded), jnp.asarray([len(p) for p in prompts], jnp.int32))[0]

@@ -16,7 +16,8 @@ from enmp_jax.adapters.gguf_export import export_gguf
 from enmp_jax.adapters.recipe import Recipe
 
 pytestmark = pytest.mark.reference
-PROMPT = [97, 104, 257, 12, 200, 3, 77]
+PROMPT = [9, 14, 57, 12, 20, 3, 77]
+ASCII = 94  # so many tokens are printable ASCII; of half a character or an end of text nothing is told
 
 
 def by_llama_cpp(model, lora=None):
@@ -52,7 +53,7 @@ def agree(ours, theirs, atol):
 def test_base_and_adapter(kind, tmp_path):
     settings = files.config(kind)
     tensors = files.hf_tensors(settings)
-    tensors["model.embed_tokens.weight"][259] = 0  # the last token of a text, for which nothing is told
+    tensors["model.embed_tokens.weight"][ASCII:] = 0  # no likeliest next tokens
     path = files.write(tmp_path / "base.gguf", settings, tensors)
     model = models.load(path)
     plain = by_us(model)

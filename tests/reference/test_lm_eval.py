@@ -13,14 +13,16 @@ pytest.importorskip("accelerate")
 
 # ruff: noqa: E402 (skipped first)
 import transformers
+from generative_files import loaded_run, save_all
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from enmp_jax import models
+from enmp_jax.cli.main import main
 from enmp_jax.errors import UserError
-from enmp_jax.integrations.lm_eval import EnmpLM
+from enmp_jax.integrations.lm_eval import EnmpLM, evaluate_tasks
 
 pytestmark = pytest.mark.reference
 
@@ -46,6 +48,7 @@ TASKS = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny random Llama with a byte-level tokenizer that begins texts with <s>."""
+    torch.set_num_threads(1)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     path = tmp_path_factory.mktemp("base")
@@ -158,3 +161,47 @@ def test_what_is_refused(ours):
     backbone = models.build({"model_type": "bert", "num_hidden_layers": 1})
     with pytest.raises(UserError, match="needs a causal language model"):
         EnmpLM(backbone, {}, None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two random adapters, and a task file."""
+    root = save_all(tmp_path_factory.mktemp("run"))
+    loaded_run(root)
+    files = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(root / "pick/test.jsonl")}},
+    }
+    task = {"task": "pick", "test_split": "test", **files, **TASKS["local_choices"]}
+    (root / "pick.yaml").write_text(json.dumps(task))
+    return root
+
+
+def test_enmp_evaluate_scores_the_merge_on_a_task_file(run, capsys):
+    def command(*more):
+        main(["evaluate", str(run / "run.yaml"), "--lm-eval", str(run / "pick.yaml"), *more])
+        return json.loads(capsys.readouterr().out)["lm_eval"]["pick"]
+
+    found = command()
+    model = EnmpLM.from_run(run / "run.yaml")
+    assert model._deltas and found == evaluate_tasks(model, [str(run / "pick.yaml")])["pick"]
+    assert set(found) == {"acc", "acc_norm"} and 0 <= found["acc"] <= 1
+    prompt = requests("loglikelihood", ("what colour is the sky?", " blue"))
+    merged = model.loglikelihood(prompt)[0][0]
+    base = EnmpLM.from_run(run / "run.yaml", scale=0.0).loglikelihood(prompt)[0][0]
+    alone = EnmpLM(*models.load(run / "base"), model.tokenizer).loglikelihood(prompt)[0][0]
+    assert base == pytest.approx(alone, abs=1e-5) and abs(merged - base) > 1e-3
+
+
+def test_tasks_that_cannot_be_read(run):
+    model = EnmpLM.from_run(run / "run.yaml")
+    (run / "other.yaml").write_text("a: 1")
+    (run / "broken.yaml").write_text("a: [1")
+    for name, message in (
+        (run / "other.yaml", "it has no key task"),
+        (run / "broken.yaml", "not a task file of plain YAML"),
+        (run / "nothing.yaml", "cannot read task file"),
+        ("no_such_task", "lm-eval has no task 'no_such_task'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_tasks(model, [str(name)])
