@@ -25,6 +25,8 @@ class Args:
     """Merge coefficient; default: the mask's, else the run file's, else chosen on the search split."""
     experts: bool = False
     """Score only the adapters alone (the reference accuracies)."""
+    generate: bool = False
+    """Let the merges answer the prompts of completion tasks too: exact_match, contains, chrf (in JSON)."""
     lm_eval: tuple[str, ...] = ()
     """Score the merge (under the mask) on these tasks of lm-eval instead, by name or task file (.yaml)."""
     set: Settings = ()
@@ -53,7 +55,9 @@ def run(args: Args) -> None:
         return
     with make_reporter() as reporter:
         config = load_run_file(args.run, args.set, args.skip_bad)
-        result = evaluate_run(config, args.split, args.mask, args.scale, args.experts, reporter)
+        result = evaluate_run(
+            config, args.split, args.mask, args.scale, args.experts, reporter, args.generate
+        )
     if jax.process_index():
         return
     if args.json:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from enmp_jax.config.run_file import RunConfig
+from enmp_jax.data.tokenizer import load_tokenizer
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.generated import generated_scores
 from enmp_jax.evaluation.loaded_run import Split, load
 from enmp_jax.evaluation.scoring import by_task
 from enmp_jax.io.progress import Reporter
+from enmp_jax.merges.base import merge_population
+from enmp_jax.models import checkpoint
 from enmp_jax.runs import mask_file
 from enmp_jax.runs.search import choose_scale
 from enmp_jax.runs.task_scores import metrics, task_scores
@@ -25,6 +32,7 @@ def evaluate_run(
     scale: float | None,
     experts: bool,
     reporter: Reporter,
+    generate: bool = False,
 ) -> dict[str, Any]:
     """Score a split; JSON-ready, scores in 0..1, with the keys of ``scores.json`` where they apply.
 
@@ -35,6 +43,7 @@ def evaluate_run(
         scale: merge coefficient; None: the mask's, the run file's, or the best on the search split.
         experts: score the adapters alone, nothing else.
         reporter: progress.
+        generate: let the models answer the prompts of completion tasks, and compare: key ``generated``.
 
     Raises:
         UserError: bad run file or mask.
@@ -74,6 +83,9 @@ def evaluate_run(
     counts = evaluator.score(evaluator.inputs(split), np.stack(list(masks.values())), scales)
     normalised = np.asarray(scoring.normalised(counts))
     result |= task_scores(evaluator, split, {name: row for row, name in enumerate(masks)}, counts)
+    if generate:
+        found = _generated(evaluator, split, np.stack(list(masks.values())), scales, reporter)
+        result["generated"] = {name: found[row] for row, name in enumerate(masks)}
     mean = {name: float(x) for name, x in zip(masks, normalised, strict=True) if name != "base"}
     pruned = [list(m) for m in saved.spec.pruned_modules(saved.keep)] if saved else []
     return result | {"mean_normalised": mean, "scale": value, "pruned": pruned}
@@ -82,3 +94,23 @@ def evaluate_run(
 def _tuned(evaluator: Evaluator) -> float:
     evaluator.loaded.check_fitness("search.fitness", evaluator.kind, ["search"])
     return choose_scale(evaluator, evaluator.inputs("search"), evaluator.scoring("search"))[0]
+
+
+def _generated(
+    evaluator: Evaluator, split: Split, keep: np.ndarray, scales: np.ndarray, reporter: Reporter
+) -> list[dict[str, dict[str, float]]]:
+    """Of every mask, task -> metric -> value, for completion tasks."""
+    loaded = evaluator.loaded
+    together = jax.jit(partial(merge_population, evaluator.merge))
+    deltas = together(evaluator.ingredients, jnp.asarray(keep), jnp.asarray(scales))
+    tokenizer = load_tokenizer(checkpoint.find(loaded.base))
+    found: list[dict[str, dict[str, float]]] = [{} for _ in keep]
+    for task, kind, examples in zip(loaded.tasks, loaded.kinds, loaded.examples[split], strict=True):
+        if kind != "completion":
+            continue
+        reporter.say(f"{task}: writing {len(examples.labels)} answers with {len(keep)} models")
+        size = loaded.run.evaluation.batch_size
+        scores = generated_scores(loaded.backbone, loaded.params, deltas, tokenizer, examples, size)
+        for model, own in zip(found, scores, strict=True):
+            model[task] = own
+    return found
