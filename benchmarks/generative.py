@@ -81,8 +81,9 @@ class Theirs:
 
     def decode(self, prompts: np.ndarray, new: int) -> Run:
         tokens = torch.tensor(prompts)
+        model: Any = self.model  # transformers' types do not know it
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        return lambda: self.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        return lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
 
 
 def seconds(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:

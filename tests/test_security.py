@@ -68,7 +68,7 @@ def test_the_loader_of_run_files_is_a_safe_one():
 
 def test_every_direct_dependency_is_explained():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = {re.match(r"[\w-]+", text)[0].replace("_", "-") for text in project["dependencies"]}
+    names = {re.findall(r"[\w-]+", text)[0].replace("_", "-") for text in project["dependencies"]}
     table = re.findall(r"^\| ([\w-]+) \| (.+) \|$", (ROOT / "SECURITY.md").read_text(encoding="utf-8"), re.M)
     explained = {name.replace("_", "-") for name, why in table if name != "package"}
     assert explained == names

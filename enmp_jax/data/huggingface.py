@@ -139,7 +139,7 @@ def _load(name: str, configuration: str | None, revision: str | None) -> Mapping
             loaded = datasets.load_dataset(name, configuration, revision=revision)
     except Exception as error:  # the package raises its own, the hub's, httpx's and OS errors
         raise UserError(f"hf:{name} cannot be loaded: {one_line(error)}") from None
-    splits = {"all": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
+    splits: dict[Any, Any] = {"all": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
     # images stay encoded, so that those that do not decode can be named
     encoded = datasets.Image(decode=False)
     for split, data in splits.items():

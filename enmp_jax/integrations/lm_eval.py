@@ -181,7 +181,7 @@ class EnmpLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[Request], **given: Any) -> list[tuple[float, bool]]:
         """Log-likelihood of every continuation, and whether it is what greedy decoding would give."""
         rows = self._rows(requests)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
@@ -284,8 +284,10 @@ def evaluate_tasks(model: EnmpLM, tasks: Sequence[str]) -> dict[str, dict[str, A
     Raises:
         UserError: an unknown task, one that cannot be read, or what it asks of the model.
     """
-    from lm_eval import simple_evaluate
+    import lm_eval
     from lm_eval.tasks import TaskManager
+
+    simple_evaluate: Any = lm_eval.simple_evaluate  # made on demand: type checkers see a module
 
     chosen = [_task(name) for name in tasks]
     known = TaskManager(include_defaults=any(isinstance(task, str) for task in chosen))

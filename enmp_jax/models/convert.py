@@ -113,11 +113,11 @@ def _set_layer(stacked: Any, layer: Array, i: Array, dtype: Any, kind: str | Non
 
 
 def _place(tensors: checkpoint.Tensors, names: list[str], p: Param, sharding: Any) -> Any:
-    whole = sharding.values if isinstance(sharding, Quantised) else sharding  # of the tensor in the file
+    whole: Any = sharding.values if isinstance(sharding, Quantised) else sharding  # of the tensor in the file
     if len(names) == 1 and tensors.shape(names[0]) == p.shape:
         value = store(_read(tensors, names[0], whole), p.dtype, p.quantization)
         return jax.device_put(value, sharding) if p.quantization else value
-    one = None
+    one: Any = None
     if isinstance(whole, jax.sharding.NamedSharding):
         one = jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec(*whole.spec[1:]))
     elif whole is not None:

@@ -141,7 +141,8 @@ def train_experts(
     templates = target_templates(backbone, config.target_modules)
     factors = init_factors(backbone, templates, config.rank, len(examples), jax.random.fold_in(key, 1))
     weights: dict[str, Any] = {"lora": factors}
-    if train_head := heads is not None and config.head == "train":
+    train_head = config.head == "train" and heads is not None
+    if heads is not None and train_head:
         weights["head"] = (heads.weight, heads.bias)
     data = _Data(params, *stack_examples(examples), heads)
     scaling = config.alpha / config.rank

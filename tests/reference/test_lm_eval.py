@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
 
 # ruff: noqa: E402 (skipped first)
+import lm_eval
 import transformers
 from generative_files import loaded_run, save_all
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+
+simple_evaluate: Any = lm_eval.simple_evaluate  # made on demand: type checkers see a module
 
 from enmp_jax import models
 from enmp_jax.cli.main import main
