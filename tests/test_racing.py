@@ -11,6 +11,7 @@ import pytest
 
 from enmp_jax.config import run_file
 from enmp_jax.data import Examples, batch
+from enmp_jax.deltas import Dense
 from enmp_jax.devices.mesh import make_mesh
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import racing
@@ -33,15 +34,18 @@ TABLE = Fitness("table", "table", lambda x, label, expert: x[:, 0] - x[:, 1])
 ran: list[int] = []
 
 
-def features(table, inputs, member):
+def features(table, inputs, deltas):
     """What the table has for a member, and one more forward pass."""
+    member = deltas["member"].weight.reshape(())
     jax.debug.callback(lambda m: ran.append(int(m)), member)
     value = table[member.astype(int), inputs["number"]]
     return jnp.stack([value, jnp.zeros_like(value)], axis=1)
 
 
 BACKBONE = Backbone(*[None] * len(Backbone.__annotations__))._replace(features=features)
-MERGE = Merge(lambda stack: None, lambda ingredients, keep, scale: scale)  # a "scale" is a row of the table
+MERGE = Merge(  # a "scale" is a row of the table
+    lambda stack: None, lambda ingredients, keep, scale: {"member": Dense(jnp.reshape(scale, (1, 1, 1)))}
+)
 
 
 def batches(order="stratified", sizes=(EACH,) * TASKS):
