@@ -17,7 +17,7 @@ from enmp_jax.models import checkpoint
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.models.names import Spelling, split_index
 from enmp_jax.models.parameters import Axes, Param, flatten, is_stacked, unflatten
-from enmp_jax.models.quantised import Quantised, arrays, dense, store
+from enmp_jax.models.quantised import Quantised, arrays, store
 
 Sharding = jax.sharding.Sharding
 Placement = Callable[[str, tuple[int, ...], Axes], Sharding | None] | Any
@@ -154,7 +154,8 @@ def to_tensors(backbone: Backbone, params: Params) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     declared = flatten(backbone.parameters)
     for path, leaf in flatten(params).items():
-        name, value = backbone.spelling.in_file(declared[path].name), np.asarray(dense(leaf))
+        whole = leaf.dequantise() if isinstance(leaf, Quantised) else leaf  # arrays may be numpy's
+        name, value = backbone.spelling.in_file(declared[path].name), np.asarray(whole)
         value = value.swapaxes(-1, -2) if declared[path].transposed else value
         if is_stacked(path):
             tensors |= {name.replace("{}", str(i)): np.asarray(v, order="C") for i, v in enumerate(value)}
