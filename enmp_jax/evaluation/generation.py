@@ -13,7 +13,6 @@ from jaxtyping import Array, Int, Shaped
 
 from enmp_jax import merges
 from enmp_jax.data import Examples
-from enmp_jax.data.batches import TARGETS
 from enmp_jax.data.tokenizer import load_tokenizer
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.decoding import generate
@@ -95,7 +94,7 @@ def _generate(
 ) -> Int[np.ndarray, "member example new"]:
     loaded, inputs = evaluator.loaded, examples.inputs
     lengths = inputs["target_from"][:, 0] + 1  # the first target comes from the last token of the prompt
-    most = -(-int((inputs["target_branch"] > 0).sum(1).max()) // TARGETS) * TARGETS
+    most = int((inputs["target_branch"] > 0).sum(1).max())
     prompts, size = inputs["input_ids"][:, : lengths.max()], loaded.run.evaluation.batch_size
 
     @jax.jit
