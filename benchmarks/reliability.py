@@ -35,7 +35,9 @@ from enmp_jax.cli.boundary import explained
 from enmp_jax.config import run_file
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import LoadedRun, load
+from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.racing import Details
+from enmp_jax.evaluation.scoring import Scoring
 from enmp_jax.io.progress import SILENT
 from enmp_jax.runs import evolve
 from enmp_jax.runs.directory import RunDirectory
@@ -86,7 +88,8 @@ def problem(generations: int = GENERATIONS, checkpoint_every: int = 1) -> Loaded
 def search(loaded: LoadedRun, out: Path, resume: bool = False) -> Any:
     """One search; returns all that must be the same: history lines, finalists, costs."""
     evaluator = Evaluator(loaded, lambda line: None)
-    operands = jnp.zeros(()), jnp.zeros(())
+    nothing = jnp.zeros(())  # the fitness reads the mask alone
+    operands = EvalInputs(nothing, (), nothing, ()), Scoring(*[nothing] * 4)
     with (
         mock.patch.object(evolve, "make_evaluate_new", cheap),
         RunDirectory(out, resume, say=lambda line: None) as directory,
@@ -94,7 +97,7 @@ def search(loaded: LoadedRun, out: Path, resume: bool = False) -> Any:
         directory.start(loaded.run, {"the adapters": "same"})
         plan = evolve.ExecutionPlan(evaluator.merge, 4)
         with mock.patch.object(Evaluator, "plan", lambda *given: plan):
-            found = evolve.evolve(evaluator, directory, SILENT, *operands, 0.5)  # type: ignore[arg-type]
+            found = evolve.evolve(evaluator, directory, SILENT, *operands, 0.5)
     lines = (out / "history.jsonl").read_text().splitlines()
     finalists = [(f.seed, f.keep.tolist(), f.scale, f.search) for f in found.finalists]
     return lines, finalists, {k: v for k, v in found.cost.items() if k != "masks_per_second"}

@@ -24,6 +24,7 @@ FITNESS_LABELS = {
     "expert_margin": "normalised sigmoid of the margin of the expert's class",
     "expert_probability": "normalised probability of the expert's class",
     "expert_kl": "exp(-KL) from the expert",
+    "expert_hidden": "exp(-distance) from the expert's hidden states and answers",
     "entropy": "normalised exp(-entropy)",
 }
 """Names for people; a kind that is not here goes by its own name. All are relative to the tasks' own experts:
