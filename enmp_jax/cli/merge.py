@@ -39,8 +39,9 @@ class Options:
     format: Literal["delta", "peft", "adapters", "checkpoint", "gguf"] = "delta"
     """``delta``: delta.safetensors, exact; ``peft``: one merged adapter, exact where the merged deltas are of
     low rank, else (ties, dare, dare_ties, breadcrumbs, della and sce in full space: dense) within
-    --tolerance; ``adapters``: the pruned or weighted adapters, to be merged by others; ``checkpoint``: the base model with
-    everything merged in, exact but for the rounding of its type; ``gguf``: as ``peft``, for llama.cpp."""
+    --tolerance; ``adapters``: the pruned or weighted adapters, to be merged by others; ``checkpoint``: the
+    base model with everything merged in, exact but for the rounding of its type; ``gguf``: as ``peft``, for
+    llama.cpp."""
     method: Annotated[
         str | None, tyro.conf.arg(help=f"One of {', '.join(merges.METHODS)}; default: the mask's, else ties.")
     ] = None
