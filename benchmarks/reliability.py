@@ -89,7 +89,8 @@ def search(loaded: LoadedRun, out: Path, resume: bool = False) -> Any:
     """One search; returns all that must be the same: history lines, finalists, costs."""
     evaluator = Evaluator(loaded, lambda line: None)
     nothing = jnp.zeros(())  # the fitness reads the mask alone
-    operands = EvalInputs(nothing, (), nothing, ()), Scoring(*[nothing] * 4)
+    heads: Any = nothing
+    inputs, scoring = EvalInputs(nothing, (), heads, ()), Scoring(*[nothing] * 4)
     with (
         mock.patch.object(evolve, "make_evaluate_new", cheap),
         RunDirectory(out, resume, say=lambda line: None) as directory,
@@ -97,7 +98,7 @@ def search(loaded: LoadedRun, out: Path, resume: bool = False) -> Any:
         directory.start(loaded.run, {"the adapters": "same"})
         plan = evolve.ExecutionPlan(evaluator.merge, 4)
         with mock.patch.object(Evaluator, "plan", lambda *given: plan):
-            found = evolve.evolve(evaluator, directory, SILENT, *operands, 0.5)
+            found = evolve.evolve(evaluator, directory, SILENT, inputs, scoring, 0.5)
     lines = (out / "history.jsonl").read_text().splitlines()
     finalists = [(f.seed, f.keep.tolist(), f.scale, f.search) for f in found.finalists]
     return lines, finalists, {k: v for k, v in found.cost.items() if k != "masks_per_second"}

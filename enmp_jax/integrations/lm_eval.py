@@ -12,6 +12,7 @@ share their context are scored in one row, so that the context is computed once.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -284,10 +285,9 @@ def evaluate_tasks(model: EnmpLM, tasks: Sequence[str]) -> dict[str, dict[str, A
     Raises:
         UserError: an unknown task, one that cannot be read, or what it asks of the model.
     """
-    import lm_eval
     from lm_eval.tasks import TaskManager
 
-    simple_evaluate: Any = lm_eval.simple_evaluate  # made on demand: type checkers see a module
+    simple_evaluate: Any = importlib.import_module("lm_eval").simple_evaluate  # made on demand: has no type
 
     chosen = [_task(name) for name in tasks]
     known = TaskManager(include_defaults=any(isinstance(task, str) for task in chosen))
