@@ -94,7 +94,8 @@ def test_little_text_that_stands_for_a_lot(tmp_path):
     assert "more than" in refused(tmp_path, "\n".join(lines))
     lines = ["a0: &a0 {x: 1}"]
     lines += [f"a{i}: &a{i} {{'<<': [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 60)]
-    assert "more than" in refused(tmp_path, "\n".join(lines).replace("'<<'", "<<"))
+    line = refused(tmp_path, "\n".join(lines).replace("'<<'", "<<"))
+    assert "more than" in line or "unknown key 'a0'" in line  # from 6.0.4 on PyYAML merges no key twice
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
