@@ -33,6 +33,7 @@ from enmp_jax.data.tokenizer import load_tokenizer
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.evaluation import decoding
+from enmp_jax.evaluation.generation import end_tokens
 from enmp_jax.evaluation.loaded_run import load_run_adapters, make_merge
 from enmp_jax.masks import MaskSpec
 from enmp_jax.models import causal, checkpoint
@@ -127,8 +128,9 @@ class EnmpLM(TemplateLM):
         keep = saved.keep if saved else MaskSpec.of(loras, config.search.granularity).all_kept()
         deltas = jax.jit(method.merge)(method.prepare(loras), jnp.asarray(keep), value)
         directory = checkpoint.find(base)
-        options = {"end_tokens": _end_tokens(directory), **options}
-        return cls(backbone, params, load_tokenizer(directory), deltas, **options)
+        tokenizer = load_tokenizer(directory)
+        options = {"end_tokens": end_tokens(directory, tokenizer), **options}
+        return cls(backbone, params, tokenizer, deltas, **options)
 
     @property
     def eot_token_id(self) -> int:
@@ -335,13 +337,6 @@ def _score(
         return causal.log_probability(logits, target), jnp.argmax(logits, axis=-1) == target
 
     return causal.at_answers(backbone, params, inputs, read, inputs["target_ids"], deltas=deltas)
-
-
-def _end_tokens(directory: Path) -> list[int]:
-    """The end tokens of ``generation_config.json``, where there is one."""
-    path = directory / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 def _length(tokens: int) -> int:
