@@ -30,7 +30,7 @@ from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.loaded_run import make_merge
 from enmp_jax.io.files import read_json
-from enmp_jax.io.progress import SILENT, Reporter
+from enmp_jax.io.progress import Progress, Reporter
 from enmp_jax.io.writing import write_text
 from enmp_jax.masks import MaskSpec
 from enmp_jax.runs.compare import compare_run
@@ -376,7 +376,12 @@ def export_peft(
 
 
 def _reporter(on_progress: OnProgress | None) -> Reporter:
-    return Reporter(logging.getLogger("enmp_jax").info, on_progress or SILENT.advance)
+    def advance(now: Progress) -> None:
+        best = now.best if now.loss is None else -now.loss  # a refinement maximises, too
+        if on_progress is not None and best is not None:
+            on_progress(now.done, now.total, best)
+
+    return Reporter(logging.getLogger("enmp_jax").info, advance)
 
 
 def _result(directory: Path) -> Result:

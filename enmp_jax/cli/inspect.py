@@ -13,20 +13,19 @@ import tyro
 from enmp_jax.adapters.lora_factors import squared_norm
 from enmp_jax.adapters.matching import align, check_bases
 from enmp_jax.adapters.peft_import import Adapter, read_adapter
+from enmp_jax.cli.output import Json
 from enmp_jax.errors import UserError
 from enmp_jax.lora import split_layer
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Json):
     """Show modules, ranks, scaling, norms per layer, head and base of adapters.
 
     The exit code is 2 if one of them cannot be merged, or not with the others."""
 
     adapters: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER...")]
     """PEFT directories or hub ids (``name@revision``)."""
-    json: bool = False
-    """Print JSON."""
 
 
 def run(args: Args) -> None:
