@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -143,7 +144,8 @@ def step_metrics(now: Progress) -> dict[str, float]:
     known = {
         "best": now.best, "mean": now.mean, "loss": now.loss, "example_evaluations": now.spent or None,
     }  # fmt: skip
-    return {f"{phase}/{name}": float(value) for name, value in known.items() if value is not None}
+    given = {f"{phase}/{name}": float(value) for name, value in known.items() if value is not None}
+    return {name: value for name, value in given.items() if math.isfinite(value)}
 
 
 def final_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
