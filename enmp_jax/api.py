@@ -59,7 +59,7 @@ def load_adapters(sources: Mapping[str, str | Path], *, allow_base_mismatch: boo
     Raises:
         UserError: an adapter that is missing, damaged, no plain LoRA, or of another base.
 
-    Example:
+    Examples:
         >>> from importlib.resources import files
         >>> import enmp_jax as enmp
         >>> demo = files("enmp_jax") / "suites/demo/adapters"
@@ -84,7 +84,7 @@ def load_run(name_or_path: str | Path, **settings: Any) -> RunConfig:
     Raises:
         UserError: no such file, an unknown key, or a value that cannot be.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> run = enmp.load_run("demo", search={"population": 4, "generations": 2})
         >>> run.search.population, run.merge.method
@@ -107,7 +107,7 @@ class Result:
         history: as in ``history.jsonl``: one entry for each generation of each seed.
         modules: as in ``mask.json``: the modules by name, and the merge that the mask was found for.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
         >>> search = {"strategy": "cma_es", "population": 4, "generations": 2, "seeds": 1}
@@ -153,7 +153,7 @@ def search(
     Raises:
         UserError: bad input, or no ``out`` on several hosts.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
         >>> search = {"strategy": "cma_es", "population": 4, "generations": 2, "seeds": 1}
@@ -200,7 +200,7 @@ def evaluate(
     Raises:
         UserError: bad input.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> run = enmp.load_run("demo", evaluation={"test_examples": 10})
         >>> scores = enmp.evaluate(run, scale=0.5)
@@ -241,7 +241,7 @@ def refine(
     Raises:
         UserError: no finished search there, one that was refined already, or a bad setting.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
@@ -283,7 +283,7 @@ def compare(
     Raises:
         UserError: an unknown method or space, rows of other settings in ``out``, or a bad run.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
         >>> run = enmp.load_run("demo", evaluation=few)
@@ -312,7 +312,7 @@ def controls(
     Raises:
         UserError: no finished search there, an unknown control, or rows of other settings.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
@@ -358,7 +358,7 @@ def export_peft(
     Raises:
         UserError: nothing to write, NaN or Inf in a delta, or the directory cannot be written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from importlib.resources import files
         >>> import enmp_jax as enmp

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input: one line that says what is wrong and what to do. The command line exits with code 2.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> try:
         ...     enmp.merges.ties(densty=0.4)

@@ -46,7 +46,7 @@ class MaskSpec:
         threshold: genes strictly above it may be pruned.
         search_scale: whether the last gene is the merge coefficient.
 
-    Example:
+    Examples:
         >>> from importlib.resources import files
         >>> import enmp_jax as enmp
         >>> demo = files("enmp_jax") / "suites/demo/adapters"
