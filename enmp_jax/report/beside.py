@@ -57,7 +57,7 @@ class Beside:
     exports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def read_beside(run_dir: Path, scores: Mapping[str, Any]) -> Beside:
+def read_beside(run_dir: Path) -> Beside:
     """Read what there is.
 
     Raises:
@@ -77,7 +77,7 @@ def read_beside(run_dir: Path, scores: Mapping[str, Any]) -> Beside:
             effects.append(_effects(row, kind))
     gain = (found["test-answers"] or {}).get("gain", {})
     if not gain and found["controls"]:  # a run of an older version whose controls were made later
-        gain = {"enmp": next(r["gain"] for r in found["controls"]["rows"] if r["row"] == "found")}
+        gain = {"enmp": row["gain"] for row in found["controls"]["rows"] if row["row"] == "found"}  # noqa: B035
     exports = {}
     for path in sorted(run_dir.glob(f"*/{RECIPE}")):
         recipe = _optional(path, lambda content: str(content["format"]), _yaml)
@@ -129,8 +129,9 @@ def _check_seeds(content: Mapping[str, Any]) -> None:
 
 
 def _check_interval(gain: Mapping[str, Any] | None) -> None:
-    for key in () if gain is None else ("difference", "low", "high"):
-        finite(gain[key])
+    if gain is not None:
+        for key in ("difference", "low", "high"):
+            finite(gain[key])
 
 
 def _check_gain(content: Mapping[str, Any]) -> None:
@@ -142,7 +143,9 @@ def _check_gain(content: Mapping[str, Any]) -> None:
 def _check_compare(content: Mapping[str, Any]) -> None:
     list(content["tasks"])
     for row in content["rows"]:
-        str(row["method"]), str(row["space"]), dict(row["hyperparameters"])
+        if not isinstance(row["method"], str) or not isinstance(row["space"], str):
+            raise TypeError("method")
+        dict(row["hyperparameters"])
         for value in (
             *row["mean_normalised"].values(),
             *row["merged"].values(),
@@ -160,5 +163,5 @@ def _check_controls(content: Mapping[str, Any]) -> None:
         finite(row["mean_normalised"])
         list(row["values"])
         for key in ("gain", "found_better_by"):
-            _check_interval(row.get(key))
+            _check_interval(row["gain"] if row["row"] == "found" else row.get(key))
         _check_values(row.get("effects") or [])

@@ -109,10 +109,10 @@ class RunData:
             default: of modules that are not listed.
         """
         tasks = {task: i for i, task in enumerate(self.mask["tasks"])}
-        columns = {name: i for i, name in enumerate(self.projections)} or {None: 0}
+        columns = {name: i for i, name in enumerate(self.projections)} or {"": 0}
         values = np.full((int(self.mask["layers"]), len(columns), len(tasks)), default)
         for layer, *middle, task, value in entries:
-            column, row = columns.get(middle[0] if middle else None), tasks.get(task)
+            column, row = columns.get(middle[0] if middle else ""), tasks.get(task)
             if column is not None and row is not None and 0 <= layer < len(values):
                 values[layer, column, row] = np.nan if value is None else value
         return values
@@ -153,7 +153,7 @@ def read(run_dir: Path) -> RunData:
             raise UserError(
                 f"{run_dir / name} is damaged: {type(error).__name__} at {one_line(error)}"
             ) from None
-    beside = read_beside(run_dir, scores)
+    beside = read_beside(run_dir)
     return RunData(run_dir.resolve().name, config, environment, tuple(history), mask, scores, beside)
 
 
@@ -214,6 +214,11 @@ def _check_scores(scores: Mapping[str, Any]) -> None:
         number(scores.get(key))
     for key in ("gain", "scale_grid"):
         for value in dict(scores.get(key) or {}).values():
+            number(value)
+    for split, models in dict(scores.get("fitness_on") or {}).items():
+        if split not in ("search", "selection", "test"):
+            raise KeyError(split)
+        for value in models.values():
             number(value)
     for point in scores.get("pareto") or []:
         for key in ("mean", "worst", "scale"):

@@ -120,12 +120,16 @@ def convergence(data: RunData) -> Lines:
         if not np.isfinite(looks[-1][1]).any() and chosen.get(seed) is not None:
             looks[-1] = (x[-1:], np.array([chosen[seed]], float))
     look = "selection split" if gradient else "chosen, on the selection split"
-    names = ("step of the gradient", "best so far (selection split)") if gradient else ("mean", "best so far")
+    names = (
+        ("at each step (search split)", "best so far (selection split)")
+        if gradient
+        else ("mean", "best so far")
+    )
     curves = [
         *_curves("random", "cloud", "a mask", clouds),
         *_curves("merged", "thin" if several else "line", names[0], means),
         *_curves("found", "thin" if several else "line", names[1], bests),
-        *_curves("expert", "squares", look, looks),
+        *_curves("expert", "cloud" if gradient else "squares", look, looks),
     ]
     if data.plain_fitness is not None and data.history:
         plain = np.array([data.plain_fitness])

@@ -12,7 +12,7 @@ for (const grid of document.querySelectorAll("table.heat")) {
     const [task, projection] = data.rows[i];
     const facts = data.facts
       .filter((fact) => fact.values[i][j] !== null)
-      .map((fact) => `${fact.before} ${fact.values[i][j]}${fact.after}`);
+      .map((fact) => `${fact.before} ${fact.values[i][j]}${fact.after}`.trim());
     const name = [task, `layer ${j}`, ...(projection ? [projection] : [])].join(", ");
     told.textContent = `${name}: ${facts.join("; ")}.`;
   };

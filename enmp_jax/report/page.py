@@ -29,13 +29,7 @@ from enmp_jax.report.words import commands, export_rows, headline, left_out, poi
 
 _HERE = Path(__file__).parent
 _SCRIPT = (_HERE / "page.js").read_text(encoding="utf-8")
-_SHADES = "".join(
-    f".c{sign * step}{{background:color-mix(in oklab,var(--{end}) {10 * step}%,var(--mid))"
-    f"{';color:var(--on)' if step >= 8 else ''}}}"
-    for sign, end in ((-1, "low"), (1, "high"))
-    for step in range(11)
-)
-STYLE = (_HERE / "page.css").read_text(encoding="utf-8") + _SHADES
+STYLE = (_HERE / "page.css").read_text(encoding="utf-8") + screen.SHADES
 
 
 def document(title: str, *content: Html | None) -> str:
@@ -84,16 +78,14 @@ def _header(data: RunData, notes: Sequence[str]) -> Html:
     mean, merge = scores["mean_normalised"], data.config.get("merge") or {}
     gain = data.beside.gain.get("enmp")
     found = "with weights" if scores.get("weighted") else "with modules left out"
-    shown = [("", "merged", mean["merged"]), ("found", found, mean["enmp"])]
-    if "refined" in mean:
-        shown.append(("found", "then refined", mean["refined"]))
     numbers = [
-        _number(
-            kind, name, percent(value), "%", data.beside.gain.get("refined") if "refined" in name else None
-        )
-        for kind, name, value in shown
+        _number("", "merged", percent(mean["merged"]), "%"),
+        _number("found", found, percent(mean["enmp"]), "%"),
+        _number("", "gain", points(points_gained(scores)), "points", gain),
     ]
-    numbers.append(_number("", "gain", points(points_gained(scores)), "points", gain))
+    if "refined" in mean:
+        more = f"then refined: {points(mean['refined'] - mean['merged'])} points"
+        numbers.append(_number("found", more, percent(mean["refined"]), "%", data.beside.gain.get("refined")))
     own = (
         "The data have no labels: a model is scored by how often it answers as the task's own adapter does."
         if scores.get("agreement")
@@ -116,7 +108,7 @@ def _header(data: RunData, notes: Sequence[str]) -> Html:
     )
 
 
-def _number(kind: str, name: str, value: str, unit: str, gain: Mapping[str, Any] | None) -> Html:
+def _number(kind: str, name: str, value: str, unit: str, gain: Mapping[str, Any] | None = None) -> Html:
     label = f"{name}, 95 % interval {within(gain)}" if gain else name
     figure = el("dd", value, el("small", unit), class_="value")
     return el("div", el("dt", label), figure, class_=kind or None)
@@ -158,10 +150,13 @@ def _modules(data: RunData) -> Html:
     seeds = data.beside.seeds
     if len(seeds) > 1:
         often = sum(cells((data.weights_of(seed) == 0).astype(float), np.sum) for seed in seeds.values())
-        of = len(seeds) * (1 if finer else max(1, len(data.projections)))
-        facts.append(
-            _fact("left out", np.asarray(often), "{:.0f}", f" times in {of}, over {len(seeds)} seeds")
-        )
+        words = ("left out by", f" of {len(seeds)} seeds")
+        if chart.of > 1:
+            words = (
+                "left out",
+                f" times in {chart.of * len(seeds)}, by all projections and {len(seeds)} seeds",
+            )
+        facts.append(_fact(words[0], np.asarray(often), "{:.0f}", words[1]))
     return screen.heat(chart, {"facts": facts})
 
 
@@ -186,11 +181,7 @@ def _gap(data: RunData) -> Html | None:
     on = data.scores.get("fitness_on")
     if not on:
         return None
-    seen = {
-        "search": "the search climbed on it",
-        "selection": "chose between finalists",
-        "test": "never seen",
-    }
+    seen = {"search": "climbed on", "selection": "chose among finalists", "test": "never seen"}
     rows = []
     for split, values in on.items():
         before, after = values.get("merged"), values.get("enmp")

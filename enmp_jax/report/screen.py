@@ -16,7 +16,24 @@ from enmp_jax.report.charts import Dots, Heat, Lines, Mark, short, ticks
 from enmp_jax.report.html import Html, el, join, table
 from enmp_jax.report.limits import cut
 
-_BINS = 10  # shades on each side of the neutral one, c-10 to c10 in the style sheet
+_BINS = 10  # shades on each side of the neutral one: classes c-10 to c10
+_LIGHT, _DARK = ("b8390a", "ece9e2", "1f5f99"), ("ff8f57", "2b2824", "7ab8f0")  # gone, as it is, largest
+
+
+def _shades(low: str, middle: str, high: str) -> str:
+    """Style of every shade: its colour, and black or white letters, whichever can be read on it."""
+    ends, rules = [[int(c[i : i + 2], 16) for i in (0, 2, 4)] for c in (low, middle, high)], []
+    for step in range(-_BINS, _BINS + 1):
+        end, share = ends[0] if step < 0 else ends[2], abs(step) / _BINS
+        colour = [round(m + share * (e - m)) for m, e in zip(ends[1], end, strict=True)]
+        linear = [((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]  # WCAG 2, relative luminance
+        light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        letters = "000" if light > 0.179 else "fff"  # where both have the same contrast, 4.58
+        rules.append(f".c{step}{{background:#{''.join(f'{c:02x}' for c in colour)};color:#{letters}}}")
+    return "".join(rules)
+
+
+SHADES = f"{_shades(*_LIGHT)}@media screen and (prefers-color-scheme:dark){{{_shades(*_DARK)}}}"
 
 
 def legend(names: Mapping[Any, str]) -> Html:

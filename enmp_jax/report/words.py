@@ -86,7 +86,9 @@ def export_rows(data: RunData) -> list[list[str]]:
                 f"{percent(own.get('mean_normalised'))} %"
             )
         elif isinstance(recipe.get("error"), float):
-            said += f"; relative error {recipe['error']:.1e}"
+            said += (
+                f"; it misses the merge by {100 * recipe['error']:.2g} %" if recipe["error"] else "; exact"
+            )
         rows.append([f"{folder}/", kind, said])
     return rows
 
