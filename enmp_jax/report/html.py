@@ -57,7 +57,7 @@ def table(
     head = el("tr", *(el("th", cell, scope="col") for cell in header))
     body = [
         el(
-            "tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:]),
+            "tr", el("th", row[0], scope="row"), *(_cell(cell) for cell in row[1:]),
             class_="total" if total and row is rows[-1] else None,
         )
         for row in rows
@@ -67,6 +67,11 @@ def table(
     return el(
         "div", whole, class_="scroll", tabindex="0", role="group", aria_label=f"Table: {plain(header[0])}"
     )
+
+
+def _cell(cell: object) -> Html:
+    words = not isinstance(cell, Html) and len(str(cell)) > 24  # figures stay on one line, sentences need not
+    return el("td", cell, class_="words" if words else None)
 
 
 def plain(cell: object) -> str:

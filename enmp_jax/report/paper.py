@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from enmp_jax.report.charts import Chart, Dots, Heat, Lines, short
 from enmp_jax.report.limits import cut
@@ -59,11 +59,8 @@ def _axes(width: float, height: float, grid: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, fontsize=9, labelcolor=INK,
-        handlelength=1.6, columnspacing=1.4, borderaxespad=0.2,
-    )  # fmt: skip
+def _legend(figure: Figure) -> None:
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
 
 
 def _dots(chart: Dots) -> Figure:
@@ -87,7 +84,7 @@ def _dots(chart: Dots) -> Figure:
     axes.set_ylim(len(chart.rows) - 0.5, -0.5)
     axes.set_xlim(*chart.limits)
     axes.set_xlabel(label(chart.axis), color=INK)
-    _legend(axes)
+    _legend(figure)
     return figure
 
 
@@ -106,15 +103,16 @@ def _lines(chart: Lines) -> Figure:
         else:
             axes.plot(curve.x, curve.y, color=colour, lw=2.2 if curve.shape == "line" else 1.2, label=name)
     (left, right), (low, high) = chart.limits
-    axes.set_xlim(left, right)
+    room = 0.02 * (right - left)
+    axes.set_xlim(left - room, right + room)
     axes.set_ylim(low, high)
     axes.set_xlabel(label(chart.x_label), color=INK)
     axes.set_ylabel("\n".join(map(label, chart.y_label.split(", "))), color=INK)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g}"))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
     if chart.curves:
-        _legend(axes)
+        _legend(figure)
     return figure
 
 
