@@ -57,6 +57,7 @@ $(VENV)/.base: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -e ".[test]"
+	-$(BIN)/python -m pip install -q --no-deps "axe-playwright-python>=0.1.8"  # for its axe-core; no playwright
 	touch $@ $(VENV)/.base
 
 # torch from a CPU build where one is at hand: set TORCH to the requirement to install first.

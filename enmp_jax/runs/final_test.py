@@ -58,7 +58,7 @@ def final_test(
         "seed": best.seed,
     }  # fmt: skip
     if loaded.labelled("test") or not evaluator.kind.needs_labels:
-        fitness = evaluator.fitness_from(scoring, counts)
+        fitness = [float(value) for value in evaluator.fitness_from(scoring, counts)]
         found["fitness_on"] = {
             "test": {"merged": finite_or_none(fitness[0]), "enmp": finite_or_none(fitness[row])}
         }
