@@ -168,6 +168,13 @@ class MaskSpec:
             for index in _where((weights != 1) & self.present())
         ]
 
+    def named(self, values: Float[np.ndarray, "*module"]) -> list[list[Any]]:
+        """A value for every existing module by name: [*module, value], None for NaN; in mask order."""
+        return [
+            [*self._name(index), None if np.isnan(values[index]) else float(f"{values[index]:.6g}")]
+            for index in _where(self.present())
+        ]
+
     def keep_from_pruned(self, pruned: Iterable[Sequence[Any]]) -> Bool[np.ndarray, "*module"]:
         """The mask that prunes the named modules; inverse of ``pruned_modules``.
 
