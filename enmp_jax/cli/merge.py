@@ -29,11 +29,12 @@ from enmp_jax.runs import mask_file
 
 @dataclass(frozen=True)
 class Options:
-    """Merge PEFT LoRA adapters, all modules or under a mask or weights. Needs no base model and no data
-    (but for --format checkpoint and gguf)."""
+    """Merge LoRA adapters of any architecture (PEFT's, diffusers', kohya's), all modules or under a mask or
+    weights. Needs no base model and no data (but for --format checkpoint and gguf)."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK=DIR")]
-    """A task's name and its PEFT directory or hub id (``name@revision``); once for each task."""
+    """A task's name and its PEFT directory or hub id (``name@revision``), or a file of kohya's or diffusers';
+    once for each task."""
     out: Path
     """Directory to make."""
     format: Literal["delta", "peft", "adapters", "checkpoint", "gguf"] = "delta"
@@ -61,12 +62,14 @@ class Options:
     prune: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="LAYER[:PROJECTION]:TASK")
     ] = ()
-    """A module to leave out (``0:dtd`` or ``0:q_proj:dtd``); may be given many times."""
+    """A module to leave out (``0:dtd`` or ``0:q_proj:dtd``), layers by number, or by path where there are
+    several stacks of them (``decoder.block.3:dtd``, ``lm_head:dtd``); may be given many times."""
     mask: Path | None = None
     """A mask.json of a search: modules, weights, scale and, unless told otherwise, the merge that it was
     found for. Another --method starts from its own defaults."""
     base_model: str | None = None
-    """Directory, hub id or GGUF file, for --format checkpoint and gguf."""
+    """Directory, hub id or GGUF file, for --format checkpoint and gguf, and for adapters that are deltas only
+    together with it (DoRA, PiSSA, OLoRA)."""
     rank: int | None = None
     """peft, gguf: largest rank, whatever the error."""
     tolerance: float = TOLERANCE
@@ -119,7 +122,9 @@ def run(args: Options) -> None:
     check_unused(args.out)
     if args.mask is None:
         merges.make(**_merge(args, None))  # bad methods and values are found before anything is read
-    loaded = load_adapters(adapter_sources(args.adapter), allow_base_mismatch=args.allow_base_mismatch)
+    loaded = load_adapters(
+        adapter_sources(args.adapter), allow_base_mismatch=args.allow_base_mismatch, base=args.base_model
+    )
     spec, keep, scale, found_for = _mask(args, loaded)
     chosen = _merge(args, found_for)
     method = merges.make(**chosen)
@@ -191,13 +196,15 @@ def adapter_sources(pairs: tuple[str, ...]) -> dict[str, str]:
 def parse_prune(text: str) -> Module:
     """A module given on the command line: ``0:dtd``, or ``0:q_proj:dtd`` for one projection.
 
+    In place of the layer's number, the path of a group of modules: ``decoder.block.3:dtd``.
+
     Raises:
         UserError: not of that form.
     """
     parts = text.split(":")
-    if len(parts) not in (2, 3) or not all(parts) or not parts[0].isdecimal():
+    if len(parts) not in (2, 3) or not all(parts):
         raise UserError(f"--prune {text!r}: expected LAYER:TASK or LAYER:PROJECTION:TASK, like 0:dtd")
-    layer = int(parts[0])
+    layer = int(parts[0]) if parts[0].isascii() and parts[0].isdecimal() else parts[0]
     return (layer, parts[1]) if len(parts) == 2 else (layer, parts[1], parts[2])
 
 

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, Protocol, cast, overload, runtime_checkable
 import jax.numpy as jnp
 
 from enmp_jax.errors import UserError, suggestion
-from enmp_jax.lora import LoraPair, LoraStack
+from enmp_jax.lora import LoraStack
 from enmp_jax.merges.base import LayerMethod, Merge, lift, merge_population
 from enmp_jax.merges.breadcrumbs import breadcrumbs as _breadcrumbs
 from enmp_jax.merges.cart import cart as _cart
@@ -123,8 +123,8 @@ def _weighted(merge: Merge, weights: Sequence[float]) -> Merge:
         pairs = {}
         for name, pair in stack.pairs.items():
             factor = jnp.asarray(weights, pair.b.dtype)[:, None, None]
-            pairs[name] = LoraPair(pair.a, pair.b * factor, pair.rank)
-        return merge.prepare(LoraStack(pairs, stack.tasks))
+            pairs[name] = pair.replace(b=pair.b * factor)
+        return merge.prepare(stack.replace(pairs=pairs))
 
     return Merge(prepare, merge.merge)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from enmp_jax.lora import LoraPair, LoraStack
+from enmp_jax.lora import LoraStack
 from enmp_jax.merges.linalg import qr, svd
 
 
@@ -24,12 +24,14 @@ def singular_components(stack: LoraStack) -> LoraStack:
     pairs = {}
     for name, pair in stack.pairs.items():
         a, b = jax.vmap(jax.vmap(_components, (0, 0)), (0, 0))(pair.a, pair.b)
-        layers, tasks, own, _ = pair.a.shape
+        layers, n_tasks, own, _ = pair.a.shape
         rank = tuple(tuple(int(k < r) for r in row for k in range(ranks)) for row in pair.rank)
         a, b = (jnp.pad(x, ((0, 0), (0, 0), (0, ranks - own), (0, 0))) for x in (a, b))
-        shape = layers, tasks * ranks
-        pairs[name] = LoraPair(a.reshape(*shape, 1, -1), b.reshape(*shape, -1, 1), rank)
-    return LoraStack(pairs, tuple(f"{task}#{k}" for task in stack.tasks for k in range(ranks)))
+        shape = layers, n_tasks * ranks
+        pairs[name] = pair.replace(a=a.reshape(*shape, 1, -1), b=b.reshape(*shape, -1, 1), rank=rank)
+    return stack.replace(
+        pairs=pairs, tasks=tuple(f"{task}#{k}" for task in stack.tasks for k in range(ranks))
+    )
 
 
 def _components(
