@@ -139,7 +139,7 @@ def read_adapter(out: Path, made: Made) -> Deltas:
     if made.load is None:
         return by_hand(out, made)
     plain = made.load().double()
-    before = {k: v.clone() for k, v in plain.state_dict().items()}
+    before = {k: v.detach().clone() for k, v in plain.named_parameters()}  # tied weights once
     merged = peft.PeftModel.from_pretrained(plain, str(out)).merge_and_unload().state_dict()
     found = {k: (merged[k] - before[k]).numpy() for k in before}
     return {k: v for k, v in found.items() if np.abs(v).max(initial=0) > 1e-12}

@@ -121,7 +121,7 @@ def of_peft(adapter: Path, make: Callable[[], torch.nn.Module]) -> Deltas:
     """What an adapter adds to each tensor of the base, by PEFT in float64."""
     settings = json.loads((adapter / "adapter_config.json").read_text())
     plain = seeded(make).double()
-    before = {k: v.clone() for k, v in plain.state_dict().items()}
+    before = {k: v.detach().clone() for k, v in plain.named_parameters()}  # tied weights once
     # PiSSA and OLoRA decompose float32 alone; loading subtracts what they started from
     model = plain.float() if isinstance(settings["init_lora_weights"], str) else plain
     merged = peft.PeftModel.from_pretrained(model, str(adapter)).double().merge_and_unload().state_dict()

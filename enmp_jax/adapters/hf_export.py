@@ -110,9 +110,9 @@ def _export(
             kept = {name: shard for name, shard in index["weight_map"].items() if name in sizes}
             meta = (index.get("metadata") or {}) | {"total_size": sum(sizes.values())}
             write_text(directory / INDEX, json.dumps({"metadata": meta, "weight_map": kept}, indent=2) + "\n")
-        _copy_others(found.directory, directory)
+        copy_others(found.directory, directory)
         if dtype is not None:
-            _set_dtype(config, dtype)
+            set_dtype(config, dtype)
             write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
         write_heads(directory, loaded)
         checks = _written(directory, set(entries) - omit, changes)
@@ -275,7 +275,7 @@ def tied_copies(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[
     return {output} & set(entries) if tied else set()
 
 
-def _copy_others(source: Path, target: Path) -> None:
+def copy_others(source: Path, target: Path) -> None:
     """Copy configuration, tokenizer, processor and licence files that are not there yet."""
     for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
         skip = path.name == INDEX or path.name.endswith((".safetensors", ".bin.index.json"))
@@ -285,11 +285,11 @@ def _copy_others(source: Path, target: Path) -> None:
                 raise UserError(f"{target / path.name} does not read back as written: check the disk")
 
 
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
     """Say the new type wherever config.json says one (transformers 4: torch_dtype, 5: dtype)."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     for key in keys:
         config[key] = dtype
     for value in config.values():
         if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
-            _set_dtype(value, dtype)
+            set_dtype(value, dtype)

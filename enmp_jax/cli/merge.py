@@ -19,6 +19,7 @@ from enmp_jax.adapters.formats import ExportOptions, Merged, Written, write
 from enmp_jax.adapters.peft_export import TOLERANCE
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.adapters.recipe import Recipe
+from enmp_jax.adapters.task_vector_export import export_task_vectors, is_model
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import check_unused
@@ -33,8 +34,8 @@ class Options:
     weights. Needs no base model and no data (but for --format checkpoint and gguf)."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK=DIR")]
-    """A task's name and its PEFT directory or hub id (``name@revision``), or a file of kohya's or diffusers';
-    once for each task."""
+    """A task's name and its PEFT directory or hub id (``name@revision``), or a file of kohya's or diffusers',
+    or a whole fine-tuned model (sum, mean, ties, dare, dare_ties, tsv and iso); once for each task."""
     out: Path
     """Directory to make."""
     format: Literal["delta", "peft", "adapters", "checkpoint", "gguf"] = "delta"
@@ -120,11 +121,13 @@ def run(args: Options) -> None:
     if args.format in ("checkpoint", "gguf") and args.base_model is None:
         raise UserError(f"--format {args.format} needs --base-model DIR")
     check_unused(args.out)
+    sources = adapter_sources(args.adapter)
+    if any(map(is_model, sources.values())):
+        _merge_models(args, sources)
+        return
     if args.mask is None:
         merges.make(**_merge(args, None))  # bad methods and values are found before anything is read
-    loaded = load_adapters(
-        adapter_sources(args.adapter), allow_base_mismatch=args.allow_base_mismatch, base=args.base_model
-    )
+    loaded = load_adapters(sources, allow_base_mismatch=args.allow_base_mismatch, base=args.base_model)
     spec, keep, scale, found_for = _mask(args, loaded)
     chosen = _merge(args, found_for)
     method = merges.make(**chosen)
@@ -145,6 +148,28 @@ def run(args: Options) -> None:
 
     options = ExportOptions(args.rank, args.tolerance, args.strict, args.dtype, args.base_model)
     show(write(args.out, args.format, Merged(loaded, keep, deltas, recipe), options), args.out, "merge")
+
+
+def _merge_models(args: Options, sources: Mapping[str, str]) -> None:
+    """Whole fine-tuned models, less their base.
+
+    Raises:
+        UserError: some are adapters, or options of adapters.
+    """
+    if args.format != "checkpoint" or args.base_model is None:
+        raise UserError(
+            "--adapter names whole models: they are merged into their base, with --format checkpoint and "
+            "--base-model DIR"
+        )
+    if others := [task for task, source in sources.items() if not is_model(source)]:
+        raise UserError(f"--adapter: {others[0]} is an adapter and others are whole models: give one kind")
+    if args.prune or args.mask:
+        raise UserError("--prune and --mask are for adapters: whole models are merged whole")
+    scale = 1.0 if args.scale is None else args.scale
+    merge = _merge(args, None)
+    merges.make(**merge)
+    lines = export_task_vectors(args.out, args.base_model, sources, merge, scale, args.dtype)
+    show(Written(lines), args.out, "merge")
 
 
 def show(written: Written, out: Path, command: str) -> None:

@@ -157,6 +157,7 @@ def rewrite(
     deltas: Mapping[str, Change],
     dtype: str | None = None,
     omit: Collection[str] = (),
+    workers: int = 2,
 ) -> dict[str, int]:
     """Copy a shard, adding deltas; atomic, and compared with what was meant to be written.
 
@@ -166,6 +167,7 @@ def rewrite(
         deltas: tensor name -> delta of the tensor's size; sums are formed in float32.
         dtype: safetensors name (``F32``, ``BF16``, ``F16``) that floating point tensors get; None: as is.
         omit: names of tensors to leave out.
+        workers: tensors that are changed at a time.
 
     Returns:
         Tensor name -> bytes, of the tensors written.
@@ -186,7 +188,7 @@ def rewrite(
             changed = [(a, b) for a, b in plan if a.name in deltas or a.dtype != b.dtype]
             same = [(a, b) for a, b in plan if not (a.name in deltas or a.dtype != b.dtype)]
             files = _Files(reader.fileno(), writer.fileno())
-            with ThreadPoolExecutor(2) as pool:
+            with ThreadPoolExecutor(workers) as pool:
                 jobs = [pool.submit(_convert, files, a, b, deltas.get(a.name)) for a, b in changed]
                 for a, b in _runs(same):
                     _copy(files, a.start, b.start, a.stop - a.start)

@@ -31,6 +31,7 @@ from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters, load_adapters
 from enmp_jax.adapters.peft_reload import check_peft, check_transformers
 from enmp_jax.adapters.recipe import RECIPE, Recipe, mask_of, sha256
 from enmp_jax.adapters.stored import Storage, tensors
+from enmp_jax.adapters.task_vector_export import check_task_vectors
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io.hub import hub_id, locate
@@ -114,6 +115,8 @@ def _export(directory: Path, sources: _Sources) -> Report:
     """(b) An export against the merge that its recipe claims."""
     data = _recipe(directory)
     kind = data["format"]
+    if "task_vectors" in data:
+        return _task_vectors(directory, data, sources)
     if kind == "gguf":
         told = Check("gguf", True, "read back when it was written; not compared here", counts=False)
         return Report(str(directory), "gguf export", [told])
@@ -169,6 +172,16 @@ def _export(directory: Path, sources: _Sources) -> Report:
     if kind == "delta":
         return Report(str(directory), what, _delta(directory, wanted, loaded.stored))
     return Report(str(directory), what, _merged(directory, wanted, data.get("error") or 0.0, sources.base))
+
+
+def _task_vectors(directory: Path, data: Mapping[str, Any], sources: _Sources) -> Report:
+    missing = [str(e["name"]) for e in data["task_vectors"] if str(e["name"]) not in sources.adapters]
+    if missing or sources.base is None:
+        wanted = "--base-model DIR" if sources.base is None else f"--adapter {missing[0]}=DIR"
+        raise UserError(f"{directory} is verified against the models that were merged: give {wanted}")
+    models = {str(e["name"]): sources.adapters[str(e["name"])] for e in data["task_vectors"]}
+    checks = check_task_vectors(directory, data, sources.base, models)
+    return Report(str(directory), "checkpoint of whole models", [*checks, *check_transformers(directory)])
 
 
 def _merged(directory: Path, wanted: dict[str, Parts], error: float, base: str | None) -> list[Check]:
@@ -240,7 +253,11 @@ def _recipe(directory: Path) -> dict[str, Any]:
     kinds = ("adapters", "peft", "checkpoint", "delta", "gguf")
     if not isinstance(data, dict) or data.get("format") not in kinds:
         raise UserError(f"{path} is no recipe that can be verified: format must be one of {', '.join(kinds)}")
-    for key, kind in (("tasks", list), ("merge", dict), ("pruned", list)):
+    needed = {
+        "merge": dict,
+        **({"task_vectors": list} if "task_vectors" in data else {"tasks": list, "pruned": list}),
+    }
+    for key, kind in needed.items():
         if not isinstance(data.get(key), kind):
             raise UserError(f"{path} is damaged: {key} is missing")
     return data
