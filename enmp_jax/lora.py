@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import flax.struct
@@ -108,16 +109,19 @@ class LoraStack:
         """The stack of some tasks only, in the given order."""
         index = np.asarray(tasks)
         pairs = {
-            name: p.replace(
-                a=p.a[:, index], b=p.b[:, index], rank=tuple(tuple(row[i] for i in tasks) for row in p.rank)
+            name: dataclasses.replace(
+                p,
+                a=p.a[:, index],
+                b=p.b[:, index],
+                rank=tuple(tuple(row[i] for i in tasks) for row in p.rank),
             )
             for name, p in self.pairs.items()
         }
-        return self.replace(pairs=pairs, tasks=tuple(self.tasks[i] for i in tasks))
+        return dataclasses.replace(self, pairs=pairs, tasks=tuple(self.tasks[i] for i in tasks))
 
     def rename(self, names: Mapping[str, str]) -> LoraStack:
         """The stack under other name templates (the backbone's own)."""
-        return self.replace(pairs={names[name]: pair for name, pair in self.pairs.items()})
+        return dataclasses.replace(self, pairs={names[name]: pair for name, pair in self.pairs.items()})
 
 
 def stack_adapters(

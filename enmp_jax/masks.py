@@ -271,6 +271,7 @@ class MaskSpec:
         scale: float | None,
         merge: Mapping[str, Any] | None = None,
         adapters: Mapping[str, str] | None = None,
+        spelling: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """The content of ``mask.json``: modules by name, never by flat index.
 
@@ -280,10 +281,15 @@ class MaskSpec:
             merge: what the mask was found for, as ``merges.make`` takes it: ``method``, ``space``,
                 ``isotropize`` and hyperparameters. A ``scale`` in it and what is None are left out.
             adapters: task -> hash of the adapter that it was found for.
+            spelling: projection -> its name in the adapters' files, where a backbone has another.
         """
         keep = np.asarray(keep)
         keep = keep if keep.dtype == bool else keep.astype(np.float32)
-        finer = {"projections": list(self.projections)} if self.granularity == "projection" else {}
+        finer: dict[str, Any] = {}
+        if self.granularity == "projection":
+            finer = {"projections": list(self.projections)} | (
+                {"spelling": dict(spelling)} if spelling else {}
+            )
         return {
             "granularity": self.granularity,
             "pruned": [list(module) for module in self.pruned_modules(keep)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,7 +141,7 @@ def planned_changes(
     adapted = [
         path
         for name, paths in loaded.names.items()
-        for path, adapts in zip(paths, loaded.stack.pairs[name].present.any(axis=1), strict=True)
+        for path, adapts in zip(paths, loaded.stack.pairs[name].present.any(axis=1).tolist(), strict=True)
         if adapts
     ]
     stored = loaded.stored
@@ -181,8 +181,9 @@ def _refuse_tied(
     """
     has_output = any(name.endswith("lm_head.weight") for name in entries)
     tied = config.get("tie_word_embeddings")
-    generates = any("LM" in name or "Generation" in name for name in config.get("architectures") or ())
-    if tied is False or not (tied or generates) or (has_output and tied is None):
+    architectures = config.get("architectures") or ()
+    generates = any("LM" in str(name) or "Generation" in str(name) for name in architectures)
+    if tied is False or not (generates if architectures else tied) or (has_output and tied is None):
         return
     for path in adapted:
         embedding = path in stored and stored[path].kind == "embedding"

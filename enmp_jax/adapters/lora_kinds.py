@@ -46,7 +46,7 @@ def decode(module: str, sides: Mapping[str, np.ndarray], settings: LoraSettings,
     if embedding and a.ndim == b.ndim == 2:
         stored = Stored("embedding", (a.shape[1], b.shape[0]))
     elif a.ndim == b.ndim and a.ndim > 2:
-        if any(n != 1 for n in b.shape[2:]) or b.shape[1] != a.shape[0]:
+        if set(b.shape[2:]) != {1} or b.shape[1] != a.shape[0]:
             raise UserError(
                 f"{where}: LoRA A {a.shape} and B {b.shape}: the convolution has groups, and only plain ones "
                 "can be merged"

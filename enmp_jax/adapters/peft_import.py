@@ -86,6 +86,12 @@ class LoadedAdapters:
     names: dict[str, tuple[str, ...]]
     base_model: str | None
 
+    @property
+    def spelling(self) -> dict[str, str]:
+        """Name in the stack -> the files' own template, where they differ (with a backbone)."""
+        found = {name: split_layer(paths[0])[0] for name, paths in self.names.items()}
+        return {name: own for name, own in found.items() if self.names[name] != tuple(self.stack.paths(name))}
+
     @cached_property
     def stored(self) -> Storage:
         """Module path as the files spell it -> how the base keeps its weight (see ``Adapter``)."""

@@ -129,7 +129,7 @@ def _add(model: Any, path: str, kept: Stored | None, matrix: tuple[int, int]) ->
         convolution = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}[len(kept.shape)]
         layer = convolution(kept.shape[1], kept.shape[0], kept.shape[2:], bias=False, device="meta")
     elif kept is not None and kept.kind == "embedding":
-        layer = torch.nn.Embedding(*kept.shape, device="meta")
+        layer = torch.nn.Embedding(kept.shape[0], kept.shape[1], device="meta")
     else:
         layer = torch.nn.Linear(matrix[1], matrix[0], bias=False, device="meta")
     layer.weight = torch.nn.Parameter(zero.expand(layer.weight.shape), requires_grad=False)

@@ -178,7 +178,8 @@ def mask_of(loaded: LoadedAdapters, recipe: Recipe) -> tuple[MaskSpec, Keep]:
 def mask_text(loaded: LoadedAdapters, recipe: Recipe) -> str:
     """``mask.json`` of a recipe, which ``enmp merge --mask`` takes."""
     spec, keep = mask_of(loaded, recipe)
-    data = spec.to_json(keep, recipe.merge.get("scale"), plain(recipe.merge), hashes(loaded))
+    made_of = plain(recipe.merge), hashes(loaded), loaded.spelling
+    data = spec.to_json(keep, recipe.merge.get("scale"), *made_of)
     return json.dumps(data, indent=1) + "\n"
 
 

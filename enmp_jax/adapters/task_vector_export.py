@@ -128,8 +128,8 @@ def check_task_vectors(
         task = str(entry["name"])
         if _digest(plan.models[task]) != entry.get("sha256"):
             raise UserError(
-                f"{one_line(plan.models[task].source)} is not the model of task {task!r} that was merged (its "
-                f"hash differs): --adapter {task}=DIR"
+                f"{one_line(plan.models[task].source)} is not the model of task {task!r} that was merged "
+                f"(its hash differs): --adapter {task}=DIR"
             )
     found = _read(str(directory)).tensors
     omit = tied_copies(plan.config, {name: entry for name, (_, entry) in plan.base.tensors.items()})

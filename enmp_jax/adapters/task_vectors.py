@@ -4,8 +4,8 @@ Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023: a task vector 
 its base. No tensor of a task vector is kept: rows are read again from the files whenever they are needed.
 TIES needs one threshold a task and tensor, found by counting; DARE draws by position. TSV and Iso need the
 singular vectors of a matrix D, m x n: those of the smaller side from the Gram matrix (n x n, in float64),
-those of the larger as ``D v / s``, so that the merge is ``sum_i D_i N_i`` with small ``N_i``. Tensors that are
-no matrices, and embeddings (a row each for tokens, no map), get the mean of what the tasks add, as in the
+those of the larger as ``D v / s``, so that the merge is ``sum_i D_i N_i`` with small ``N_i``. Tensors that
+are no matrices, and embeddings (a row each for tokens, no map), get the mean of what the tasks add, as in the
 reference code of both.
 """
 

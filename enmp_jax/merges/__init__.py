@@ -5,6 +5,7 @@ May import ``lora``, ``deltas`` and all below them; knows nothing of models, dat
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -123,8 +124,8 @@ def _weighted(merge: Merge, weights: Sequence[float]) -> Merge:
         pairs = {}
         for name, pair in stack.pairs.items():
             factor = jnp.asarray(weights, pair.b.dtype)[:, None, None]
-            pairs[name] = pair.replace(b=pair.b * factor)
-        return merge.prepare(stack.replace(pairs=pairs))
+            pairs[name] = dataclasses.replace(pair, b=pair.b * factor)
+        return merge.prepare(dataclasses.replace(stack, pairs=pairs))
 
     return Merge(prepare, merge.merge)
 

@@ -6,6 +6,8 @@ over the singular components of every task's update, trained on the entropy of u
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -28,10 +30,10 @@ def singular_components(stack: LoraStack) -> LoraStack:
         rank = tuple(tuple(int(k < r) for r in row for k in range(ranks)) for row in pair.rank)
         a, b = (jnp.pad(x, ((0, 0), (0, 0), (0, ranks - own), (0, 0))) for x in (a, b))
         shape = layers, n_tasks * ranks
-        pairs[name] = pair.replace(a=a.reshape(*shape, 1, -1), b=b.reshape(*shape, -1, 1), rank=rank)
-    return stack.replace(
-        pairs=pairs, tasks=tuple(f"{task}#{k}" for task in stack.tasks for k in range(ranks))
-    )
+        own_a, own_b = a.reshape(*shape, 1, -1), b.reshape(*shape, -1, 1)
+        pairs[name] = dataclasses.replace(pair, a=own_a, b=own_b, rank=rank)
+    tasks = tuple(f"{task}#{k}" for task in stack.tasks for k in range(ranks))
+    return dataclasses.replace(stack, pairs=pairs, tasks=tasks)
 
 
 def _components(

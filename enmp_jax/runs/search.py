@@ -97,7 +97,7 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
         "modules": spec.n_modules,
         "splits": {split: by_task(loaded.tasks, loaded.sizes(split)) for split in loaded.examples},
     }  # fmt: skip
-    made_of = run.merge.recipe(), hashes(loaded.adapters)
+    made_of = run.merge.recipe(), hashes(loaded.adapters), loaded.adapters.spelling
     directory.write_json("mask.json", spec.to_json(best.keep, best.scale, *made_of))
     directory.write_json("scores.json", scores)
     exports = prepare_search(evaluator, best, refined, reporter)
