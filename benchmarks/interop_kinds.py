@@ -1,7 +1,7 @@
 """The adapters of ``interop.py``: small models of torch, transformers and PEFT with random weights.
 
 Each kind is a base model and two adapters on it. What each adapter adds to every tensor of the base is
-computed by PEFT (its merged model less the base, in float64), or by hand where no library here reads the file.
+computed by PEFT (its merged model less the base, in float64), or by hand where no library reads the file.
 """
 
 from __future__ import annotations
@@ -280,7 +280,8 @@ _t5 = _make(
 )  # fmt: skip
 _whisper = _make(
     "WhisperForConditionalGeneration", "WhisperConfig", d_model=16, encoder_layers=2, decoder_layers=3,
-    encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=60,
+    encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+    vocab_size=60,
     num_mel_bins=8, max_source_positions=16, max_target_positions=16, pad_token_id=0, bos_token_id=1,
     eos_token_id=2, decoder_start_token_id=3, suppress_tokens=[], begin_suppress_tokens=[],
 )  # fmt: skip
@@ -322,7 +323,7 @@ KINDS: dict[str, Callable[[Path], Made]] = {
         root, _whisper, _lora("q_proj", "v_proj", "conv1", "conv2")
     ),
     "CLIP, text and vision": lambda root: by_peft(root, _clip, _lora("q_proj", "fc1", "visual_projection")),
-    "Swin, stages of different width": lambda root: by_peft(root, _swin, _lora("q_proj", "k_proj", "query", "key")),
+    "Swin, stages of different width": lambda root: by_peft(root, _swin, _lora("q_proj", "query", "key")),
     "ResNet, Conv2d": lambda root: by_peft(root, _resnet, _lora("convolution")),
     "UNet, PEFT's names": lambda root: by_peft(
         root, Unet, _lora("to_q", "to_k", "to_out.0", "proj_in", "conv1", "conv_in", "linear_1")
@@ -335,7 +336,8 @@ KINDS: dict[str, Callable[[Path], Made]] = {
         matrices=functools.partial(_experts, False),
     ),
     "gpt-oss, target_parameters [in, out]": lambda root: by_peft(
-        root, _gpt_oss, _lora("q_proj", target_parameters=_EXPERTS), matrices=functools.partial(_experts, True)
+        root, _gpt_oss, _lora("q_proj", target_parameters=_EXPERTS),
+        matrices=functools.partial(_experts, True),
     ),
     "rsLoRA, rank and alpha patterns": lambda root: by_peft(
         root, _llama,

@@ -30,8 +30,12 @@ def make(root: Path, vocabulary: int, width: int, layers: int) -> int:
     """Write base and models; bytes of the largest tensor."""
     shapes = {"model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width)}
     for layer in range(layers):
-        for name, shape in (("self_attn.q_proj", (width, width)), ("self_attn.o_proj", (width, width)),
-                            ("mlp.up_proj", (4 * width, width)), ("mlp.down_proj", (width, 4 * width))):  # fmt: skip
+        for name, shape in (
+            ("self_attn.q_proj", (width, width)),
+            ("self_attn.o_proj", (width, width)),
+            ("mlp.up_proj", (4 * width, width)),
+            ("mlp.down_proj", (width, 4 * width)),
+        ):
             shapes[f"model.layers.{layer}.{name}.weight"] = shape
     base = np.random.default_rng(0)
     tensors = {name: 0.02 * base.standard_normal(shape, np.float32) for name, shape in shapes.items()}
@@ -88,7 +92,7 @@ def main() -> None:
     text = [
         "# Merging whole models: memory and time", "",
         f"Three models of a random base ({shape}; float32, {size / 1e6:.0f} MB each), by "
-        f"`python benchmarks/task_vectors.py` on {platform.machine()}, one BLAS thread, {time.strftime('%Y-%m-%d')}. "
+        f"`python benchmarks/task_vectors.py` on {platform.machine()}, {time.strftime('%Y-%m-%d')}. "
         f"The largest tensor has {largest / 1e6:.0f} MB. Memory: peak of a fresh process less what it needs "
         "before.", "",
         "| method | seconds | MB | in largest tensors |", "|---|---|---|---|", *lines, "",

@@ -173,7 +173,8 @@ REFUSED = {
     "mask": (lambda root: None, ["--prune", "0:a"], "whole models are merged whole"),
     "lacking": (broken(lambda t: t.pop("model.norm.weight")), [], "has no model.norm.weight: it is"),
     "shapes": (
-        broken(lambda t: t.update({"model.norm.weight": np.ones(7, np.float32)})), [], "6 F32 in the base model and",
+        broken(lambda t: t.update({"model.norm.weight": np.ones(7, np.float32)})), [],
+        "6 F32 in the base model and",
     ),
     "NaN": (
         broken(lambda t: t.update({"model.norm.weight": np.full(6, np.nan, np.float32)})), [], "NaN or Inf",

@@ -10,7 +10,6 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import jax.numpy as jnp
 import tyro
 
@@ -24,6 +23,7 @@ from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import check_unused
 from enmp_jax.masks import Keep, Module
+from enmp_jax.merges.base import merge_stack
 from enmp_jax.merges.hyperparameters import Hyperparameter, hyperparameters
 from enmp_jax.runs import mask_file
 
@@ -144,7 +144,7 @@ def run(args: Options) -> None:
     )
 
     def deltas() -> Deltas:
-        return jax.jit(method.merge)(method.prepare(loaded.stack), jnp.asarray(keep), scale)
+        return merge_stack(method, loaded.stack, jnp.asarray(keep), scale)
 
     options = ExportOptions(args.rank, args.tolerance, args.strict, args.dtype, args.base_model)
     show(write(args.out, args.format, Merged(loaded, keep, deltas, recipe), options), args.out, "merge")

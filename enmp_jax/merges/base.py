@@ -100,6 +100,22 @@ def lift(method: LayerMethod, seed: int = 0) -> Merge:
     return Merge(prepare, merge)
 
 
+def merge_stack(merge: Merge, stack: LoraStack, keep: Keep, scale: float) -> Deltas:
+    """Merge once, outside of a search.
+
+    Stacks of several kinds of layers can have many projections: each shape is compiled once then, not each
+    projection.
+    """
+    ingredients, whole = merge.prepare(stack), jax.jit(merge.merge)
+    if stack.groups is None or not isinstance(ingredients, dict):
+        return whole(ingredients, keep, scale)
+    deltas = {}
+    for j, name in enumerate(stack.projections):
+        own = keep if keep.ndim == 2 else keep[:, j : j + 1]
+        deltas[name] = whole({"one": ingredients[name]}, own, scale)["one"]
+    return deltas
+
+
 def merge_population(
     merge: Merge,
     ingredients: Ingredients,

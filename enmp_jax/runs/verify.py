@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
@@ -36,6 +35,7 @@ from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io.hub import hub_id, locate
 from enmp_jax.io.reading import open_tensors
+from enmp_jax.merges.base import merge_stack
 from enmp_jax.models import checkpoint
 from enmp_jax.runs.directory import finished
 from enmp_jax.runs.verify_outputs import check_outputs
@@ -97,8 +97,7 @@ def _adapter(source: str, base: str | None) -> Report:
     checks = [reads, check_not_zero(own), *check_peft(adapter, own, 0.0)]
     loaded = load_adapters({"adapter": source}, base=base)
     merge = merges.make("sum")
-    keep = jnp.ones((loaded.stack.n_layers, 1), bool)
-    deltas = jax.jit(merge.merge)(merge.prepare(loaded.stack), keep, 1.0)
+    deltas = merge_stack(merge, loaded.stack, jnp.ones((loaded.stack.n_layers, 1), bool), 1.0)
     with tempfile.TemporaryDirectory(prefix="enmp-") as temporary:
         try:
             export_peft(Path(temporary) / "out", loaded, deltas, Recipe())
@@ -150,8 +149,7 @@ def _export(directory: Path, sources: _Sources) -> Report:
     method = merges.make(**given)
 
     def deltas() -> Deltas:
-        ingredients = method.prepare(loaded.stack)
-        return jax.jit(method.merge)(ingredients, jnp.asarray(keep), 1.0 if scale is None else scale)
+        return merge_stack(method, loaded.stack, jnp.asarray(keep), 1.0 if scale is None else scale)
 
     if kind == "adapters":
         return Report(str(directory), what, _pruned(directory, loaded, keep))
