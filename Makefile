@@ -62,6 +62,7 @@ $(VENV)/.base: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -e ".[test]"
+	-$(BIN)/python -m pip install -q --no-deps "axe-playwright-python>=0.1.8"  # for its axe-core; no playwright
 	touch $@ $(VENV)/.base
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python

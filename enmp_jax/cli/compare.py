@@ -48,7 +48,8 @@ def run(args: Args) -> None:
     if jax.process_index():
         return
     if out is not None:
-        from enmp_jax.report.comparison_plots import write_plot
+        from enmp_jax.report.figures import comparison
+        from enmp_jax.report.write import write_table
 
-        write_plot(out, "compare", result)
+        write_table(out, "compare", comparison(result))
     print_result(args, result, print_comparison)

@@ -59,7 +59,8 @@ def run(args: Args) -> None:
         )
     if jax.process_index():
         return
-    from enmp_jax.report.comparison_plots import write_plot
+    from enmp_jax.report.figures import controls
+    from enmp_jax.report.write import write_table
 
-    write_plot(out, "controls", result)
+    write_table(out, "controls", controls(result))
     print_result(args, result, print_controls)
