@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import flax.struct
@@ -12,10 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from enmp_jax.errors import UserError, shown
+from enmp_jax.module_paths import Group, Layout, join_layer, lay_out, split_layer
 
-_MAX_LAYERS = 4096
 _MOST_PADDED = 2**26
-_LAYER_INDEX = re.compile(r"(?<=\.)(?<!\.experts\.)(\d+)(?=\.|$)")
 
 
 @flax.struct.dataclass
@@ -23,12 +22,14 @@ class LoraPair:
     """The adapters of one projection in every layer: ``delta[l, i] = b[l, i] @ a[l, i]``.
 
     Ranks differ between tasks and modules: rows of ``a`` and columns of ``b`` beyond ``rank[l, i]``
-    are zero. ``rank[l, i] == 0`` where task i has no LoRA on this projection of layer l.
+    are zero. ``rank[l, i] == 0`` where task i has no LoRA on this projection of layer l. ``rows`` are the
+    layers' rows in a mask, where not all layers have the projection; None: all, in order.
     """
 
     a: Float[Array, "layer task rank in"]
     b: Float[Array, "layer task out rank"]  # alpha / r (rsLoRA: alpha / sqrt(r)) folded in
     rank: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)  # [layer][task]
+    rows: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def present(self) -> Bool[np.ndarray, "layer task"]:
@@ -47,16 +48,33 @@ class LoraStack:
 
     A template is a module path with ``{}`` for the layer index, e.g.
     ``vision_model.encoder.layers.{}.self_attn.q_proj``; templates are sorted, and that order is
-    the projection axis of ``[layer, projection, task]`` masks.
+    the projection axis of ``[layer, projection, task]`` masks. ``groups`` are what the rows of a mask stand
+    for, where they are not the layers of one stack (see ``module_paths``); None: layers from 0.
     """
 
     pairs: dict[str, LoraPair]
     tasks: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    groups: tuple[Group, ...] | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def n_layers(self) -> int:
-        """Number of layers, those without any adapter included."""
+        """Number of layers (rows of a mask), those without any adapter included."""
+        if self.groups is not None:
+            return len(self.groups)
         return next(iter(self.pairs.values())).a.shape[0]
+
+    def rows(self, name: str) -> Sequence[int]:
+        """The row in a mask of each layer of a projection."""
+        rows = self.pairs[name].rows
+        return range(self.n_layers) if rows is None else rows
+
+    def groups_of(self, name: str) -> list[Group]:
+        """The group of each layer of a projection."""
+        return [row if self.groups is None else self.groups[row] for row in self.rows(name)]
+
+    def paths(self, name: str) -> list[str]:
+        """The module path of each layer of a projection."""
+        return [join_layer(name, group) for group in self.groups_of(name)]
 
     @property
     def n_tasks(self) -> int:
@@ -68,9 +86,20 @@ class LoraStack:
         """Name templates in mask order."""
         return tuple(sorted(self.pairs))
 
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Module path -> its row and its projection in a mask."""
+        return {
+            path: (row, j)
+            for j, name in enumerate(self.projections)
+            for path, row in zip(self.paths(name), self.rows(name), strict=True)
+        }
+
     def present(self) -> Bool[np.ndarray, "layer projection task"]:
         """Which modules exist: only these can be pruned."""
-        return np.stack([self.pairs[name].present for name in self.projections], axis=1)
+        found = np.zeros((self.n_layers, len(self.pairs), self.n_tasks), bool)
+        for j, name in enumerate(self.projections):
+            found[list(self.rows(name)), j] = self.pairs[name].present
+        return found
 
     def astype(self, dtype: jax.typing.DTypeLike) -> LoraStack:
         """The same stack in another floating point type."""
@@ -80,34 +109,19 @@ class LoraStack:
         """The stack of some tasks only, in the given order."""
         index = np.asarray(tasks)
         pairs = {
-            name: LoraPair(
-                p.a[:, index], p.b[:, index], tuple(tuple(row[i] for i in tasks) for row in p.rank)
+            name: dataclasses.replace(
+                p,
+                a=p.a[:, index],
+                b=p.b[:, index],
+                rank=tuple(tuple(row[i] for i in tasks) for row in p.rank),
             )
             for name, p in self.pairs.items()
         }
-        return LoraStack(pairs, tuple(self.tasks[i] for i in tasks))
+        return dataclasses.replace(self, pairs=pairs, tasks=tuple(self.tasks[i] for i in tasks))
 
     def rename(self, names: Mapping[str, str]) -> LoraStack:
         """The stack under other name templates (the backbone's own)."""
-        return LoraStack({names[name]: pair for name, pair in self.pairs.items()}, self.tasks)
-
-
-def split_layer(path: str) -> tuple[str, int]:
-    """Split a module path into its template and layer index.
-
-    ``encoder.layers.3.self_attn.q_proj`` -> (``encoder.layers.{}.self_attn.q_proj``, 3). The number of an
-    expert stays: each expert of a mixture is a projection of its layer.
-
-    Raises:
-        UserError: the path has no layer index, or several.
-    """
-    found = _LAYER_INDEX.findall(path)
-    if len(found) != 1:
-        count = "no layer index" if not found else f"{len(found)} indices"
-        raise UserError(f"module {shown(path, 200)} has {count}: only LoRA on numbered layers can be merged")
-    if len(found[0]) > 10:
-        raise UserError(f"module {shown(path, 200)} has a layer index that is none")
-    return _LAYER_INDEX.sub("{}", path, count=1), int(found[0])
+        return dataclasses.replace(self, pairs={names[name]: pair for name, pair in self.pairs.items()})
 
 
 def stack_adapters(
@@ -121,57 +135,88 @@ def stack_adapters(
 
     Args:
         adapters: one entry per task, in merge order.
-        n_layers: layers of the base model, when known; else one more than the largest index.
+        n_layers: layers of the base model, where there is a backbone for it: every projection is stacked
+            over all of them. None: over those that have it.
         dtype: type of the stacked factors.
 
     Raises:
-        UserError: no modules, or a module's shape differs between tasks.
+        UserError: no modules, a module's shape differs between tasks, or a layer that the base lacks.
     """
-    modules: dict[str, dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]] = {}
-    shapes: dict[str, tuple[tuple[int, int], str]] = {}
-    for i, (task, adapter) in enumerate(adapters.items()):
+    shapes: dict[str, tuple[int, int]] = {}
+    owner: dict[str, str] = {}
+    for task, adapter in adapters.items():
         if not adapter:
             raise UserError(f"adapter {task!r} has no LoRA modules")
         for path, (a, b) in adapter.items():
-            template, layer = split_layer(path)
             shape = (b.shape[0], a.shape[1])
-            known, owner = shapes.setdefault(template, (shape, task))
+            known = shapes.setdefault(path, shape)
             if known != shape:
                 raise UserError(
                     f"{path} is {shape[0]}x{shape[1]} in adapter {task!r} but {known[0]}x{known[1]} in "
-                    f"{owner!r}: the adapters were trained on different bases"
+                    f"{owner[path]!r}: the adapters were trained on different bases"
                 )
-            modules.setdefault(template, {})[layer, i] = (a, b)
-    if not modules:
+            owner.setdefault(path, task)
+    if not shapes:
         raise UserError("no LoRA modules in any adapter")
-    largest = max(layer for entries in modules.values() for layer, _ in entries)
-    if n_layers is not None and largest >= n_layers:
-        raise UserError(f"an adapter has layer {largest}, but the base model has {n_layers} layers")
-    if n_layers is None and largest >= _MAX_LAYERS:
-        raise UserError(f"an adapter has layer {largest}: more than {_MAX_LAYERS} layers are not stacked")
-    depth, width = n_layers or largest + 1, len(adapters)
-    _check_padding(modules, depth * width)
+    layout = lay_out(shapes) if n_layers is None else _fixed(shapes, n_layers)
+    modules: dict[str, dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]] = {}
+    for i, adapter in enumerate(adapters.values()):
+        for path, factors in adapter.items():
+            name, row = layout.places[path]
+            modules.setdefault(name, {})[row, i] = factors
+    every = tuple(range(len(layout.groups)))
+    rows = {
+        name: every if n_layers is not None else tuple(sorted({row for row, _ in entries}))
+        for name, entries in modules.items()
+    }
+    width = len(adapters)
+    _check_padding(modules, {name: len(own) * width for name, own in rows.items()})
 
     pairs = {}
-    for template in sorted(modules):
-        entries = modules[template]
-        (out, inner), _ = shapes[template]
+    for name in sorted(modules):
+        entries = modules[name]
+        a, b = next(iter(entries.values()))
+        place = {row: k for k, row in enumerate(rows[name])}
         rank = max(a.shape[0] for a, _ in entries.values())
-        stacked_a = np.zeros((depth, width, rank, inner), np.dtype(dtype))
-        stacked_b = np.zeros((depth, width, out, rank), np.dtype(dtype))
-        ranks = np.zeros((depth, width), int)
-        for (layer, i), (a, b) in entries.items():
-            stacked_a[layer, i, : a.shape[0]] = a
-            stacked_b[layer, i, :, : b.shape[1]] = b
-            ranks[layer, i] = a.shape[0]
-        pairs[template] = LoraPair(
-            jnp.asarray(stacked_a), jnp.asarray(stacked_b), tuple(tuple(int(r) for r in row) for row in ranks)
+        stacked_a = np.zeros((len(place), width, rank, a.shape[1]), np.dtype(dtype))
+        stacked_b = np.zeros((len(place), width, b.shape[0], rank), np.dtype(dtype))
+        ranks = np.zeros((len(place), width), int)
+        for (row, i), (a, b) in entries.items():
+            stacked_a[place[row], i, : a.shape[0]] = a
+            stacked_b[place[row], i, :, : b.shape[1]] = b
+            ranks[place[row], i] = a.shape[0]
+        pairs[name] = LoraPair(
+            jnp.asarray(stacked_a),
+            jnp.asarray(stacked_b),
+            tuple(tuple(int(r) for r in row) for row in ranks),
+            None if rows[name] == every else rows[name],
         )
-    return LoraStack(pairs, tuple(adapters))
+    plain = layout.groups == every and any(pair.rows is None for pair in pairs.values())
+    return LoraStack(pairs, tuple(adapters), None if plain else layout.groups)
+
+
+def _fixed(shapes: Mapping[str, tuple[int, int]], n_layers: int) -> Layout:
+    """The layout of a backbone with one stack of layers.
+
+    Raises:
+        UserError: a module in none of them, or of another shape than in other layers.
+    """
+    places: dict[str, tuple[str, int]] = {}
+    known: dict[str, tuple[int, int]] = {}
+    for path, shape in shapes.items():
+        template, layer = split_layer(path)
+        if layer is None:
+            raise UserError(f"module {shown(path, 200)} is in none of the numbered layers of the base model")
+        if layer >= n_layers:
+            raise UserError(f"an adapter has layer {layer}, but the base model has {n_layers} layers")
+        if known.setdefault(template, shape) != shape:
+            raise UserError(f"{template} has different shapes in different layers: they cannot be stacked")
+        places[path] = template, layer
+    return Layout(tuple(range(n_layers)), places)
 
 
 def _check_padding(
-    modules: Mapping[str, Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]], places: int
+    modules: Mapping[str, Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]], places: Mapping[str, int]
 ) -> None:
     """A small file whose ranks or layers lie far apart would fill the memory with zeros.
 
@@ -179,9 +224,9 @@ def _check_padding(
         UserError: it would.
     """
     given = padded = 0
-    for entries in modules.values():
+    for name, entries in modules.items():
         sizes = [a.size + b.size for a, b in entries.values()]
-        given, padded = given + sum(sizes), padded + places * max(sizes)
+        given, padded = given + sum(sizes), padded + places[name] * max(sizes)
     if padded > _MOST_PADDED and padded > 100 * given:
         raise UserError(
             f"the adapters hold {given} numbers, which need room for {padded} when stacked: their layers or "

@@ -19,9 +19,10 @@ from jaxtyping import Array, Bool, Float
 
 from enmp_jax.errors import UserError, suggestion
 from enmp_jax.lora import LoraStack
+from enmp_jax.module_paths import Group
 
 Granularity = Literal["layer", "projection"]
-Module = tuple[int, str] | tuple[int, str, str]  # (layer, task) or (layer, projection, task)
+Module = tuple[Group, str] | tuple[Group, str, str]  # (layer, task) or (layer, projection, task)
 Keep = Bool[np.ndarray, "*module"] | Float[np.ndarray, "*module"]
 
 MAX_SCALE = 3.0
@@ -45,8 +46,9 @@ class MaskSpec:
         max_pruned: largest share of the existing modules that may be pruned, 0..1.
         threshold: genes strictly above it may be pruned.
         search_scale: whether the last gene is the merge coefficient.
+        groups: what the rows of a mask stand for, where they are not layers from 0 (see ``LoraStack``).
 
-    Example:
+    Examples:
         >>> from importlib.resources import files
         >>> import enmp_jax as enmp
         >>> demo = files("enmp_jax") / "suites/demo/adapters"
@@ -65,6 +67,7 @@ class MaskSpec:
     max_pruned: float = 0.2
     threshold: float = 0.0
     search_scale: bool = False
+    groups: tuple[Group, ...] = ()
 
     @classmethod
     def of(
@@ -89,6 +92,7 @@ class MaskSpec:
         return cls(
             stack.n_layers, stack.projections, stack.tasks, slots,
             granularity, max_pruned, threshold, search_scale,
+            _named_groups(stack),
         )  # fmt: skip
 
     @property
@@ -214,7 +218,8 @@ class MaskSpec:
 
     def _name(self, index: tuple[int, ...]) -> Module:
         task = self.tasks[index[-1]]
-        return (index[0], task) if len(index) == 2 else (index[0], self.projections[index[1]], task)
+        group = self.groups[index[0]] if self.groups else index[0]
+        return (group, task) if len(index) == 2 else (group, self.projections[index[1]], task)
 
     def _indices(
         self, modules: Iterable[Sequence[Any]], what: str
@@ -235,11 +240,12 @@ class MaskSpec:
         if isinstance(module, str) or len(module) != len(words):
             raise UserError(f"{module!r} does not name a module: give {', '.join(words)}")
         layer, *middle, task = module
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
-            raise UserError(f"{_show(module)}: layer {layer!r} is not in 0..{self.n_layers - 1}")
-        index = [layer]
+        index = [self._row(module, layer)]
         for name in middle:
-            found = [j for j, p in enumerate(self.projections) if p == name or p.endswith(f".{name}")]
+            found = [j for j, p in enumerate(self.projections) if _is_named(p, name)]
+            if len(found) > 1 and self.groups:  # a name may be there in several shapes: those of this group
+                here = self.present()[index[0]].any(axis=-1)
+                found = [j for j in found if here[j]]
             if len(found) != 1:
                 fitting = [self.projections[j] for j in found] or self.projections
                 raise UserError(
@@ -251,12 +257,28 @@ class MaskSpec:
             raise UserError(f"{_show(module)}: unknown task {task!r}; {hint}")
         return (*index, self.tasks.index(task))
 
+    def _row(self, module: Sequence[Any], layer: Any) -> int:
+        """The row of a mask that a layer number or the path of a group means."""
+        if not self.groups:
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
+                raise UserError(f"{_show(module)}: layer {layer!r} is not in 0..{self.n_layers - 1}")
+            return layer
+        found = [i for i, group in enumerate(self.groups) if type(group) is type(layer) and group == layer]
+        if not found and isinstance(layer, str):
+            ends = [i for i, group in enumerate(self.groups) if str(group).endswith(f".{layer}")]
+            found = ends if len(ends) == 1 else []
+        if not found:
+            hint = suggestion(str(layer), [str(group) for group in self.groups], "the groups are")
+            raise UserError(f"{_show(module)}: there is no group of modules {layer!r}; {hint}")
+        return found[0]
+
     def to_json(
         self,
         keep: Keep,
         scale: float | None,
         merge: Mapping[str, Any] | None = None,
         adapters: Mapping[str, str] | None = None,
+        spelling: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """The content of ``mask.json``: modules by name, never by flat index.
 
@@ -266,16 +288,22 @@ class MaskSpec:
             merge: what the mask was found for, as ``merges.make`` takes it: ``method``, ``space``,
                 ``isotropize`` and hyperparameters. A ``scale`` in it and what is None are left out.
             adapters: task -> hash of the adapter that it was found for.
+            spelling: projection -> its name in the adapters' files, where a backbone has another.
         """
         keep = np.asarray(keep)
         keep = keep if keep.dtype == bool else keep.astype(np.float32)
-        finer = {"projections": list(self.projections)} if self.granularity == "projection" else {}
+        finer: dict[str, Any] = {}
+        if self.granularity == "projection":
+            finer = {"projections": list(self.projections)} | (
+                {"spelling": dict(spelling)} if spelling else {}
+            )
         return {
             "granularity": self.granularity,
             "pruned": [list(module) for module in self.pruned_modules(keep)],
             "scale": None if scale is None else float(scale),
             "tasks": list(self.tasks),
             "layers": self.n_layers,
+            **({"groups": list(self.groups)} if self.groups else {}),
             **finer,
             **({} if keep.dtype == bool else {"weights": [list(x) for x in self.weighted_modules(keep)]}),
             **({} if merge is None else {"merge": _given(merge)}),
@@ -292,6 +320,16 @@ def encode_scale(scale: float) -> float:
     """The gene of a merge coefficient (clipped a little inside 0..3, where genes are finite)."""
     share = min(max(float(scale) / MAX_SCALE, 1e-3), 1 - 1e-3)
     return math.log(share / (1 - share))
+
+
+def _named_groups(stack: LoraStack) -> tuple[Group, ...]:
+    groups = stack.groups or ()
+    return () if groups == tuple(range(stack.n_layers)) else groups
+
+
+def _is_named(projection: str, name: str) -> bool:
+    """Whether a projection is meant by its name or the end of it, with or without the shape."""
+    return any(x == name or x.endswith(f".{name}") for x in (projection, projection.partition("@")[0]))
 
 
 def _where(chosen: Bool[np.ndarray, "*module"]) -> list[tuple[int, ...]]:

@@ -58,6 +58,14 @@ def merged(loaded, keep, method="sum", scale=0.5):
     return merge.merge(merge.prepare(loaded.stack), jnp.asarray(keep), scale)
 
 
+def spelled(deltas):
+    """The names of deltas as ``LoadedAdapters.names`` has them."""
+    return {
+        name: [name.replace("{}", str(i)) for i in range(delta.materialise().shape[0])]
+        for name, delta in deltas.items()
+    }
+
+
 def make_base(path, dtype=np.float32, shards=1, **config):
     path.mkdir()
     random = np.random.default_rng(9)

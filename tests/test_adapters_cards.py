@@ -119,6 +119,7 @@ def test_inspect_describes_and_reports_what_is_refused(loaded, tmp_path, capfd):
     assert good["n_modules"] == 6 and good["rank"] == 2 and good["alpha"] == 4 and good["refused"] is None
     assert good["projections"]["model.layers.{}.mlp.up_proj"] == {
         "layers": [0, 1, 2], "shape": [9, 6], "ranks": [2], "scalings": [2.0], "dtype": "float32",
+        "kind": "linear",
     }  # fmt: skip
     assert good["heads"] == {"score.weight": [2, 6]}
     modules = loaded.adapters["cars"].modules

@@ -112,7 +112,9 @@ BASES = {
         refused(lambda t: {k: v for k, v in t.items() if "up_proj" not in k}), "1 of the 2 adapted",
     ),
     "other names": (refused(lambda t: {f"x{i}": v for i, v in enumerate(t.values())}), "0 of the 2 adapted"),
-    "too few layers": (refused(lambda t: {k: v for k, v in t.items() if ".2." not in k}), "no layer 2"),
+    "too few layers": (
+        refused(lambda t: {k: v for k, v in t.items() if ".2." not in k}), "has no model.layers.2",
+    ),
     "quantised tensors": (refused(lambda t: t | {Q: np.ones((4, 6), np.int8)}), "quantised"),
     "quantised": (
         lambda p, t: (p / "config.json").write_text('{"quantization_config": {"bits": 4}}'), "is quantised",

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapter_files import RECIPE, TASKS, make, make_base, merged
+from adapter_files import RECIPE, TASKS, make, make_base, merged, spelled
 
 from enmp_jax.adapters import load_adapters, read_adapter
 from enmp_jax.adapters.hf_export import export_checkpoint
@@ -101,7 +101,7 @@ def test_truncation_is_the_best_of_its_rank(dense):
     delta = delta_of_rank(8)
     full = np.asarray(delta.materialise(), np.float64)
     deltas = {"h.{}": Dense(jnp.asarray(full, jnp.float32)) if dense else delta}
-    found = lora_factors(deltas, {"h.{}": "h.{}"}, 3)
+    found = lora_factors(deltas, spelled(deltas), 3)
     best = [np.linalg.svd(x, compute_uv=False) for x in full]
     lost = np.sqrt(sum((s[3:] ** 2).sum() for s in best) / sum((s**2).sum() for s in best))
     assert found.rank == 3 and found.error == pytest.approx(lost, rel=1e-5)
@@ -110,13 +110,13 @@ def test_truncation_is_the_best_of_its_rank(dense):
         sum(np.sum((x - b.astype(float) @ a) ** 2) for x, (a, b) in zip(full, made)) / np.sum(full**2)
     )
     assert error == pytest.approx(lost, rel=1e-5)
-    exact = lora_factors(deltas, {"h.{}": "h.{}"}, tolerance=1e-5)
+    exact = lora_factors(deltas, spelled(deltas), tolerance=1e-5)
     assert exact.rank == 8 and exact.error < 1e-6
 
 
 def test_rank_above_the_matrix_is_cut_to_it_without_loss():
     delta = delta_of_rank(50)
-    found = lora_factors({"h.{}": delta}, {"h.{}": "h.{}"})
+    found = lora_factors({"h.{}": delta}, spelled({"h.{}": delta}))
     assert found.rank == 30 and found.error < 1e-12
     a, b = found.modules["h.1"]
     np.testing.assert_allclose(b @ a, np.asarray(delta.materialise())[1], atol=2e-4)
@@ -125,7 +125,8 @@ def test_rank_above_the_matrix_is_cut_to_it_without_loss():
 def test_lanczos_agrees_with_the_full_svd(monkeypatch):
     monkeypatch.setattr("enmp_jax.adapters.lora_factors._DIRECT", 10)
     weight = np.random.default_rng(0).normal(size=(1, 90, 70)).astype(np.float32)
-    found = lora_factors({"h.{}": Dense(jnp.asarray(weight))}, {"h.{}": "h.{}"}, 5)
+    deltas = {"h.{}": Dense(jnp.asarray(weight))}
+    found = lora_factors(deltas, spelled(deltas), 5)
     s = np.linalg.svd(weight[0].astype(float), compute_uv=False)
     assert found.error == pytest.approx(np.sqrt((s[5:] ** 2).sum() / (s**2).sum()), rel=1e-5)
 
@@ -145,7 +146,7 @@ def test_a_core_that_is_not_square_goes_to_the_side_that_keeps_the_rank_small(k,
     random = np.random.default_rng(0)
     parts = [random.normal(size=shape) for shape in ((2, 9, k), (2, k, j), (2, j, 8))]
     delta = LowRank(*(jnp.asarray(part, jnp.float32) for part in parts))
-    found = lora_factors({"h.{}": delta}, {"h.{}": "h.{}"})
+    found = lora_factors({"h.{}": delta}, spelled({"h.{}": delta}))
     assert found.rank == min(k, j) and found.error == 0
     for layer in range(2):
         a, b = found.modules[f"h.{layer}"]

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from enmp_jax.errors import UserError
-from enmp_jax.lora import split_layer, stack_adapters
+from enmp_jax.lora import stack_adapters
+from enmp_jax.module_paths import split_layer
 
 
 def pair(rank, inner=4, out=5, seed=0):
@@ -52,16 +53,23 @@ def test_a_stack_is_a_pytree_that_jit_takes():
         ("h.11.attn2.c_attn", ("h.{}.attn2.c_attn", 11)),
         ("blocks.0", ("blocks.{}", 0)),
         ("layers.2.mlp.experts.13.up_proj", ("layers.{}.mlp.experts.13.up_proj", 2)),
+        ("experts.1.layers.2.w1", ("experts.1.layers.{}.w1", 2)),
+        ("moe.experts.5.w1", ("moe.experts.{}.w1", 5)),
+        (
+            "decoder.block.3.layer.0.SelfAttention.q",
+            ("decoder.block.{}.layer.0.SelfAttention.q", 3),
+        ),
+        (
+            "down_blocks.1.attentions.0.transformer_blocks.2.attn1.to_out.0",
+            ("down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_out.0", 2),
+        ),
+        ("encoder.layers.2.blocks.5.query", ("encoder.layers.2.blocks.{}.query", 5)),
+        ("lm_head", ("lm_head", None)),
+        ("time_embedding.linear_1", ("time_embedding.linear_1", None)),
     ],
 )
 def test_split_layer(path, expected):
     assert split_layer(path) == expected
-
-
-@pytest.mark.parametrize("path", ["lm_head", "experts.1.layers.2.w1", "layers.1.block.2.q"])
-def test_paths_without_one_layer_index_are_refused(path):
-    with pytest.raises(UserError, match="LoRA on numbered layers"):
-        split_layer(path)
 
 
 def test_shapes_that_differ_between_tasks():

@@ -216,6 +216,7 @@ def test_unreadable_mask_files(tmp_path):
 def test_parse_prune():
     assert parse_prune("0:dtd") == (0, "dtd")
     assert parse_prune("11:q_proj:dtd") == (11, "q_proj", "dtd")
-    for bad in ("dtd", "0:", ":dtd", "x:dtd", "-1:dtd", "0:a:b:c", ""):
+    assert parse_prune("lm_head:dtd") == ("lm_head", "dtd")
+    for bad in ("dtd", "0:", ":dtd", "0:a:b:c", ""):
         with pytest.raises(UserError, match="expected LAYER:TASK"):
             parse_prune(bad)

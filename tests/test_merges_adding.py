@@ -82,7 +82,7 @@ def test_it_is_reached_all_three_ways(directories, tmp_path, capsys):
         np.testing.assert_allclose(library[name], x, rtol=1e-5)
         np.testing.assert_array_equal(run_file[name], library[name])
         for layer in range(loaded.stack.n_layers):
-            path = loaded.names[name].replace("{}", str(layer)) + ".weight"
+            path = loaded.names[name][layer] + ".weight"
             np.testing.assert_allclose(command[path], x[layer], rtol=1e-4, atol=1e-6)
 
     capsys.readouterr()

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "enmp_jax"
 # Rooms of one line may not import each other; a room may import those of the lines above its own.
 ROOMS = (
     ("errors", "version"),
-    ("io", "config", "devices"),
+    ("io", "config", "devices", "module_paths"),
     ("lora", "deltas", "masks", "report"),
     ("merges", "models", "search"),
     ("adapters", "data"),

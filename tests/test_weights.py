@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapter_files import TASKS, load_all, make, make_base
+from adapter_files import TASKS, load_all, make, make_base, spelled
 
 from enmp_jax import merges
 from enmp_jax.adapters import load_adapters, read_adapter
@@ -291,7 +291,7 @@ def spectrum(s, m=30, n=20, seed=0):
 def test_dense_deltas_get_the_smallest_rank_that_meets_the_tolerance(tolerance):
     full = np.stack([spectrum(0.5 ** np.arange(20)), spectrum(0.7 ** np.arange(20), seed=1)])
     deltas: Deltas = {"h.{}": Dense(jnp.asarray(full, jnp.float32))}
-    found = lora_factors(deltas, {"h.{}": "h.{}"}, tolerance=tolerance)
+    found = lora_factors(deltas, spelled(deltas), tolerance=tolerance)
     lost = np.zeros(21)
     for x in full:
         energy = np.linalg.svd(x, compute_uv=False) ** 2
@@ -299,13 +299,13 @@ def test_dense_deltas_get_the_smallest_rank_that_meets_the_tolerance(tolerance):
     error = np.sqrt(lost / lost[0])
     assert error[found.rank] <= tolerance < error[found.rank - 1]
     assert found.error == pytest.approx(error[found.rank], rel=1e-3)
-    assert lora_factors(deltas, {"h.{}": "h.{}"}, 2, tolerance).rank == min(2, found.rank)
+    assert lora_factors(deltas, spelled(deltas), 2, tolerance).rank == min(2, found.rank)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, None])
 def test_no_tolerance_means_exact(tolerance):
     deltas: Deltas = {"h.{}": Dense(jnp.asarray(spectrum(0.5 ** np.arange(20))[None], jnp.float32))}
-    found = lora_factors(deltas, {"h.{}": "h.{}"}, tolerance=tolerance)
+    found = lora_factors(deltas, spelled(deltas), tolerance=tolerance)
     assert (found.rank, found.error) == (20, 0)
 
 

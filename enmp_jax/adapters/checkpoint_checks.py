@@ -54,7 +54,8 @@ def check_checkpoint(directory: Path, loaded: LoadedAdapters, deltas: Deltas, ba
         else:
             if np.array_equal(got, was.astype(got.dtype)):
                 same.append(name)
-            sum_ = was.astype(np.float32) + changes[name].rows(0, was.shape[0])
+            rows = changes[name].shape[0]
+            sum_ = was.astype(np.float32) + changes[name].rows(0, rows).reshape(was.shape)
             step = np.spacing(np.abs(sum_.astype(got.dtype))).astype(np.float32)
             noise = 1e-5 * np.abs(sum_ - was.astype(np.float32)).max()
             steps = float(np.max(np.abs(got.astype(np.float32) - sum_) / (_ULPS * step + noise)))

@@ -80,9 +80,11 @@ def write(out: Path, kind: str, merged: Merged, options: ExportOptions) -> Writt
 
 def _delta(out: Path, merged: Merged, options: ExportOptions) -> Written:
     with new_directory(out) as directory:
-        count = write_delta(directory / "delta.safetensors", merged.deltas(), merged.loaded.names)
-        write_text(directory / "mask.json", mask_text(merged.loaded, merged.recipe))
-        recipe = config_yaml("delta", merged.loaded, merged.recipe, merged.loaded.base_model)
+        loaded = merged.loaded
+        file = directory / "delta.safetensors"
+        count = write_delta(file, merged.deltas(), loaded.names, stored=loaded.stored)
+        write_text(directory / "mask.json", mask_text(loaded, merged.recipe))
+        recipe = config_yaml("delta", loaded, merged.recipe, loaded.base_model)
         write_text(directory / RECIPE, recipe)
     return Written([f"{count} matrices in delta.safetensors"])
 

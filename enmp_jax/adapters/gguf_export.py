@@ -20,8 +20,8 @@ from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.gguf import GgufFile, library
 from enmp_jax.io.writing import new_directory, write_file
-from enmp_jax.lora import split_layer
 from enmp_jax.models import checkpoint, gguf
+from enmp_jax.module_paths import split_layer
 
 FILE = "adapter.gguf"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -101,7 +101,7 @@ def _tensors(modules: Modules, rank: int, config: Mapping[str, Any], kind: Any) 
     for path, (a, b) in modules.items():
         template, layer = split_layer(path)
         known = backbone.canonical(template)
-        if known is None or layer >= backbone.n_layers:
+        if known is None or layer is None or layer >= backbone.n_layers:
             raise UserError(f"the base model has no {path}; it has {examples(backbone.modules)}")
         shape = backbone.modules[known]
         if (b.shape[0], a.shape[1]) != tuple(shape):

@@ -5,30 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from enmp_jax import models
+from enmp_jax.adapters.base_names import backbone_of, match
 from enmp_jax.adapters.checks import Check, check_names, tensor_names
 from enmp_jax.adapters.lora_factors import one_layer
-from enmp_jax.adapters.matching import examples
 from enmp_jax.adapters.peft_export import refuse_failed, write_heads, write_texts
 from enmp_jax.adapters.peft_import import LoadedAdapters
 from enmp_jax.adapters.recipe import Recipe, public_name
+from enmp_jax.adapters.stored import Storage, is_expert, tensor_name
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.files import read_json
 from enmp_jax.io.hub import Located, locate
 from enmp_jax.io.reading import FLOATS
 from enmp_jax.io.shard_index import INDEX, find_shards
-from enmp_jax.io.shards import Entry, FullUpdate, LowRankUpdate, read_header, rewrite
+from enmp_jax.io.shards import Change, Entry, FullUpdate, LowRankUpdate, StackedUpdate, read_header, rewrite
 from enmp_jax.io.writing import new_directory, write_file, write_text
-from enmp_jax.lora import split_layer
 from enmp_jax.models import checkpoint, gguf
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -38,6 +37,8 @@ _COPIED = (
     "USE_POLICY*", "tokenizer*", "*.spm", "*.bpe",
 )  # fmt: skip
 _PATTERNS = ["*.safetensors", *_COPIED]
+Update = LowRankUpdate | FullUpdate
+_TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")  # [expert, in, out]
 _TIED = ("lm_head.weight", "embed_tokens.weight")  # left out, what it is tied to
 
 
@@ -109,9 +110,9 @@ def _export(
             kept = {name: shard for name, shard in index["weight_map"].items() if name in sizes}
             meta = (index.get("metadata") or {}) | {"total_size": sum(sizes.values())}
             write_text(directory / INDEX, json.dumps({"metadata": meta, "weight_map": kept}, indent=2) + "\n")
-        _copy_others(found.directory, directory)
+        copy_others(found.directory, directory)
         if dtype is not None:
-            _set_dtype(config, dtype)
+            set_dtype(config, dtype)
             write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
         write_heads(directory, loaded)
         checks = _written(directory, set(entries) - omit, changes)
@@ -124,7 +125,7 @@ def _export(
 
 def planned_changes(
     config: Mapping[str, Any], entries: Mapping[str, Entry], loaded: LoadedAdapters, deltas: Deltas
-) -> dict[str, LowRankUpdate | FullUpdate]:
+) -> dict[str, Change]:
     """Name of the base's tensor -> what a merge adds to it.
 
     Args:
@@ -136,10 +137,61 @@ def planned_changes(
     Raises:
         UserError: the base does not have the adapted modules, or in other shapes.
     """
-    backbone = _backbone(config)
-    where = _match(entries, loaded, None if backbone is None else backbone.canonical)
+    backbone = backbone_of(config)
+    adapted = [
+        path
+        for name, paths in loaded.names.items()
+        for path, adapts in zip(paths, loaded.stack.pairs[name].present.any(axis=1).tolist(), strict=True)
+        if adapts
+    ]
+    stored = loaded.stored
+    _refuse_tied(config, entries, adapted, stored)
+    names = {path: tensor_name(path, stored) for path in adapted}
+    where = match(entries, names, backbone and backbone.canonical)
     transposed = _transposed(loaded) if backbone is None else backbone.config.block.transposed
-    return _changes(jax.device_get(deltas), loaded, where, entries, transposed)
+    return _changes(jax.device_get(deltas), loaded, where, entries, _Layout(config, transposed))
+
+
+class _Layout(NamedTuple):
+    """What a base's configuration says of how it keeps its weights."""
+
+    config: Mapping[str, Any]
+    transposed: bool
+
+    def oriented(self, change: Update, shape: tuple[int, ...], kind: str) -> Update:
+        """A change of the base's tensor, of one that is for its matrix [out, in]."""
+        if kind == "embedding":
+            return change.T
+        if kind == "experts":
+            flipped = self.config.get("model_type") in _TRANSPOSED_EXPERTS
+        else:
+            flipped = self.transposed and kind in ("linear", "transposed")
+        if len(shape) == 2 and shape in (change.shape, change.T.shape) and shape[0] != shape[1]:
+            flipped = shape != change.shape  # the shape decides, where it can
+        return change.T if flipped else change
+
+
+def _refuse_tied(
+    config: Mapping[str, Any], entries: Mapping[str, Entry], adapted: Sequence[str], stored: Storage
+) -> None:
+    """Refuse to change a weight that embeddings and output share: the adapters change one of them.
+
+    Raises:
+        UserError: they do.
+    """
+    has_output = any(name.endswith("lm_head.weight") for name in entries)
+    tied = config.get("tie_word_embeddings")
+    architectures = config.get("architectures") or ()
+    generates = any("LM" in str(name) or "Generation" in str(name) for name in architectures)
+    if tied is False or not (generates if architectures else tied) or (has_output and tied is None):
+        return
+    for path in adapted:
+        embedding = path in stored and stored[path].kind == "embedding"
+        if embedding or path.rpartition(".")[2] == "lm_head":
+            raise UserError(
+                "the base model shares one weight between its embeddings and lm_head, and the adapters "
+                f"change {path} alone: use --format peft or adapters, or a base that does not tie them"
+            )
 
 
 def _written(directory: Path, names: set[str], changes: Mapping[str, object]) -> list[Check]:
@@ -156,16 +208,6 @@ def _written(directory: Path, names: set[str], changes: Mapping[str, object]) ->
     return checks
 
 
-def _backbone(config: Mapping[str, Any]) -> models.Backbone | None:
-    """The base's family, which knows how names are spelled; None for families without a backbone."""
-    if config.get("model_type") not in models.FAMILIES:
-        return None
-    try:
-        return models.build(config)
-    except UserError:  # an unusual variant: its names can still be compared as they are
-        return None
-
-
 def _transposed(loaded: LoadedAdapters) -> bool:
     """Whether the base keeps its weights as [in, out], as the adapters say.
 
@@ -178,80 +220,50 @@ def _transposed(loaded: LoadedAdapters) -> bool:
     return said.pop()
 
 
-def _match(
-    entries: Mapping[str, Entry], loaded: LoadedAdapters, canonical: Callable[[str], str | None] | None
-) -> dict[tuple[str, int], str]:
-    """(template of the stack, layer) -> name of the base's tensor."""
-    templates: dict[str, dict[int, str]] = {}
-    for name in entries:
-        path, _, parameter = name.rpartition(".")
-        try:
-            template, layer = split_layer(path)
-        except UserError:
-            continue
-        if parameter == "weight":
-            templates.setdefault(template, {})[layer] = name
-    where: dict[tuple[str, int], str] = {}
-    missed: list[str] = []
-    for wanted in loaded.names:
-        same = [t for t in templates if _same(t, wanted, canonical)]
-        if len(same) > 1 and wanted in same:
-            same = [wanted]
-        if len(same) > 1:
-            raise UserError(f"{wanted} may be {examples(same)} of the base model")
-        if not same:
-            missed.append(wanted)
-            continue
-        where |= {(wanted, layer): name for layer, name in templates[same[0]].items()}
-    if missed:
-        raise UserError(
-            f"the base model has {len(loaded.names) - len(missed)} of the {len(loaded.names)} adapted "
-            f"projections; not {examples(missed)}, it has "
-            f"{examples([t for t in templates if 'norm' not in t.lower()])}"
-        )
-    return where
-
-
-def _same(base: str, adapted: str, canonical: Callable[[str], str | None] | None) -> bool:
-    if canonical is not None:
-        names = canonical(base), canonical(adapted)
-        if names[1] is not None:
-            return names[0] == names[1]
-    return base == adapted or base.endswith(f".{adapted}") or adapted.endswith(f".{base}")
-
-
 def _changes(
     deltas: Deltas,
     loaded: LoadedAdapters,
-    where: Mapping[tuple[str, int], str],
+    where: Mapping[str, str],
     entries: Mapping[str, Entry],
-    transposed: bool,
-) -> dict[str, LowRankUpdate | FullUpdate]:
+    layout: _Layout,
+) -> dict[str, Change]:
     """Tensor name -> what is added to it; zero deltas are left out."""
-    changes: dict[str, LowRankUpdate | FullUpdate] = {}
+    changes: dict[str, Change] = {}
+    experts: dict[str, dict[int, Update]] = {}
     for template, delta in deltas.items():
         present = loaded.stack.pairs[template].present.any(axis=1)
         for layer in np.flatnonzero(present).tolist():
-            parts = one_layer(delta, layer)
-            change = FullUpdate(*parts) if len(parts) == 1 else LowRankUpdate(*parts)
-            change = change.T if transposed else change
-            name = where.get((template, layer))
-            if name is None:
-                raise UserError(f"the base model has no layer {layer} of {template}: it is another base")
+            path = loaded.names[template][layer]
+            name, parts = where[path], one_layer(delta, layer)
+            kept = loaded.stored.get(path)
             entry = entries[name]
             if entry.dtype not in FLOATS:
                 raise UserError(
                     f"{name} of the base model has type {entry.dtype}: quantised weights cannot change"
                 )
-            if entry.shape != change.shape:
+            shape = entry.shape
+            if kept is not None and kept.kind == "experts" and len(shape) == 3:
+                shape = shape[1:] if shape[0] == kept.shape[0] else shape
+            elif kept is not None and kept.kind == "convolution" and shape == kept.shape:
+                shape = kept.matrix
+            change = FullUpdate(*parts) if len(parts) == 1 else LowRankUpdate(*parts)
+            change = layout.oriented(change, shape, "linear" if kept is None else kept.kind)
+            if shape != change.shape:
                 raise UserError(
                     f"{name} is {'x'.join(map(str, entry.shape))} in the base model, but the adapters were "
                     f"trained on {'x'.join(map(str, change.shape))}: it is another base"
                 )
             if not all(np.isfinite(part).all() for part in parts):
                 raise UserError(f"the merged delta of {name} has NaN or Inf in it")
-            if all(part.any() for part in parts):
+            if not all(part.any() for part in parts):
+                continue
+            if is_expert(path, loaded.stored) and len(entry.shape) == 3:
+                experts.setdefault(name, {})[int(path.rpartition(".")[2])] = change
+            else:
                 changes[name] = change
+    for name, found in experts.items():
+        shape = entries[name].shape
+        changes[name] = StackedUpdate(found, shape)
     return changes
 
 
@@ -264,7 +276,7 @@ def tied_copies(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[
     return {output} & set(entries) if tied else set()
 
 
-def _copy_others(source: Path, target: Path) -> None:
+def copy_others(source: Path, target: Path) -> None:
     """Copy configuration, tokenizer, processor and licence files that are not there yet."""
     for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
         skip = path.name == INDEX or path.name.endswith((".safetensors", ".bin.index.json"))
@@ -274,11 +286,11 @@ def _copy_others(source: Path, target: Path) -> None:
                 raise UserError(f"{target / path.name} does not read back as written: check the disk")
 
 
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
     """Say the new type wherever config.json says one (transformers 4: torch_dtype, 5: dtype)."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     for key in keys:
         config[key] = dtype
     for value in config.values():
         if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
-            _set_dtype(value, dtype)
+            set_dtype(value, dtype)

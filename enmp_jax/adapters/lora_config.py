@@ -18,12 +18,10 @@ from enmp_jax.errors import UserError, one_line, shown
 
 # Options that change what the tensors mean: anything but null, false or empty is refused.
 _REFUSED = {
-    "use_dora": "DoRA rescales the whole weight, which is not a low-rank delta",
     "use_qalora": "QALoRA pools the inputs, which is not a delta of the weight",
     "use_bdlora": "block-diagonal LoRA is not supported",
     "lora_bias": "it trains a bias in LoRA B, which merging would lose",
     "layer_replication": "it duplicates layers of the base model",
-    "target_parameters": "LoRA on parameters that are not linear modules is not supported",
     "trainable_token_indices": "it changes the embeddings, which merging would lose: train again without it",
     "alora_invocation_tokens": "activated LoRA applies to some tokens only, so it cannot be merged",
     "arrow_config": "Arrow routes between adapters, so it cannot be merged",
@@ -33,7 +31,9 @@ _REFUSED = {
 }
 # Initialisations that subtract something from the base weights; PEFT stores the adapter relative to
 # the changed base unless it is converted on saving.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
+# of these, what was subtracted is found again from the base weights alone
+_REPEATABLE = ("pissa", "olora")
 _PLAIN_INIT = ("gaussian", "eva", "orthogonal", "mica")
 _MAX_RANK = 65536
 _MAX_PATTERNS = 10_000
@@ -56,6 +56,12 @@ class LoraSettings:
     modules_to_save: tuple[str, ...]
     task_type: str | None
     base_model: str | None
+    dora: bool = False
+    target_parameters: tuple[str, ...] = ()
+    init: str | None = None
+    """``pissa`` or ``olora``: subtracted from the base weights before training."""
+    exact: bool = False
+    """The patterns are whole module paths."""
     clock: Clock = field(default_factory=Clock, compare=False)
 
     @classmethod
@@ -81,7 +87,6 @@ class LoraSettings:
         bias = config.get("bias", "none")
         if bias != "none":
             read.fail(f"bias is {shown(bias, 80)}: trained biases would be lost; only 'none' can be merged")
-        _check_init(config.get("init_lora_weights", True), read)
         layers = config.get("layers_to_transform")
         if layers is not None and not isinstance(layers, list):
             layers = [layers]
@@ -105,16 +110,24 @@ class LoraSettings:
             modules_to_save=read.names("modules_to_save"),
             task_type=read.text("task_type"),
             base_model=read.text("base_model_name_or_path") or None,
+            dora=read.flag("use_dora"),
+            target_parameters=read.names("target_parameters"),
+            init=_check_init(config.get("init_lora_weights", True), read),
             clock=Clock(where),
         )
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether the adapter is a low-rank delta only together with its base model."""
+        return self.dora or self.init is not None
+
     def module_rank(self, path: str) -> int:
         """Rank of a module, ``rank_pattern`` applied."""
-        return self.rank_pattern.get(self.clock.first(self.rank_pattern, path), self.rank)
+        return self.rank_pattern.get(self._key(self.rank_pattern, path), self.rank)
 
     def scaling(self, path: str) -> float:
         """What PEFT multiplies ``B A`` with: alpha / r, with rsLoRA alpha / sqrt(r)."""
-        alpha = self.alpha_pattern.get(self.clock.first(self.alpha_pattern, path), self.alpha)
+        alpha = self.alpha_pattern.get(self._key(self.alpha_pattern, path), self.alpha)
         rank = self.module_rank(path)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
@@ -136,6 +149,9 @@ class LoraSettings:
             if layer is not None:
                 return layer in self.layers
         return False
+
+    def _key(self, patterns: Mapping[str, Any], path: str) -> str:
+        return path if self.exact else self.clock.first(patterns, path)
 
     def _named(self, names: tuple[str, ...] | str, path: str) -> bool:
         if isinstance(names, str):
@@ -223,12 +239,20 @@ class _Reader:
             self.fail(f"{key} has an invalid regular expression {shown(pattern, 80)}: {wrong}")
 
 
-def _check_init(value: Any, read: _Reader) -> None:
-    if isinstance(value, bool) or value is None or (isinstance(value, str) and value.lower() in _PLAIN_INIT):
-        return
-    if isinstance(value, str) and value.lower().startswith(_CHANGES_BASE):
+def _check_init(value: Any, read: _Reader) -> str | None:
+    """``pissa`` or ``olora``, or None for what leaves the base weights as they are."""
+    if isinstance(value, bool) or value is None:
+        return None
+    kind = value.lower() if isinstance(value, str) else ""
+    if kind in _PLAIN_INIT:
+        return None
+    if kind in _REPEATABLE:
+        return kind
+    if kind.startswith(_CHANGES_BASE):
         read.fail(
-            f"init_lora_weights is {shown(value, 80)}, which changes the base weights: save the adapter "
-            "again with PEFT's path_initial_model_for_weight_conversion to make it a plain LoRA"
+            f"init_lora_weights is {shown(value, 80)}, which changes the base weights by what it drew or "
+            "measured: save the adapter again with PEFT's path_initial_model_for_weight_conversion to make "
+            "it a plain LoRA"
         )
     read.fail(f"init_lora_weights is {shown(value, 80)}, which is not known")
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,8 @@ from enmp_jax.errors import UserError
 _DIRECT = 2048  # up to this side LAPACK's full SVD is quicker than Lanczos
 _FINEST = 1e-6  # what float32 factors of a dense matrix can keep to
 
+Names = Mapping[str, Sequence[str]]
+"""Name in a stack -> the path of each of its layers (see ``LoadedAdapters.names``)."""
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -37,7 +39,7 @@ class LoraFactors(NamedTuple):
 
 
 def lora_factors(
-    deltas: Deltas, names: Mapping[str, str], rank: int | None = None, tolerance: float | None = None
+    deltas: Deltas, names: Names, rank: int | None = None, tolerance: float | None = None
 ) -> LoraFactors:
     """Write every delta that is not zero as ``B A``.
 
@@ -46,7 +48,7 @@ def lora_factors(
 
     Args:
         deltas: templates -> delta with a leading layer axis.
-        names: template -> template to write.
+        names: template -> path to write of each layer.
         rank: largest rank, whatever the error; None: as high as need be.
         tolerance: error that dense deltas may have, as ``LoraFactors.error`` counts it; None: as little
             as ``rank`` allows.
@@ -61,8 +63,7 @@ def lora_factors(
     dense_rank = _rank_within(host, tolerance, rank) if tolerance else rank
     for template, delta in host.items():
         limit = rank if isinstance(delta, LowRank) else dense_rank
-        for layer in range(_n_layers(delta)):
-            path = names[template].replace("{}", str(layer))
+        for layer, path in enumerate(names[template]):
             a, b, missing, norm = _layer_factors(one_layer(delta, layer), limit)
             if not float(norm) <= _LARGEST:  # also where only the product of finite factors overflows
                 raise UserError(f"the merged delta of {path} has NaN or Inf in it")
@@ -90,22 +91,22 @@ def check_limits(rank: int | None, tolerance: float | None) -> None:
         )
 
 
-def delta_parts(deltas: Deltas, names: Mapping[str, str]) -> dict[str, tuple[np.ndarray, ...]]:
+def delta_parts(deltas: Deltas, names: Names) -> dict[str, tuple[np.ndarray, ...]]:
     """Module path -> its delta as (left, right) or (weight,), for every layer; see ``one_layer``."""
     host: Deltas = jax.device_get(deltas)
     return {
-        names[template].replace("{}", str(layer)): one_layer(delta, layer)
+        path: one_layer(delta, layer)
         for template, delta in host.items()
-        for layer in range(_n_layers(delta))
+        for layer, path in enumerate(names[template])
     }
 
 
-def low_rank_deltas(modules: Modules, names: Mapping[str, str], like: Deltas) -> Deltas:
+def low_rank_deltas(modules: Modules, names: Names, like: Deltas) -> Deltas:
     """LoRA modules as deltas again, so that what was written can be scored.
 
     Args:
         modules: as in ``LoraFactors``.
-        names: template -> spelling in ``modules``.
+        names: template -> path in ``modules`` of each layer.
         like: what they were made of, for templates and shapes.
     """
     rank = max(a.shape[0] for a, _ in modules.values())
@@ -114,8 +115,7 @@ def low_rank_deltas(modules: Modules, names: Mapping[str, str], like: Deltas) ->
         out, inner = one_layer(delta, 0)[0].shape[0], one_layer(delta, 0)[-1].shape[1]
         left = np.zeros((_n_layers(delta), out, rank), np.float32)
         right = np.zeros((_n_layers(delta), rank, inner), np.float32)
-        for layer in range(_n_layers(delta)):
-            path = names[template].replace("{}", str(layer))
+        for layer, path in enumerate(names[template]):
             if path in modules:
                 a, b = modules[path]
                 left[layer, :, : a.shape[0]], right[layer, : a.shape[0]] = b, a

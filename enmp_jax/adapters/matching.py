@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from enmp_jax.errors import UserError, one_line
-from enmp_jax.lora import split_layer
+from enmp_jax.lora import LoraStack
+from enmp_jax.module_paths import container, join_layer, split_layer
 
 _MAX_TEMPLATES = 2000  # compared in pairs
 
@@ -43,7 +44,7 @@ def same_base(x: str, y: str) -> bool:
 
 def to_backbone(
     task: str, paths: Sequence[str], canonical: Callable[[str], str | None], modules: Mapping[str, Any] | None
-) -> dict[str, tuple[str, int]]:
+) -> dict[str, str]:
     """Module paths of an adapter file in the backbone's own spelling.
 
     Args:
@@ -52,24 +53,22 @@ def to_backbone(
         canonical: ``Backbone.canonical``.
         modules: ``Backbone.modules``; None: whatever ``canonical`` knows is in the base.
 
-    Returns:
-        Module path -> (the backbone's template, layer).
-
     Raises:
         UserError: modules that the base model does not have.
     """
     found, missed = {}, []
     for path in paths:
         template, layer = split_layer(path)
-        name = canonical(template)
-        if name is None or (modules is not None and name not in modules):
+        name = None if layer is None else canonical(template)
+        if name is None or layer is None or (modules is not None and name not in modules):
             missed.append(template)
         else:
-            found[path] = name, layer
+            found[path] = join_layer(name, layer)
     if missed:
         raise UserError(
             f"{len(found)} of {len(paths)} LoRA modules of adapter {task!r} are in the base model; "
-            f"it has {examples(missed)}, the base has {examples(modules or ())}"
+            f"it has {examples(missed)}, the base has {examples(modules or ())}; enmp merge merges any "
+            "modules, a search only those of its backbone"
         )
     return found
 
@@ -104,34 +103,41 @@ def check_product(task: str, path: str, a: np.ndarray, b: np.ndarray) -> None:
         )
 
 
-def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[str, int]]]:
+def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
     """Match the module paths of several adapters when no backbone is known.
 
     Files may spell one module with and without a prefix (``vision_model.``): a template that is the end of
-    another one, after a dot, is taken as the same module.
+    another one, after a dot, is taken as the same module, unless one adapter has both.
 
     Args:
         modules: task -> module paths as in its file.
 
     Returns:
-        Task -> module path -> (the longest spelling of its template, layer).
+        Task -> module path -> its longest spelling.
 
     Raises:
         UserError: a template that could be the end of several, or adapters without a layer in common.
     """
     paths = {task: {path: split_layer(path) for path in names} for task, names in modules.items()}
-    used = sorted({template for found in paths.values() for template, _ in found.values()})
+    own = [{template for template, _ in found.values()} for found in paths.values()]
+    used = sorted({template for templates in own for template in templates})
     if len(used) > _MAX_TEMPLATES:
         raise UserError(f"the adapters have {len(used)} different projections, more than {_MAX_TEMPLATES}")
     full = {}
     for template in used:
-        longer = [other for other in used if other.endswith(f".{template}")]
+        longer = [
+            other
+            for other in used
+            if other.endswith(f".{template}") and not any({other, template} <= both for both in own)
+        ]
         roots = [x for x in longer if not any(y.endswith(f".{x}") for y in longer)]
         if len(roots) > 1:
             raise UserError(f"{template} may mean {examples(roots)}: give the base model to decide")
         full[template] = roots[0] if roots else template
-    aligned = {t: {p: (full[name], layer) for p, (name, layer) in f.items()} for t, f in paths.items()}
-    roots_of = {task: {name.split("{}")[0] for name, _ in found.values()} for task, found in aligned.items()}
+    roots_of = {
+        task: {full[template].split("{}")[0] for template, _ in found.values()}
+        for task, found in paths.items()
+    }
     first, *others = roots_of
     for task in others:
         if not roots_of[first] & roots_of[task]:
@@ -140,16 +146,58 @@ def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, tuple[str
                 f"adapters {first!r} ({one}) and {task!r} ({two}) have no layers in common: they "
                 "were trained on different bases"
             )
-    return aligned
+    return {
+        task: {path: full[name].replace("{}", str(layer)) for path, (name, layer) in found.items()}
+        for task, found in paths.items()
+    }
 
 
-def spellings(templates: Mapping[str, Mapping[str, tuple[str, int]]]) -> dict[str, str]:
-    """Template in the stack -> its spelling in the files, that of the adapter with most modules first."""
-    names: dict[str, str] = {}
-    for found in sorted(templates.values(), key=len, reverse=True):
-        for path, (template, _) in found.items():
-            names.setdefault(template, split_layer(path)[0])
+def spellings(stack: LoraStack, paths: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
+    """Name in the stack -> the path of each of its layers as the files spell it.
+
+    That of the adapter with most modules first; layers that no adapter has are spelled like the others.
+
+    Args:
+        stack: the adapters.
+        paths: task -> module path in the file -> path in the stack.
+    """
+    exact: dict[str, str] = {}
+    templates: dict[str, str] = {}
+    for found in sorted(paths.values(), key=len, reverse=True):
+        for path, ours in found.items():
+            exact.setdefault(ours, path)
+            templates.setdefault(split_layer(ours)[0], split_layer(path)[0])
+    names = {}
+    for name in stack.projections:
+        ours = zip(stack.paths(name), stack.groups_of(name), strict=True)
+        names[name] = tuple(
+            exact.get(path) or join_layer(templates.get(name, path), group) for path, group in ours
+        )
     return names
+
+
+def check_spelling(stack: LoraStack, names: Mapping[str, Sequence[str]]) -> None:
+    """Refuse to write one adapter from files that spell module paths differently.
+
+    Args:
+        stack: the adapters.
+        names: see ``spellings``.
+
+    Raises:
+        UserError: two prefixes in use for one stack of layers.
+    """
+    used: dict[str, set[str]] = {}
+    for name, spelled in names.items():
+        for path, ours in zip(spelled, stack.paths(name), strict=True):
+            if split_layer(ours)[1] is not None:
+                used.setdefault(container(ours), set()).add(container(path))
+    for prefixes in used.values():
+        if len(prefixes) > 1:
+            one, two, *_ = sorted(prefixes)
+            raise UserError(
+                f"the adapters spell module paths in different ways ({one}* and {two}*), so no one model "
+                "would take them all: save them again with one version of transformers"
+            )
 
 
 def examples(names: Mapping[str, Any] | Sequence[str]) -> str:

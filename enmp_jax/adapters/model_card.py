@@ -154,7 +154,8 @@ def _modules(title: str, modules: Sequence[Sequence[Any]]) -> list[str]:
     """A list of modules, and of their weights where they come last."""
     lines = [f"## {title}", ""]
     for layer, *words in modules[:_MAX_ROWS]:
-        lines.append(f"- layer {layer}, {', '.join(_escaped(word) for word in words)}")
+        group = f"layer {layer}" if isinstance(layer, int) else _escaped(layer)
+        lines.append(f"- {group}, {', '.join(_escaped(word) for word in words)}")
     if len(modules) > _MAX_ROWS:
         lines.append(f"- and {len(modules) - _MAX_ROWS} more")
     return [*lines, *([] if modules else ["None."]), ""]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from enmp_jax.adapters import single_file
 from enmp_jax.adapters.checks import (
     VLLM_RANKS,
     Check,
@@ -23,6 +24,7 @@ from enmp_jax.adapters.checks import (
     parts_of,
 )
 from enmp_jax.adapters.lora_factors import LoraFactors, delta_parts, lora_factors
+from enmp_jax.adapters.matching import check_spelling
 from enmp_jax.adapters.model_card import Kind, model_card
 from enmp_jax.adapters.peft_files import (
     AdapterHeads,
@@ -33,6 +35,7 @@ from enmp_jax.adapters.peft_files import (
 )
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters, read_adapter
 from enmp_jax.adapters.recipe import RECIPE, Recipe, config_yaml, mask_text
+from enmp_jax.adapters.stored import Storage
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.files import is_file_name
@@ -84,12 +87,17 @@ def export_adapters(out: str | Path, loaded: LoadedAdapters, keep: Keep, recipe:
         for i, (task, adapter) in enumerate(loaded.adapters.items()):
             kept = kept_modules(adapter, loaded, task, keep[..., i])
             rank = max(a.shape[0] for a, _ in kept.values())
-            config = _config(kept, rank, [adapter], adapter.base_model, adapter.heads)
-            config["task_type"] = adapter.settings.task_type
-            config["modules_to_save"] = list(adapter.settings.modules_to_save) or config["modules_to_save"]
             folder = directory / _file_name(task)
             folder.mkdir()
-            write_adapter_files(folder, kept, config, adapter.heads)
+            if adapter.config:
+                config = _config(kept, rank, [adapter], adapter.base_model, adapter.heads, adapter.stored)
+                config["task_type"] = adapter.settings.task_type
+                config["modules_to_save"] = (
+                    list(adapter.settings.modules_to_save) or config["modules_to_save"]
+                )
+                write_adapter_files(folder, kept, config, adapter.heads, adapter.stored)
+            else:
+                single_file.write(folder, kept, adapter.stored)
             checks = _written(folder, parts_of(kept))
             card = model_card(
                 "adapters", loaded, recipe, adapter.base_model, task=task, notes=notes, checks=checks
@@ -131,7 +139,12 @@ def export_peft(
             written does not read back as the merge, or, if ``strict``, ``rank`` is too small for the
             tolerance.
     """
-    check_spelling(loaded)
+    check_spelling(loaded.stack, loaded.names)
+    if len({bool(adapter.config) for adapter in loaded.adapters.values()}) > 1:
+        raise UserError(
+            "some adapters are PEFT's and some are single files of diffusers' or kohya's spelling, and one "
+            "adapter is written in one of them: convert some, or use --format delta"
+        )
     found = factors or lora_factors(deltas, loaded.names, rank, tolerance)
     if strict and tolerance is not None and found.error > tolerance:
         raise UserError(
@@ -147,11 +160,16 @@ def export_peft(
     )
     with new_directory(out) as directory:
         adapters = list(loaded.adapters.values())
-        config = _config(found.modules, found.rank, adapters, loaded.base_model, None)
-        kinds = {x.settings.task_type for x in adapters}
-        if len(kinds) == 1 and not kinds & set(_HEAD_TASKS):
-            config["task_type"] = kinds.pop()
-        write_adapter_files(directory, found.modules, config)
+        if adapters[0].config:
+            config = _config(found.modules, found.rank, adapters, loaded.base_model, None, loaded.stored)
+            kinds = {x.settings.task_type for x in adapters}
+            if len(kinds) == 1 and not kinds & set(_HEAD_TASKS):
+                config["task_type"] = kinds.pop()
+            write_adapter_files(directory, found.modules, config, None, loaded.stored)
+        elif found.modules:
+            single_file.write(directory, found.modules, loaded.stored)
+        else:
+            raise UserError("no LoRA modules are left to write: every module was pruned")
         write_heads(directory, loaded)
         options = {"rank": rank, "tolerance": None if tolerance == TOLERANCE else tolerance or 0.0}
         checks = _written(directory, delta_parts(deltas, loaded.names), found.error * 1.001)
@@ -206,20 +224,6 @@ def write_heads(directory: Path, loaded: LoadedAdapters) -> None:
             write_tensors(folder / f"{_file_name(task)}.safetensors", tensors, {"format": "pt"})
 
 
-def check_spelling(loaded: LoadedAdapters) -> None:
-    """Refuse to write one adapter from files that spell module paths differently.
-
-    Raises:
-        UserError: two prefixes in use.
-    """
-    prefixes = sorted({name.split("{}")[0] for name in loaded.names.values()})
-    if len(prefixes) > 1:
-        raise UserError(
-            f"the adapters spell module paths in different ways ({prefixes[0]}* and {prefixes[1]}*), so no "
-            "one model would take them all: save them again with one version of transformers"
-        )
-
-
 def _weight_notes(recipe: Recipe) -> tuple[str, ...]:
     if not recipe.between:
         return ()
@@ -238,11 +242,11 @@ def kept_modules(adapter: Adapter, loaded: LoadedAdapters, task: str, keep: Keep
     Raises:
         UserError: a weight that makes B overflow.
     """
-    order = {name: j for j, name in enumerate(loaded.stack.projections)}
+    places = loaded.stack.places()
     kept: Modules = {}
     for path, (a, b) in adapter.modules.items():
-        template, layer = loaded.templates[task][path]
-        weight = np.float32(keep[layer] if keep.ndim == 1 else keep[layer, order[template]])
+        row, column = places[loaded.paths[task][path]]
+        weight = np.float32(keep[row] if keep.ndim == 1 else keep[row, column])
         if weight:
             with np.errstate(over="ignore"):
                 weighted = b if weight == 1 else b * weight
@@ -265,9 +269,14 @@ def _same_type(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _config(
-    modules: Modules, rank: int, adapters: list[Adapter], base: str | None, heads: AdapterHeads | None
+    modules: Modules,
+    rank: int,
+    adapters: list[Adapter],
+    base: str | None,
+    heads: AdapterHeads | None,
+    stored: Storage,
 ) -> dict[str, Any]:
-    config = adapter_config(modules, rank, rank, base, heads=heads)
+    config = adapter_config(modules, rank, rank, base, heads=heads, stored=stored)
     transposed = {adapter.settings.fan_in_fan_out for adapter in adapters}
     if len(transposed) > 1:
         raise UserError("some adapters have fan_in_fan_out and some have not: their bases differ")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from enmp_jax.adapters.lora_encoding import encode
+from enmp_jax.adapters.stored import Storage, is_expert, parameter_of
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import new_directory, write_tensors, write_text
 
@@ -68,6 +70,7 @@ def adapter_config(
     heads: AdapterHeads | None = None,
     target_modules: Sequence[str] | None = None,
     task_type: str | None = None,
+    stored: Storage | None = None,
 ) -> dict[str, Any]:
     """``adapter_config.json`` of a plain LoRA; arguments as in ``save_adapter``.
 
@@ -76,6 +79,8 @@ def adapter_config(
     """
     if not modules:
         raise UserError("no LoRA modules are left to write: every module was pruned")
+    plain = [path for path in modules if not is_expert(path, stored or {})]
+    parameters = sorted({parameter_of(path) for path in modules.keys() - set(plain)})
     return {
         "alpha_pattern": {},
         "base_model_name_or_path": base_model_name,
@@ -89,7 +94,8 @@ def adapter_config(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {},
-        "target_modules": sorted(target_modules if target_modules is not None else modules),
+        "target_modules": sorted(target_modules if target_modules is not None else plain),
+        **({"target_parameters": parameters} if parameters else {}),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
@@ -97,7 +103,11 @@ def adapter_config(
 
 
 def write_adapter_files(
-    directory: Path, modules: Modules, config: Mapping[str, Any], heads: AdapterHeads | None = None
+    directory: Path,
+    modules: Modules,
+    config: Mapping[str, Any],
+    heads: AdapterHeads | None = None,
+    stored: Storage | None = None,
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into a directory that is there.
 
@@ -106,17 +116,13 @@ def write_adapter_files(
         modules: as in ``save_adapter``; smaller ranks are padded with zeros to the configuration's ``r``.
         config: see ``adapter_config``.
         heads: as in ``save_adapter``.
+        stored: module path -> how the base keeps its weight, where it is no linear layer's.
 
     Raises:
         UserError: factors that do not fit the rank, or files that cannot be written.
     """
-    tensors = {}
-    for path, (a, b) in modules.items():
-        pad = config["r"] - a.shape[0]
-        if pad < 0 or a.shape[0] != b.shape[1]:
-            raise UserError(f"{path}: A {a.shape} and B {b.shape} do not fit rank {config['r']}")
-        tensors[f"base_model.model.{path}.lora_A.weight"] = np.pad(np.asarray(a), ((0, pad), (0, 0)))
-        tensors[f"base_model.model.{path}.lora_B.weight"] = np.pad(np.asarray(b), ((0, 0), (0, pad)))
+    encoded = encode(modules, stored or {}, config["r"])
+    tensors = {f"base_model.model.{key}": value for key, value in encoded.items()}
     for path, head in (heads or {}).items():
         for name, value in head.items():
             tensors[f"base_model.model.{path}.{name}"] = np.asarray(value)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from enmp_jax.adapters import single_file
+from enmp_jax.adapters.base_folding import fold_base
 from enmp_jax.adapters.lora_config import LoraSettings
 from enmp_jax.adapters.matching import (
     align,
@@ -21,28 +22,17 @@ from enmp_jax.adapters.matching import (
     to_backbone,
 )
 from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS, AdapterHeads, Modules, save_adapter
+from enmp_jax.adapters.peft_weights import read_weights
+from enmp_jax.adapters.stored import Storage
 from enmp_jax.errors import UserError, one_line
 from enmp_jax.io.files import is_file, read_json
-from enmp_jax.io.hub import locate
-from enmp_jax.io.reading import finite, open_tensors, read_float
+from enmp_jax.io.hub import Located, locate
 from enmp_jax.lora import LoraStack, stack_adapters
+from enmp_jax.module_paths import split_layer
 
 __all__ = ["Adapter", "LoadedAdapters", "load_adapters", "read_adapter", "save_adapter"]
 
-_UNSAFE = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-_LORA_KEY = re.compile(r"(?P<path>.+?)\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.weight")
-_SAVED = re.compile(r"\.(?:modules_to_save|original_module)(?:\.[^.]+)?(?=\.(?:[^.]+\.)*[^.]+$)")
-_SHARED = re.compile(r"embed|(^|\.)(wte|wpe|shared)(\.|$)|norm", re.IGNORECASE)
-_REFUSED_KEYS = {
-    "lora_magnitude_vector": "DoRA rescales the whole weight, which is not a low-rank delta",
-    "lora_embedding_": ("LoRA on embeddings cannot be merged: train again without them in target_modules"),
-    "lora_B.bias": "a bias in LoRA B would be lost by merging: train again with lora_bias false",
-    ".base_layer.": "it is a weight of the base model: save the adapter alone",
-    "embed_tokens": (
-        "embeddings saved with the adapter would be lost by merging: save again with "
-        "save_embedding_layers=False if they were not trained, else train again without them"
-    ),
-}
+_TORCH = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -55,10 +45,13 @@ class Adapter:
         config: ``adapter_config.json``.
         settings: the same, parsed.
         modules: module path as in the file, without ``base_model.model.`` -> (A [r, in] as stored,
-            B [out, r] in float32 with alpha / r, or rsLoRA's alpha / sqrt(r), folded in).
+            B [out, r] in float32 with alpha / r, or rsLoRA's alpha / sqrt(r), folded in). What a base
+            model was needed for (DoRA, PiSSA, OLoRA) is folded in too.
         heads: module path -> parameter name (``weight``, ``bias``) -> array, from ``modules_to_save``.
         base_model: ``base_model_name_or_path``.
         commit: commit of the hub repository; None for a local directory.
+        stored: module path -> how the base keeps its weight, where it is no linear layer's [out, in].
+        file: name of the file of its weights.
     """
 
     source: str
@@ -69,6 +62,8 @@ class Adapter:
     heads: AdapterHeads
     base_model: str | None
     commit: str | None
+    stored: Storage = field(default_factory=dict)
+    file: str = WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -79,44 +74,70 @@ class LoadedAdapters:
         stack: all LoRA modules, under the backbone's templates (without one: the files' own).
         adapters: task -> the adapter as read.
         heads: task -> the adapter's ``heads``.
-        templates: task -> module path in the file -> (template in the stack, layer).
-        names: template in the stack -> its spelling in the adapter files.
+        paths: task -> module path in the file -> its path in the stack.
+        names: name in the stack -> the path of each of its layers, as the adapter files spell it.
         base_model: the base all adapters name; None if none does.
     """
 
     stack: LoraStack
     adapters: Mapping[str, Adapter]
     heads: Mapping[str, AdapterHeads]
-    templates: Mapping[str, Mapping[str, tuple[str, int]]]
-    names: dict[str, str]
+    paths: Mapping[str, Mapping[str, str]]
+    names: dict[str, tuple[str, ...]]
     base_model: str | None
 
+    @property
+    def spelling(self) -> dict[str, str]:
+        """Name in the stack -> the files' own template, where they differ (with a backbone)."""
+        found = {name: split_layer(paths[0])[0] for name, paths in self.names.items()}
+        return {name: own for name, own in found.items() if self.names[name] != tuple(self.stack.paths(name))}
 
-def read_adapter(source: str | Path) -> Adapter:
-    """Read a PEFT LoRA adapter from a directory or the hub (``name@revision``).
+    @cached_property
+    def stored(self) -> Storage:
+        """Module path as the files spell it -> how the base keeps its weight (see ``Adapter``)."""
+        return {path: kept for adapter in self.adapters.values() for path, kept in adapter.stored.items()}
+
+
+def read_adapter(source: str | Path, base: str | Path | None = None) -> Adapter:
+    """Read a LoRA adapter from a directory or the hub (``name@revision``): PEFT's, diffusers' or kohya's.
+
+    Args:
+        source: directory or hub id; of kohya's adapters, the file itself.
+        base: base model, for adapters that are no low-rank deltas without it (DoRA, PiSSA, OLoRA).
 
     Raises:
-        UserError: not there, damaged, or something that is not a plain LoRA on linear layers.
+        UserError: not there, damaged, or something that is no LoRA or needs the base model.
     """
-    found = locate(source, [CONFIG, WEIGHTS])
+    if single_file.is_one(source):
+        return _single(
+            Located(Path(source).expanduser().resolve().parent, str(source), None), Path(source).name
+        )
+    found = locate(source, [CONFIG, WEIGHTS, _TORCH, *single_file.NAMES])
     directory = found.directory
     if not is_file(directory / CONFIG):
+        if (name := single_file.find(directory)) is not None:
+            return _single(found, name)
         raise UserError(f"there is no {CONFIG} in {one_line(found.source)}: {_what_else(directory)}")
     config = read_json(directory / CONFIG)
     settings = LoraSettings.parse(config, f"{directory / CONFIG}")
+    file = WEIGHTS
     if not is_file(directory / WEIGHTS):
-        unsafe = next((name for name in _UNSAFE if (directory / name).exists()), None)
-        if unsafe:
-            raise UserError(
-                f"{directory / unsafe} is a pickle, which can run code when loaded: convert it with PEFT, "
-                "PeftModel.from_pretrained(base, dir).save_pretrained(new_dir)"
-            )
-        hint = " (if it has only a .bin file there: convert that with PEFT first)" if found.commit else ""
-        raise UserError(f"there is no {WEIGHTS} in {one_line(found.source)}{hint}")
-    modules, heads = _read_weights(directory / WEIGHTS, settings)
+        if not (directory / _TORCH).exists():
+            raise UserError(f"there is no {WEIGHTS} in {one_line(found.source)}")
+        file = _TORCH
+    weights = read_weights(directory / file, settings)
+    modules, stored = weights.modules, weights.stored
+    if settings.needs_base or weights.magnitudes:
+        modules = fold_base(weights, settings, base, str(directory / CONFIG))
     return Adapter(
-        found.source, directory, config, settings, modules, heads, settings.base_model, found.commit
-    )
+        found.source, directory, config, settings, modules, weights.heads, settings.base_model, found.commit,
+        stored, file,
+    )  # fmt: skip
+
+
+def _single(found: Located, name: str) -> Adapter:
+    modules, stored, settings = single_file.read(found.directory / name)
+    return Adapter(found.source, found.directory, {}, settings, modules, {}, None, found.commit, stored, name)
 
 
 def load_adapters(
@@ -127,6 +148,7 @@ def load_adapters(
     modules: Mapping[str, tuple[int, int]] | None = None,
     base_name: str | None = None,
     allow_base_mismatch: bool = False,
+    base: str | Path | None = None,
 ) -> LoadedAdapters:
     """Read the adapters of a merge and stack them.
 
@@ -138,6 +160,7 @@ def load_adapters(
         modules: ``Backbone.modules``, to check names and shapes.
         base_name: the base model in use; adapters that name another one are refused.
         allow_base_mismatch: merge adapters although they name different bases.
+        base: base model, for adapters that need it (see ``read_adapter``).
 
     Raises:
         UserError: see ``read_adapter``; different bases; names or shapes that do not fit the base or
@@ -145,35 +168,26 @@ def load_adapters(
     """
     if not sources:
         raise UserError("give at least one adapter")
-    adapters = {task: read_adapter(source) for task, source in sources.items()}
-    base = check_bases({t: a.base_model for t, a in adapters.items()}, base_name, allow_base_mismatch)
+    adapters = {task: read_adapter(source, base) for task, source in sources.items()}
+    named = check_bases({t: a.base_model for t, a in adapters.items()}, base_name, allow_base_mismatch)
     if canonical is None:
-        templates = align({task: list(a.modules) for task, a in adapters.items()})
+        paths = align({task: list(a.modules) for task, a in adapters.items()})
     else:
-        templates = {
-            task: to_backbone(task, list(a.modules), canonical, modules) for task, a in adapters.items()
-        }
+        paths = {task: to_backbone(task, list(a.modules), canonical, modules) for task, a in adapters.items()}
     renamed = {}
     for task, adapter in adapters.items():
         pairs: Modules = {}
-        for path, (template, layer) in templates[task].items():
-            name = template.replace("{}", str(layer))
+        for path, name in paths[task].items():
             if name in pairs:
                 raise UserError(f"adapter {task!r} has {name} under two spellings")
-            pairs[name] = adapter.modules[path]
-            check_product(task, path, *pairs[name])
+            a, b = pairs[name] = adapter.modules[path]
+            check_product(task, path, a, b)
             if modules is not None:
-                check_shape(
-                    task,
-                    path,
-                    (adapter.modules[path][1].shape[0], adapter.modules[path][0].shape[1]),
-                    modules[template],
-                )
+                check_shape(task, path, (b.shape[0], a.shape[1]), modules[split_layer(name)[0]])
         renamed[task] = pairs
     stack = stack_adapters(renamed, n_layers)
-    return LoadedAdapters(
-        stack, adapters, {t: a.heads for t, a in adapters.items()}, templates, spellings(templates), base
-    )
+    heads = {t: a.heads for t, a in adapters.items()}
+    return LoadedAdapters(stack, adapters, heads, paths, spellings(stack, paths), named)
 
 
 def _what_else(directory: Path) -> str:
@@ -188,83 +202,3 @@ def _what_else(directory: Path) -> str:
     if (directory / "config.json").exists():
         return "it is a whole model, not a LoRA adapter: give it as the base model, or give the adapter"
     return "it is not a PEFT adapter"
-
-
-def _read_weights(path: Path, settings: LoraSettings) -> tuple[Modules, AdapterHeads]:
-    raw: dict[str, dict[str, np.ndarray]] = {}
-    heads: AdapterHeads = {}
-    names: set[str] = set()
-    with open_tensors(path) as handle:
-        for key in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-            match = _LORA_KEY.fullmatch(key)
-            refused = next((reason for part, reason in _REFUSED_KEYS.items() if part in key), None)
-            if refused and not (match and ".base_layer." in key):
-                raise UserError(f"{path}: {one_line(key)}: {refused}")
-            tensor = read_float(handle, key, path)
-            if match is None:
-                _add_head(heads, key, tensor, settings, path)
-                continue
-            names.add(match["name"] or "")
-            module = _strip(match["path"]).replace(".base_layer", "")
-            if not re.search(r"\.\d+(\.|$)", module):
-                raise UserError(
-                    f"{path}: {one_line(module)} has a LoRA, but is in none of the numbered layers, and only "
-                    "those can be merged: train again without it in target_modules"
-                )
-            if raw.setdefault(module, {}).setdefault(match["side"], tensor) is not tensor:
-                raise UserError(f"{path}: lora_{match['side']} of {one_line(module)} is there twice")
-    if len(names) > 1:
-        raise UserError(
-            f"{path} holds several adapters ({one_line(', '.join(sorted(names)))}): save one at a time"
-        )
-    if not raw:
-        raise UserError(f"{path} has no LoRA tensors (keys that end in lora_A.weight and lora_B.weight)")
-    return {module: _fold(module, sides, settings, path) for module, sides in sorted(raw.items())}, heads
-
-
-def _fold(module: str, sides: dict[str, np.ndarray], settings: LoraSettings, path: Path) -> tuple:
-    name = f"{path}: {one_line(module)}"
-    if len(sides) < 2:
-        raise UserError(f"{name} has no lora_{'B' if 'A' in sides else 'A'}: the file is incomplete")
-    a, b = sides["A"], sides["B"]
-    if a.ndim != 2 or b.ndim != 2:
-        kind = "convolution" if max(a.ndim, b.ndim) > 2 else "shape"
-        raise UserError(
-            f"{name}: LoRA A {a.shape} and B {b.shape}: a {kind} that cannot be merged, only linear layers"
-        )
-    rank = settings.module_rank(module)
-    if a.shape[0] != rank or b.shape[1] != rank or 0 in a.shape or 0 in b.shape:
-        raise UserError(
-            f"{name}: LoRA A is {a.shape[0]}x{a.shape[1]} and B {b.shape[0]}x{b.shape[1]}, "
-            f"but the configuration says rank {rank}"
-        )
-    if not settings.targets(module):
-        raise UserError(f"{name} has a LoRA, but target_modules does not name it: PEFT would ignore it")
-    with np.errstate(over="ignore"):
-        folded = b.astype(np.float32) * np.float32(settings.scaling(module))
-    if not finite(folded):
-        raise UserError(f"{name}: B times its scaling {settings.scaling(module):g} overflows float32")
-    return a, folded
-
-
-def _add_head(heads: AdapterHeads, key: str, tensor: np.ndarray, settings: LoraSettings, path: Path) -> None:
-    module, _, parameter = _SAVED.sub("", _strip(key)).rpartition(".")
-    allowed = settings.modules_to_save
-    if settings.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        allowed += ("classifier", "score")  # PEFT adds these by itself
-    known = any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in allowed)
-    if not known or not module:
-        raise UserError(
-            f"{path}: unknown tensor {one_line(key)}: neither LoRA A or B nor one of modules_to_save"
-        )
-    if _SHARED.search(module) or re.search(r"\.\d+(\.|$)", module):
-        raise UserError(
-            f"{path}: modules_to_save has {one_line(module)}, a part of the base model that tasks share: "
-            "only heads can be saved with an adapter that is to be merged; train again without it"
-        )
-    if heads.setdefault(module, {}).setdefault(parameter, tensor) is not tensor:
-        raise UserError(f"{path}: {one_line(module)}.{parameter} is there twice")
-
-
-def _strip(key: str) -> str:
-    return key.removeprefix("base_model.model.")

@@ -13,6 +13,7 @@ import numpy as np
 
 from enmp_jax.adapters.checks import Check, Parts, check_deltas
 from enmp_jax.adapters.peft_import import Adapter
+from enmp_jax.adapters.stored import Stored, parameter_of
 from enmp_jax.errors import one_line
 
 
@@ -29,6 +30,10 @@ def check_peft(adapter: Adapter, wanted: Mapping[str, Parts], tolerance: float) 
         wanted: module path -> delta.
         tolerance: relative error of the deltas.
     """
+    if not adapter.config:
+        return []  # of another spelling than PEFT's
+    if adapter.settings.needs_base:
+        return [Check("PEFT", True, "needs the base model's weights: not asked", counts=False)]
     if not has_peft():
         return [Check("PEFT", True, "not installed: not asked", counts=False)]
     try:
@@ -73,7 +78,7 @@ def _load(adapter: Adapter) -> dict[str, Parts]:
         config.target_modules = set(adapter.modules)
     model = torch.nn.Module()
     for path, (a, b) in adapter.modules.items():
-        _add(model, path, a.shape[1], b.shape[0])
+        _add(model, path, adapter.stored.get(path), (b.shape[0], a.shape[1]))
     adapted: Any = peft.PeftModel(model, config)  # type: ignore[arg-type]
     saved = load_peft_weights(str(adapter.directory), device="cpu")
     result = peft.set_peft_model_state_dict(adapted, {k: v for k, v in saved.items() if ".lora_" in k})
@@ -82,22 +87,50 @@ def _load(adapter: Adapter) -> dict[str, Parts]:
         raise ValueError(f"missing {missing[:2]}, unexpected {list(result.unexpected_keys)[:2]}")
     found: dict[str, Parts] = {}
     for path, layer in adapted.base_model.model.named_modules():
-        if hasattr(layer, "lora_A") and len(layer.lora_A):
+        kept = adapter.stored.get(path)
+        if hasattr(layer, "parameter_name"):
+            found |= _experts(path, layer)
+        elif kept is not None and kept.kind in ("convolution", "embedding"):
+            delta = layer.get_delta_weight("default").detach().float().numpy()
+            found[path] = (delta.T if kept.kind == "embedding" else delta.reshape(kept.matrix),)
+        elif hasattr(layer, "lora_A") and len(layer.lora_A):
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             scaled = b.detach().float().numpy() * np.float32(layer.scaling["default"])
             found[path] = scaled, a.detach().float().numpy()
     return found
 
 
-def _add(model: Any, path: str, inner: int, out: int) -> None:
-    """A linear layer under a dotted name; its weight is one zero, seen many times."""
+def _experts(path: str, layer: Any) -> dict[str, Parts]:
+    """What PEFT adds to each expert of a parameter."""
+    delta = layer.get_delta_weight("default").detach().float().numpy()
+    # nested wrappers adapt the parameters of one module, whose path is the outermost's
+    name = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+    return {f"{name}.{e}": (part,) for e, part in enumerate(delta if delta.ndim == 3 else delta[None])}
+
+
+def _add(model: Any, path: str, kept: Stored | None, matrix: tuple[int, int]) -> None:
+    """A layer under a dotted name; its weight is one zero, seen many times."""
     import torch
 
+    if kept is not None and kept.kind == "experts":
+        path = parameter_of(path)
     *parents, name = path.split(".")
     for parent in parents:
         if not hasattr(model, parent):
             model.add_module(parent, torch.nn.Module())
         model = getattr(model, parent)
-    layer = torch.nn.Linear(inner, out, bias=False, device="meta")
-    layer.weight = torch.nn.Parameter(torch.zeros(1, 1).expand(out, inner), requires_grad=False)
+    zero = torch.zeros(1)
+    if kept is not None and kept.kind == "experts":
+        weight = zero.expand(kept.shape) if kept.shape[0] > 1 else zero.expand(matrix)
+        model.register_parameter(name, torch.nn.Parameter(weight, requires_grad=False))
+        return
+    layer: Any
+    if kept is not None and kept.kind == "convolution":
+        convolution = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}[len(kept.shape)]
+        layer = convolution(kept.shape[1], kept.shape[0], kept.shape[2:], bias=False, device="meta")
+    elif kept is not None and kept.kind == "embedding":
+        layer = torch.nn.Embedding(kept.shape[0], kept.shape[1], device="meta")
+    else:
+        layer = torch.nn.Linear(matrix[1], matrix[0], bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(zero.expand(layer.weight.shape), requires_grad=False)
     model.add_module(name, layer)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from enmp_jax.adapters.peft_files import WEIGHTS
+from enmp_jax.adapters import single_file
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters
 from enmp_jax.io.hub import hub_id
 from enmp_jax.masks import Keep, MaskSpec
@@ -158,7 +158,7 @@ def _from_run(loaded: LoadedAdapters, recipe: Recipe) -> bool:
 
     Random methods draw by the names of modules, which a run takes from its backbone.
     """
-    renamed = any(template != name for template, name in loaded.names.items())
+    renamed = any(list(paths) != loaded.stack.paths(name) for name, paths in loaded.names.items())
     return recipe.run is not None and (recipe.refined is not None or renamed or _local(loaded))
 
 
@@ -178,13 +178,17 @@ def mask_of(loaded: LoadedAdapters, recipe: Recipe) -> tuple[MaskSpec, Keep]:
 def mask_text(loaded: LoadedAdapters, recipe: Recipe) -> str:
     """``mask.json`` of a recipe, which ``enmp merge --mask`` takes."""
     spec, keep = mask_of(loaded, recipe)
-    data = spec.to_json(keep, recipe.merge.get("scale"), plain(recipe.merge), hashes(loaded))
+    made_of = plain(recipe.merge), hashes(loaded), loaded.spelling
+    data = spec.to_json(keep, recipe.merge.get("scale"), *made_of)
     return json.dumps(data, indent=1) + "\n"
 
 
 def adapter_names(loaded: LoadedAdapters) -> dict[str, str]:
     """Task -> hub id with its commit, or the last part of a local path (the task's name if two share it)."""
-    last = {task: adapter.directory.resolve().name for task, adapter in loaded.adapters.items()}
+    last = {
+        task: adapter.file if single_file.is_one(adapter.source) else adapter.directory.resolve().name
+        for task, adapter in loaded.adapters.items()
+    }
     distinct = len(set(last.values())) == len(last)
     return {
         task: f"{adapter.source.partition('@')[0]}@{adapter.commit}"
@@ -229,5 +233,5 @@ def hashes(loaded: LoadedAdapters) -> dict[str, str]:
 
 def sha256(adapter: Adapter) -> str:
     """Hash of an adapter's weights, which tells it from all others."""
-    with open(adapter.directory / WEIGHTS, "rb") as file:
+    with open(adapter.directory / adapter.file, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,20 +13,21 @@ import tyro
 from enmp_jax.adapters.lora_factors import squared_norm
 from enmp_jax.adapters.matching import align, check_bases
 from enmp_jax.adapters.peft_import import Adapter, read_adapter
+from enmp_jax.cli.output import Json
 from enmp_jax.errors import UserError
-from enmp_jax.lora import split_layer
+from enmp_jax.module_paths import Group, lay_out
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Json):
     """Show modules, ranks, scaling, norms per layer, head and base of adapters.
 
     The exit code is 2 if one of them cannot be merged, or not with the others."""
 
     adapters: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER...")]
-    """PEFT directories or hub ids (``name@revision``)."""
-    json: bool = False
-    """Print JSON."""
+    """PEFT directories or hub ids (``name@revision``), or files of kohya's or diffusers'."""
+    base_model: str | None = None
+    """Directory or hub id, for adapters that need it (DoRA, PiSSA, OLoRA)."""
 
 
 def run(args: Args) -> None:
@@ -37,7 +38,7 @@ def run(args: Args) -> None:
     """
     if not args.adapters:
         raise UserError("give at least one adapter")
-    report = inspect(args.adapters)
+    report = inspect(args.adapters, args.base_model)
     print(json.dumps(report, indent=2) if args.json else render(report))
     refused = [entry["source"] for entry in report["adapters"] if entry["refused"]]
     if refused:
@@ -48,20 +49,20 @@ def run(args: Args) -> None:
         raise UserError("the adapters cannot be merged with each other: see above")
 
 
-def inspect(sources: Sequence[str]) -> dict[str, Any]:
+def inspect(sources: Sequence[str], base: str | None = None) -> dict[str, Any]:
     """Describe adapters, JSON-ready.
 
     Returns:
         ``adapters``: one dict per source with ``source``, ``refused`` (the reason, or None) and, when
         it was read, ``commit``, ``base_model``, ``task_type``, ``rank``, ``alpha``, ``rslora``,
         ``n_modules``, ``n_parameters``, ``projections`` (per template: layers, shape, ranks, scalings,
-        type), ``norms`` (layer -> Frobenius norm of all its deltas) and ``heads`` (shapes).
+        type, kind of layer), ``norms`` (layer -> Frobenius norm of all its deltas) and ``heads`` (shapes).
         ``together``: why the readable ones cannot be merged with each other, or None.
     """
     entries, good = [], {}
     for source in sources:
         try:
-            adapter = read_adapter(source)
+            adapter = read_adapter(source, base)
             described = describe(adapter)
             entries.append({"source": source, "refused": None, **described})
             good[source] = adapter
@@ -81,25 +82,27 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     """One adapter, JSON-ready; see ``inspect``.
 
     Raises:
-        UserError: a module that is not on a numbered layer, or of another shape than in other layers.
+        UserError: a layer number that is none.
     """
     projections: dict[str, dict[str, Any]] = {}
-    squares: dict[int, float] = {}
+    squares: dict[Group, float] = {}
+    shapes = {path: (b.shape[0], a.shape[1]) for path, (a, b) in adapter.modules.items()}
+    layout = lay_out(shapes)
     for path, (a, b) in adapter.modules.items():
-        template, layer = split_layer(path)
-        shape = [b.shape[0], a.shape[1]]
-        found = projections.setdefault(
-            template, {"layers": [], "shape": shape, "ranks": [], "scalings": [], "dtype": str(a.dtype)}
-        )
-        if found["shape"] != shape:
-            raise UserError(f"{template} has different shapes in different layers: they cannot be stacked")
+        name, row = layout.places[path]
+        layer = layout.groups[row]
+        kept = adapter.stored.get(path)
+        new: dict[str, Any] = {"layers": [], "shape": list(shapes[path]), "ranks": [], "scalings": []}
+        new |= {"dtype": str(a.dtype), "kind": kept.kind if kept else "linear"}
+        found = projections.setdefault(name, new)
         found["layers"].append(layer)
         for key, value in (("ranks", a.shape[0]), ("scalings", adapter.settings.scaling(path))):
             if value not in found[key]:
                 found[key].append(value)
         squares[layer] = squares.get(layer, 0.0) + squared_norm(b, a)
+    order = {group: i for i, group in enumerate(layout.groups)}
     for found in projections.values():
-        found["layers"].sort()
+        found["layers"].sort(key=order.__getitem__)
     sizes = [a.size + b.size for a, b in adapter.modules.values()]
     return {
         "commit": adapter.commit,
@@ -111,7 +114,9 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "n_modules": len(adapter.modules),
         "n_parameters": sum(sizes),
         "projections": dict(sorted(projections.items())),
-        "norms": {str(layer): float(np.sqrt(squares[layer])) for layer in sorted(squares)},
+        "norms": {
+            str(layer): float(np.sqrt(squares[layer])) for layer in sorted(squares, key=order.__getitem__)
+        },
         "heads": {
             f"{path}.{name}": list(value.shape)
             for path, head in adapter.heads.items()
@@ -142,6 +147,8 @@ def render(report: Mapping[str, Any]) -> str:
             lines.append(
                 f"  {name}: {out}x{inner}, layers {_ranges(found['layers'])}, rank {_join(found['ranks'])}, "
                 f"scaling {_join(found['scalings'])}, {found['dtype']}"
+                + f", {found['kind']}"
+                * (found["kind"] != "linear")
             )
         norms = ", ".join(f"{layer}: {norm:.3g}" for layer, norm in entry["norms"].items())
         heads = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in entry["heads"].items())
@@ -151,10 +158,12 @@ def render(report: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _ranges(layers: Sequence[int]) -> str:
-    """0-3, 5 for [0, 1, 2, 3, 5]."""
+def _ranges(layers: Sequence[Group]) -> str:
+    """0-3, 5 for [0, 1, 2, 3, 5]; paths one by one."""
     parts: list[list[int]] = []
     for layer in layers:
+        if isinstance(layer, str):
+            return ", ".join(map(str, layers))
         if parts and layer == parts[-1][1] + 1:
             parts[-1][1] = layer
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import operator
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import jax.numpy as jnp
 import tyro
 
@@ -19,21 +19,25 @@ from enmp_jax.adapters.formats import ExportOptions, Merged, Written, write
 from enmp_jax.adapters.peft_export import TOLERANCE
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.adapters.recipe import Recipe
+from enmp_jax.cli.output import Json
+from enmp_jax.adapters.task_vector_export import export_task_vectors, is_model
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import check_unused
 from enmp_jax.masks import Keep, Module
+from enmp_jax.merges.base import merge_stack
 from enmp_jax.merges.hyperparameters import Hyperparameter, hyperparameters
 from enmp_jax.runs import mask_file
 
 
 @dataclass(frozen=True)
-class Options:
-    """Merge PEFT LoRA adapters, all modules or under a mask or weights. Needs no base model and no data
-    (but for --format checkpoint and gguf)."""
+class Options(Json):
+    """Merge LoRA adapters of any architecture (PEFT's, diffusers', kohya's), all modules or under a mask or
+    weights. Needs no base model and no data (but for --format checkpoint and gguf)."""
 
     adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK=DIR")]
-    """A task's name and its PEFT directory or hub id (``name@revision``); once for each task."""
+    """A task's name and its PEFT directory or hub id (``name@revision``), or a file of kohya's or diffusers',
+    or a whole fine-tuned model (sum, mean, ties, dare, dare_ties, tsv and iso); once for each task."""
     out: Path
     """Directory to make."""
     format: Literal["delta", "peft", "adapters", "checkpoint", "gguf"] = "delta"
@@ -61,12 +65,14 @@ class Options:
     prune: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="LAYER[:PROJECTION]:TASK")
     ] = ()
-    """A module to leave out (``0:dtd`` or ``0:q_proj:dtd``); may be given many times."""
+    """A module to leave out (``0:dtd`` or ``0:q_proj:dtd``), layers by number, or by path where there are
+    several stacks of them (``decoder.block.3:dtd``, ``lm_head:dtd``); may be given many times."""
     mask: Path | None = None
     """A mask.json of a search: modules, weights, scale and, unless told otherwise, the merge that it was
     found for. Another --method starts from its own defaults."""
     base_model: str | None = None
-    """Directory, hub id or GGUF file, for --format checkpoint and gguf."""
+    """Directory, hub id or GGUF file, for --format checkpoint and gguf, and for adapters that are deltas only
+    together with it (DoRA, PiSSA, OLoRA)."""
     rank: int | None = None
     """peft, gguf: largest rank, whatever the error."""
     tolerance: float = TOLERANCE
@@ -117,9 +123,13 @@ def run(args: Options) -> None:
     if args.format in ("checkpoint", "gguf") and args.base_model is None:
         raise UserError(f"--format {args.format} needs --base-model DIR")
     check_unused(args.out)
+    sources = adapter_sources(args.adapter)
+    if any(map(is_model, sources.values())):
+        _merge_models(args, sources)
+        return
     if args.mask is None:
         merges.make(**_merge(args, None))  # bad methods and values are found before anything is read
-    loaded = load_adapters(adapter_sources(args.adapter), allow_base_mismatch=args.allow_base_mismatch)
+    loaded = load_adapters(sources, allow_base_mismatch=args.allow_base_mismatch, base=args.base_model)
     spec, keep, scale, found_for = _mask(args, loaded)
     chosen = _merge(args, found_for)
     method = merges.make(**chosen)
@@ -136,16 +146,42 @@ def run(args: Options) -> None:
     )
 
     def deltas() -> Deltas:
-        return jax.jit(method.merge)(method.prepare(loaded.stack), jnp.asarray(keep), scale)
+        return merge_stack(method, loaded.stack, jnp.asarray(keep), scale)
 
     options = ExportOptions(args.rank, args.tolerance, args.strict, args.dtype, args.base_model)
-    show(write(args.out, args.format, Merged(loaded, keep, deltas, recipe), options), args.out, "merge")
+    written = write(args.out, args.format, Merged(loaded, keep, deltas, recipe), options)
+    show(written, args.out, "merge", args.json)
 
 
-def show(written: Written, out: Path, command: str) -> None:
+def _merge_models(args: Options, sources: Mapping[str, str]) -> None:
+    """Whole fine-tuned models, less their base.
+
+    Raises:
+        UserError: some are adapters, or options of adapters.
+    """
+    if args.format != "checkpoint" or args.base_model is None:
+        raise UserError(
+            "--adapter names whole models: they are merged into their base, with --format checkpoint and "
+            "--base-model DIR"
+        )
+    if others := [task for task, source in sources.items() if not is_model(source)]:
+        raise UserError(f"--adapter: {others[0]} is an adapter and others are whole models: give one kind")
+    if args.prune or args.mask:
+        raise UserError("--prune and --mask are for adapters: whole models are merged whole")
+    scale = 1.0 if args.scale is None else args.scale
+    merge = _merge(args, None)
+    merges.make(**merge)
+    lines = export_task_vectors(args.out, args.base_model, sources, merge, scale, args.dtype)
+    show(Written(lines), args.out, "merge", args.json)
+
+
+def show(written: Written, out: Path, command: str, as_json: bool = False) -> None:
     """Print what was written; warnings on standard error."""
     for warning in written.warnings:
         print(f"enmp {command}: warning: {warning}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"out": str(out), "lines": written.lines, "warnings": written.warnings}, indent=1))
+        return
     for line in written.lines:
         print(line)
     print(f"wrote {out}")
@@ -191,13 +227,15 @@ def adapter_sources(pairs: tuple[str, ...]) -> dict[str, str]:
 def parse_prune(text: str) -> Module:
     """A module given on the command line: ``0:dtd``, or ``0:q_proj:dtd`` for one projection.
 
+    In place of the layer's number, the path of a group of modules: ``decoder.block.3:dtd``.
+
     Raises:
         UserError: not of that form.
     """
     parts = text.split(":")
-    if len(parts) not in (2, 3) or not all(parts) or not parts[0].isdecimal():
+    if len(parts) not in (2, 3) or not all(parts):
         raise UserError(f"--prune {text!r}: expected LAYER:TASK or LAYER:PROJECTION:TASK, like 0:dtd")
-    layer = int(parts[0])
+    layer = int(parts[0]) if parts[0].isascii() and parts[0].isdecimal() else parts[0]
     return (layer, parts[1]) if len(parts) == 2 else (layer, parts[1], parts[2])
 
 

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
-from enmp_jax.errors import UserError, one_line
+from enmp_jax.errors import Stopped, UserError, one_line
 from enmp_jax.io import signals
 
 T = TypeVar("T")
@@ -128,11 +128,11 @@ def all_or_none(work: Callable[[], T]) -> T:
 
     if jax.process_count() == 1:
         return work()
-    error: Exception | None = None
+    error: Exception | Stopped | None = None
     result: T | None = None
     try:
         result = work()
-    except Exception as caught:
+    except (Exception, Stopped) as caught:
         error = caught
     failed = np.asarray(multihost_utils.process_allgather(np.asarray(error is not None)))
     if error is not None:

@@ -9,6 +9,7 @@ from enmp_jax.errors import UserError, one_line
 from enmp_jax.io.files import is_file, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DIFFUSERS = "diffusion_pytorch_model.safetensors"  # a part of a pipeline
 
 
 def find_shards(directory: Path) -> tuple[list[str], dict[str, Any] | None]:
@@ -20,8 +21,9 @@ def find_shards(directory: Path) -> tuple[list[str], dict[str, Any] | None]:
         UserError: no safetensors, or an index with anything but names of files next to it: it may come
             from anybody, and must not make us read (or an export write) elsewhere.
     """
-    if is_file(directory / SINGLE):
-        return [SINGLE], None
+    for name in (SINGLE, _DIFFUSERS):
+        if is_file(directory / name):
+            return [name], None
     path = directory / INDEX
     if not is_file(path):
         raise UserError(

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -71,6 +71,43 @@ class FullUpdate:
         return self.weight[start:stop]
 
 
+@dataclass(frozen=True)
+class StackedUpdate:
+    """Deltas of the parts of one tensor [part, rows, columns], seen as [part * rows, columns]."""
+
+    parts: Mapping[int, LowRankUpdate | FullUpdate]
+    tensor: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the delta, the parts one below the other."""
+        return self.tensor[0] * self.tensor[1], self.tensor[2]
+
+    def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows in"]:
+        """Some rows of the delta."""
+        found = np.zeros((stop - start, self.tensor[2]), np.float32)
+        height = self.tensor[1]
+        for part, delta in self.parts.items():
+            first, last = max(start, part * height), min(stop, (part + 1) * height)
+            if first < last:
+                found[first - start : last - start] = delta.rows(first - part * height, last - part * height)
+        return found
+
+
+@runtime_checkable
+class Change(Protocol):
+    """What is added to one tensor, seen as a matrix whose rows are contiguous in it."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows in"]:
+        """Some rows of it, in float32."""
+        ...
+
+
 class Entry(NamedTuple):
     """Where a tensor lies in a file, in bytes from its start."""
 
@@ -117,18 +154,20 @@ def read_header(path: Path) -> Header:
 def rewrite(
     source: Path,
     target: Path,
-    deltas: Mapping[str, LowRankUpdate | FullUpdate],
+    deltas: Mapping[str, Change],
     dtype: str | None = None,
     omit: Collection[str] = (),
+    workers: int = 2,
 ) -> dict[str, int]:
     """Copy a shard, adding deltas; atomic, and compared with what was meant to be written.
 
     Args:
         source: safetensors file.
         target: file to write.
-        deltas: tensor name -> delta of the tensor's shape; sums are formed in float32.
+        deltas: tensor name -> delta of the tensor's size; sums are formed in float32.
         dtype: safetensors name (``F32``, ``BF16``, ``F16``) that floating point tensors get; None: as is.
         omit: names of tensors to leave out.
+        workers: tensors that are changed at a time.
 
     Returns:
         Tensor name -> bytes, of the tensors written.
@@ -149,7 +188,7 @@ def rewrite(
             changed = [(a, b) for a, b in plan if a.name in deltas or a.dtype != b.dtype]
             same = [(a, b) for a, b in plan if not (a.name in deltas or a.dtype != b.dtype)]
             files = _Files(reader.fileno(), writer.fileno())
-            with ThreadPoolExecutor(2) as pool:
+            with ThreadPoolExecutor(workers) as pool:
                 jobs = [pool.submit(_convert, files, a, b, deltas.get(a.name)) for a, b in changed]
                 for a, b in _runs(same):
                     _copy(files, a.start, b.start, a.stop - a.start)
@@ -217,10 +256,10 @@ def _copy(files: _Files, start: int, to: int, count: int) -> None:
         start, to, count = start + done, to + done, count - done
 
 
-def _convert(files: _Files, a: Entry, b: Entry, delta: LowRankUpdate | FullUpdate | None) -> int:
+def _convert(files: _Files, a: Entry, b: Entry, delta: Change | None) -> int:
     """Write one tensor with its delta or in its new type, by rows; returns the checksum of its bytes."""
     source, kind = np.dtype(FLOATS[a.dtype]), np.dtype(FLOATS[b.dtype])
-    width = a.shape[-1] if delta is not None else 1
+    width = delta.shape[1] if delta is not None else 1
     n_rows = (a.stop - a.start) // source.itemsize // max(width, 1)
     step = max(1, _CHUNK // max(width, 1))
     check = 0

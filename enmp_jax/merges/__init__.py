@@ -5,6 +5,7 @@ May import ``lora``, ``deltas`` and all below them; knows nothing of models, dat
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, ParamSpec, Protocol, cast, overload, runtime_checkable
 import jax.numpy as jnp
 
 from enmp_jax.errors import UserError, suggestion
-from enmp_jax.lora import LoraPair, LoraStack
+from enmp_jax.lora import LoraStack
 from enmp_jax.merges.base import LayerMethod, Merge, lift, merge_population
 from enmp_jax.merges.breadcrumbs import breadcrumbs as _breadcrumbs
 from enmp_jax.merges.cart import cart as _cart
@@ -90,7 +91,7 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
     Raises:
         UserError: an unknown method, space, pair of them or hyperparameter, or a value out of range.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> method = enmp.merges.make("ties", space="knots", density=0.4)
     """
@@ -123,8 +124,8 @@ def _weighted(merge: Merge, weights: Sequence[float]) -> Merge:
         pairs = {}
         for name, pair in stack.pairs.items():
             factor = jnp.asarray(weights, pair.b.dtype)[:, None, None]
-            pairs[name] = LoraPair(pair.a, pair.b * factor, pair.rank)
-        return merge.prepare(LoraStack(pairs, stack.tasks))
+            pairs[name] = dataclasses.replace(pair, b=pair.b * factor)
+        return merge.prepare(dataclasses.replace(stack, pairs=pairs))
 
     return Merge(prepare, merge.merge)
 

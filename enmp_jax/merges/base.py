@@ -80,22 +80,40 @@ def lift(method: LayerMethod, seed: int = 0) -> Merge:
                 keys = _keys(seed, stack, name)
                 inputs = LayerInputs(pair.a, pair.b, jnp.asarray(pair.rank, jnp.int32), keys)
                 present = jnp.asarray(pair.present, pair.a.dtype)
-                ingredients[name] = (present, prepare_layers(inputs))
+                rows = None if pair.rows is None else jnp.asarray(pair.rows, jnp.int32)
+                ingredients[name] = (present, rows, prepare_layers(inputs))
         return ingredients
 
     def merge(ingredients: Ingredients, keep: Keep, scale: Float[Array, ""] | float) -> Deltas:
         deltas = {}
         with jax.default_matmul_precision("highest"):
             for j, name in enumerate(sorted(ingredients)):
-                present, prepared = ingredients[name]
-                rows = keep if keep.ndim == 2 else keep[:, j]
-                weights = rows.astype(present.dtype) * present
+                present, rows, prepared = ingredients[name]
+                kept = keep if keep.ndim == 2 else keep[:, j]
+                kept = kept if rows is None else kept[rows]
+                weights = kept.astype(present.dtype) * present
                 deltas[name] = over_layers(
                     lambda x, w: scale_delta(method.merge(x, w), scale), prepared, weights
                 )
         return deltas
 
     return Merge(prepare, merge)
+
+
+def merge_stack(merge: Merge, stack: LoraStack, keep: Keep, scale: float) -> Deltas:
+    """Merge once, outside of a search.
+
+    Stacks of several kinds of layers can have many projections: each shape is compiled once then, not each
+    projection.
+    """
+    ingredients, whole = merge.prepare(stack), jax.jit(merge.merge)
+    if stack.groups is None or not isinstance(ingredients, dict):
+        return whole(ingredients, keep, scale)
+    deltas = {}
+    for j, name in enumerate(stack.projections):
+        own = keep if keep.ndim == 2 else keep[:, j : j + 1]
+        deltas[name] = whole({"one": ingredients[name]}, own, scale)["one"]
+    return deltas
 
 
 def merge_population(
@@ -122,8 +140,9 @@ def _keys(seed: int, stack: LoraStack, name: str) -> Key[Array, "layer task"]:
 
     So they do not depend on the order or number of tasks, or on the prefix of module names.
     """
-    module = zlib.crc32(name.rpartition("{}.")[2].encode())
+    module = zlib.crc32(name.partition("@")[0].rpartition("{}.")[2].encode())
     tasks = np.array([zlib.crc32(task.encode()) for task in stack.tasks], np.uint32)
     key = jax.random.fold_in(jax.random.key(seed), module)
-    by_layer = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(stack.n_layers))
+    groups = [g if isinstance(g, int) else zlib.crc32(g.encode()) for g in stack.groups_of(name)]
+    by_layer = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(np.array(groups, np.uint32)))
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(by_layer, jnp.asarray(tasks))

@@ -6,11 +6,13 @@ over the singular components of every task's update, trained on the entropy of u
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from enmp_jax.lora import LoraPair, LoraStack
+from enmp_jax.lora import LoraStack
 from enmp_jax.merges.linalg import qr, svd
 
 
@@ -24,12 +26,14 @@ def singular_components(stack: LoraStack) -> LoraStack:
     pairs = {}
     for name, pair in stack.pairs.items():
         a, b = jax.vmap(jax.vmap(_components, (0, 0)), (0, 0))(pair.a, pair.b)
-        layers, tasks, own, _ = pair.a.shape
+        layers, n_tasks, own, _ = pair.a.shape
         rank = tuple(tuple(int(k < r) for r in row for k in range(ranks)) for row in pair.rank)
         a, b = (jnp.pad(x, ((0, 0), (0, 0), (0, ranks - own), (0, 0))) for x in (a, b))
-        shape = layers, tasks * ranks
-        pairs[name] = LoraPair(a.reshape(*shape, 1, -1), b.reshape(*shape, -1, 1), rank)
-    return LoraStack(pairs, tuple(f"{task}#{k}" for task in stack.tasks for k in range(ranks)))
+        shape = layers, n_tasks * ranks
+        own_a, own_b = a.reshape(*shape, 1, -1), b.reshape(*shape, -1, 1)
+        pairs[name] = dataclasses.replace(pair, a=own_a, b=own_b, rank=rank)
+    tasks = tuple(f"{task}#{k}" for task in stack.tasks for k in range(ranks))
+    return dataclasses.replace(stack, pairs=pairs, tasks=tasks)
 
 
 def _components(

@@ -11,10 +11,12 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from enmp_jax.deltas import Deltas, Dense, LowRank
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line
+from enmp_jax.lora import LoraStack
 from enmp_jax.merges.base import Keep, Merge
 
 
@@ -37,13 +39,31 @@ def layer_scaled(merge: Merge, scaling: Any) -> Merge:
         )
     first, last = scaling
 
+    def prepare(stack: LoraStack) -> Any:
+        """Ingredients, and the factors of projections that not all layers have."""
+        if not all(isinstance(group, int) for group in stack.groups or ()):
+            raise UserError(
+                "layer_scaling needs one stack of numbered layers: these adapters also have "
+                + one_line(next(group for group in stack.groups or () if isinstance(group, str)))
+            )
+        factors = jnp.linspace(first, last, stack.n_layers)
+        own = {
+            name: None if pair.rows is None else factors[np.asarray(pair.rows)]
+            for name, pair in stack.pairs.items()
+        }
+        return merge.prepare(stack), own
+
     def merged(ingredients: Any, keep: Keep, scale: Float[Array, ""] | float) -> Deltas:
+        inner, own = ingredients
         deltas: Deltas = {}
-        for name, delta in merge.merge(ingredients, keep, scale).items():
+        for name, delta in merge.merge(inner, keep, scale).items():
             values = delta.core if isinstance(delta, LowRank) else delta.weight
-            scaled = values * jnp.linspace(first, last, values.shape[0], dtype=values.dtype)[:, None, None]
+            factors = own[name]
+            if factors is None:
+                factors = jnp.linspace(first, last, values.shape[0], dtype=values.dtype)
+            scaled = values * factors.astype(values.dtype)[:, None, None]
             low_rank = isinstance(delta, LowRank)
             deltas[name] = LowRank(delta.left, scaled, delta.right) if low_rank else Dense(scaled)
         return deltas
 
-    return Merge(merge.prepare, merged)
+    return Merge(prepare, merged)

@@ -83,22 +83,39 @@ def from_json(data: Any, stack: LoraStack) -> SavedMask:
             f"the mask is for the tasks {', '.join(map(str, data['tasks']))}, "
             f"but the adapters given are {', '.join(stack.tasks)}"
         )
-    if data["layers"] != stack.n_layers:
+    # adapters alone do not say how many layers without a LoRA follow: their hashes say whose the mask is
+    more = isinstance(data["layers"], int) and data["layers"] > stack.n_layers and data.get("adapters")
+    if data["layers"] != stack.n_layers and not more:
         raise UserError(f"the mask is for {data['layers']} layers, but the adapters have {stack.n_layers}")
     scale = data.get("scale")
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if scale is not None and not (number and abs(scale) < float(np.finfo(np.float32).max)):
         raise UserError(f"mask: scale must be a number or null, not {scale!r}")
     spec = MaskSpec.of(stack, data["granularity"], max_pruned=1.0)
+    pruned = _respelled(data["pruned"], data, spec)
     if weights is None:
-        keep = spec.keep_from_pruned(data["pruned"])
+        keep = spec.keep_from_pruned(pruned)
     else:
-        keep = spec.keep_from_weights(weights, data["pruned"])
+        keep = spec.keep_from_weights(_respelled(weights, data, spec), pruned)
     merge = _merge(data.get("merge"), data["tasks"], stack)
     adapters = data.get("adapters")
     if adapters is not None and not isinstance(adapters, Mapping):
         raise UserError("mask: adapters must be a mapping from tasks to hashes")
     return SavedMask(spec, keep, None if scale is None else float(scale), merge, adapters)
+
+
+def _respelled(entries: list[list[Any]], data: Mapping[str, Any], spec: MaskSpec) -> list[list[Any]]:
+    """Projections by the names of these adapters, where the mask has those of a backbone."""
+    spelling = data.get("spelling")
+    if spec.granularity == "layer" or not isinstance(spelling, Mapping):
+        return entries
+    found = []
+    for layer, name, *others in entries:
+        own = spelling.get(name) if isinstance(name, str) and name not in spec.projections else None
+        # of two spellings of one module, one ends like the other
+        same = [p for p in spec.projections if isinstance(own, str) and f".{own}".endswith(f".{p}")]
+        found.append([layer, same[0] if len(same) == 1 else own or name, *others])
+    return found
 
 
 def load(path: str | Path, stack: LoraStack) -> SavedMask:

@@ -18,7 +18,7 @@ from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints, fingerprint
 from enmp_jax.io.files import read_json, write_bytes
-from enmp_jax.io.progress import Reporter
+from enmp_jax.io.progress import Progress, Reporter
 from enmp_jax.io.writing import check_unused
 from enmp_jax.runs import answers, mask_file
 from enmp_jax.runs.directory import finished
@@ -50,7 +50,7 @@ def refine_winner(
     made_of = fingerprint(settings, np.asarray(best.keep))
 
     def advance(done: int, loss: float) -> None:
-        reporter.advance(done, config.steps, -loss)
+        reporter.advance(Progress(done, config.steps, unit="step", phase="refine", loss=loss))
 
     with Checkpoints(checkpoints, made_of, say=reporter.say) as saved, signals.saving():
         refined = refine(own, start, config, best.seed, advance, saved)

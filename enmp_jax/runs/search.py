@@ -101,7 +101,7 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
     plain = next(f.selection for f in candidates if f.plain and f.scale == scale)
     before = fitness_on(evaluator, best, (grid[scale], plain), inputs, scoring)
     scores["fitness_on"] = before | scores.get("fitness_on", {})
-    made_of = run.merge.recipe(), hashes(loaded.adapters)
+    made_of = run.merge.recipe(), hashes(loaded.adapters), loaded.adapters.spelling
     directory.write_json("mask.json", spec.to_json(best.keep, best.scale, *made_of))
     directory.write_json("seeds.json", {str(seed): listed(spec, f.keep) for seed, f in winners.items()})
     if given is not None:

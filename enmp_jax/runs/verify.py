@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
 
 from enmp_jax import merges, models
+from enmp_jax.adapters import single_file
 from enmp_jax.adapters.checkpoint_checks import check_checkpoint, types
 from enmp_jax.adapters.checks import (
     Check,
@@ -29,10 +29,13 @@ from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS
 from enmp_jax.adapters.peft_import import Adapter, LoadedAdapters, load_adapters, read_adapter
 from enmp_jax.adapters.peft_reload import check_peft, check_transformers
 from enmp_jax.adapters.recipe import RECIPE, Recipe, mask_of, sha256
+from enmp_jax.adapters.stored import Storage, tensors
+from enmp_jax.adapters.task_vector_export import check_task_vectors
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io.hub import hub_id, locate
 from enmp_jax.io.reading import open_tensors
+from enmp_jax.merges.base import merge_stack
 from enmp_jax.models import checkpoint
 from enmp_jax.runs.directory import finished
 from enmp_jax.runs.verify_outputs import check_outputs
@@ -67,33 +70,34 @@ def verify(source: str, adapters: Mapping[str, str], base: str | None = None) ->
     Raises:
         UserError: nothing to verify there, or adapters or a base that cannot be found or are others.
     """
-    path = locate(source, [CONFIG, WEIGHTS]).directory
+    if single_file.is_one(source):
+        return [_adapter(source, base)]
+    path = locate(source, [CONFIG, WEIGHTS, *single_file.NAMES]).directory
     if (path / CONFIG).exists() and not (path / RECIPE).exists():
-        return [_adapter(source)]
+        return [_adapter(source, base)]
     if (path / RECIPE).exists():
         return [_export(path, _Sources(adapters, base))]
     if (path / "mask.json").exists() and (path / "config.yaml").exists():
         found = sorted(child for child in path.iterdir() if (child / RECIPE).exists())
         if found:
             return [_export(child, _Sources(adapters, base)) for child in found]
-    if (path / WEIGHTS).exists():
-        return [_adapter(source)]
+    if (path / WEIGHTS).exists() or single_file.find(path) is not None:
+        return [_adapter(source, base)]
     raise UserError(
         f"{one_line(source)} is no adapter, no export ({RECIPE} is missing) and no run directory with exports"
     )
 
 
-def _adapter(source: str) -> Report:
+def _adapter(source: str, base: str | None) -> Report:
     """(a) An adapter alone, through the whole import and export, comes back with its own weights."""
-    adapter, reads = _read(source)
+    adapter, reads = _read(source, base)
     if adapter is None:
         return Report(source, "adapter", [reads])
     own = parts_of(adapter.modules)
     checks = [reads, check_not_zero(own), *check_peft(adapter, own, 0.0)]
-    loaded = load_adapters({"adapter": source})
+    loaded = load_adapters({"adapter": source}, base=base)
     merge = merges.make("sum")
-    keep = jnp.ones((loaded.stack.n_layers, 1), bool)
-    deltas = jax.jit(merge.merge)(merge.prepare(loaded.stack), keep, 1.0)
+    deltas = merge_stack(merge, loaded.stack, jnp.ones((loaded.stack.n_layers, 1), bool), 1.0)
     with tempfile.TemporaryDirectory(prefix="enmp-") as temporary:
         try:
             export_peft(Path(temporary) / "out", loaded, deltas, Recipe())
@@ -110,6 +114,8 @@ def _export(directory: Path, sources: _Sources) -> Report:
     """(b) An export against the merge that its recipe claims."""
     data = _recipe(directory)
     kind = data["format"]
+    if "task_vectors" in data:
+        return _task_vectors(directory, data, sources)
     if kind == "gguf":
         told = Check("gguf", True, "read back when it was written; not compared here", counts=False)
         return Report(str(directory), "gguf export", [told])
@@ -130,6 +136,7 @@ def _export(directory: Path, sources: _Sources) -> Report:
         n_layers=backbone and backbone.n_layers,
         modules=backbone and backbone.modules,
         allow_base_mismatch=True,
+        base=base,
     )
     _same_adapters(loaded, data["tasks"])
     recipe = Recipe(data["merge"], data["pruned"], weights=data.get("weights") or ())
@@ -142,8 +149,7 @@ def _export(directory: Path, sources: _Sources) -> Report:
     method = merges.make(**given)
 
     def deltas() -> Deltas:
-        ingredients = method.prepare(loaded.stack)
-        return jax.jit(method.merge)(ingredients, jnp.asarray(keep), 1.0 if scale is None else scale)
+        return merge_stack(method, loaded.stack, jnp.asarray(keep), 1.0 if scale is None else scale)
 
     if kind == "adapters":
         return Report(str(directory), what, _pruned(directory, loaded, keep))
@@ -162,8 +168,18 @@ def _export(directory: Path, sources: _Sources) -> Report:
         return Report(str(directory), what, [*checks, *check_transformers(directory)])
     wanted = delta_parts(deltas(), loaded.names)
     if kind == "delta":
-        return Report(str(directory), what, _delta(directory, wanted))
+        return Report(str(directory), what, _delta(directory, wanted, loaded.stored))
     return Report(str(directory), what, _merged(directory, wanted, data.get("error") or 0.0, sources.base))
+
+
+def _task_vectors(directory: Path, data: Mapping[str, Any], sources: _Sources) -> Report:
+    missing = [str(e["name"]) for e in data["task_vectors"] if str(e["name"]) not in sources.adapters]
+    if missing or sources.base is None:
+        wanted = "--base-model DIR" if sources.base is None else f"--adapter {missing[0]}=DIR"
+        raise UserError(f"{directory} is verified against the models that were merged: give {wanted}")
+    models = {str(e["name"]): sources.adapters[str(e["name"])] for e in data["task_vectors"]}
+    checks = check_task_vectors(directory, data, sources.base, models)
+    return Report(str(directory), "checkpoint of whole models", [*checks, *check_transformers(directory)])
 
 
 def _merged(directory: Path, wanted: dict[str, Parts], error: float, base: str | None) -> list[Check]:
@@ -205,17 +221,22 @@ def _pruned(directory: Path, loaded: LoadedAdapters, keep: np.ndarray) -> list[C
     return checks
 
 
-def _delta(directory: Path, wanted: Mapping[str, Parts]) -> list[Check]:
+def _delta(directory: Path, wanted: Mapping[str, Parts], stored: Storage) -> list[Check]:
+    def matrix(tensor: np.ndarray) -> Parts:
+        return (tensor.astype(np.float32).reshape(len(tensor), -1),)
+
     with open_tensors(directory / "delta.safetensors") as handle:
         names = list(handle.keys())
-        found = {key.removesuffix(".weight"): (handle.get_tensor(key).astype(np.float32),) for key in names}
-    checks = [check_names("tensors", found, wanted), *check_deltas(found, wanted, 0.0)]
+        found = {key: matrix(handle.get_tensor(key)) for key in names}
+    whole = ((path, parts[0] if len(parts) == 1 else parts[0] @ parts[1]) for path, parts in wanted.items())
+    meant = {single_file.flat(name): matrix(tensor) for name, tensor in tensors(whole, stored).items()}
+    checks = [check_names("tensors", found, meant), *check_deltas(found, meant, 0.0)]
     return [*checks, check_not_zero(found)]
 
 
-def _read(source: str | Path) -> tuple[Adapter | None, Check]:
+def _read(source: str | Path, base: str | None = None) -> tuple[Adapter | None, Check]:
     try:
-        adapter = read_adapter(source)
+        adapter = read_adapter(source, base)
     except UserError as error:
         return None, Check("reads", False, str(error))
     return adapter, Check("reads", True, f"{len(adapter.modules)} modules")
@@ -230,7 +251,11 @@ def _recipe(directory: Path) -> dict[str, Any]:
     kinds = ("adapters", "peft", "checkpoint", "delta", "gguf")
     if not isinstance(data, dict) or data.get("format") not in kinds:
         raise UserError(f"{path} is no recipe that can be verified: format must be one of {', '.join(kinds)}")
-    for key, kind in (("tasks", list), ("merge", dict), ("pruned", list)):
+    needed = {
+        "merge": dict,
+        **({"task_vectors": list} if "task_vectors" in data else {"tasks": list, "pruned": list}),
+    }
+    for key, kind in needed.items():
         if not isinstance(data.get(key), kind):
             raise UserError(f"{path} is damaged: {key} is missing")
     return data
@@ -244,12 +269,16 @@ def _find_adapters(
     for entry in tasks:
         task, name = str(entry["name"]), str(entry["adapter"])
         places = [Path(name), directory.parent / name]
-        local = next((str(place) for place in places if (place / CONFIG).exists()), None)
+        local = next((str(place) for place in places if _is_adapter(place)), None)
         source = given.get(task) or at_home.get(task) or local or (name if hub_id(name) else None)
         if source is None:
             raise UserError(f"where is the adapter {one_line(name)} of task {task!r}? --adapter {task}=DIR")
         found[task] = source
     return found
+
+
+def _is_adapter(place: Path) -> bool:
+    return single_file.is_one(place) or (place / CONFIG).exists() or single_file.find(place) is not None
 
 
 def _same_adapters(loaded: LoadedAdapters, tasks: list[Any]) -> None:

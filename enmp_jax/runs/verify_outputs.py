@@ -12,8 +12,8 @@ from enmp_jax import models
 from enmp_jax.adapters.checks import Check, Parts
 from enmp_jax.deltas import Deltas, Dense, LowRank
 from enmp_jax.errors import UserError
-from enmp_jax.lora import split_layer
 from enmp_jax.models.base import Backbone, Inputs, Params
+from enmp_jax.module_paths import split_layer
 
 _BATCH, _LENGTH = 2, 16
 
@@ -56,7 +56,7 @@ def _stacked(backbone: Backbone, parts: dict[str, Parts]) -> Deltas:
     for path, delta in parts.items():
         template, layer = split_layer(path)
         name = backbone.canonical(template)
-        if name is None or name not in backbone.modules:
+        if name is None or layer is None or name not in backbone.modules:
             raise UserError(f"the base model has no {path}")
         by_template.setdefault(name, {})[layer] = delta
     deltas: Deltas = {}

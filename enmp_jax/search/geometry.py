@@ -5,6 +5,8 @@ With ``D_i = B_i A_i``, ``<D_i, D_j> = trace(B_i^T B_j A_j A_i^T)``: products of
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,8 +65,8 @@ def random_like(stack: LoraStack, seed: int) -> LoraStack:
         a, b = (jax.random.normal(k, x.shape) for k, x in zip(keys, (pair.a, pair.b), strict=True))
         # rows beyond the rank stay zero
         real = jnp.arange(pair.a.shape[2]) < jnp.asarray(pair.rank)[..., None]
-        drawn = LoraPair(a * real[..., None], b * real[:, :, None], pair.rank)
+        drawn = dataclasses.replace(pair, a=a * real[..., None], b=b * real[:, :, None])
         wanted, has = (jnp.diagonal(_gram(p), axis1=-2, axis2=-1) for p in (pair, drawn))
         factor = jnp.sqrt(wanted / jnp.where(has > 0, has, 1))
-        pairs[name] = LoraPair(drawn.a, drawn.b * factor[..., None, None], pair.rank)
-    return LoraStack(pairs, stack.tasks).astype(jax.tree.leaves(stack)[0].dtype)
+        pairs[name] = dataclasses.replace(drawn, b=drawn.b * factor[..., None, None])
+    return dataclasses.replace(stack, pairs=pairs).astype(jax.tree.leaves(stack)[0].dtype)
