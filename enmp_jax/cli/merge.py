@@ -19,8 +19,8 @@ from enmp_jax.adapters.formats import ExportOptions, Merged, Written, write
 from enmp_jax.adapters.peft_export import TOLERANCE
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.adapters.recipe import Recipe
-from enmp_jax.cli.output import Json
 from enmp_jax.adapters.task_vector_export import export_task_vectors, is_model
+from enmp_jax.cli.output import Json
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import check_unused
