@@ -96,9 +96,7 @@ def test_groups_of_several_stacks_and_of_paths_without_a_layer():
     }
     assert zero == {"decoder.block.2.layer.1.EncDecAttention.q", "lm_head"}
     assert spec.pruned_modules(keep)[0] == ("decoder.block.2", "{}.layer.1.EncDecAttention.q", "x")
-    with pytest.raises(
-        UserError, match="no group of modules 'encoder.block.5'; did you mean 'encoder.block.0'"
-    ):
+    with pytest.raises(UserError, match="no group of modules 'encoder.block.5'; did you mean 'encoder"):
         spec.keep_from_pruned([("encoder.block.5", "q", "x")])
     with pytest.raises(UserError, match="no group of modules 2"):
         spec.keep_from_pruned([(2, "q", "x")])
@@ -333,7 +331,7 @@ def kohya(path, alpha=None):
     )
     tensors = {f"{FLAT}.lora_down.weight": down, f"{FLAT}.lora_up.weight": up}
     safetensors.numpy.save_file(
-        tensors | ({} if alpha is None else {f"{FLAT}.alpha": np.float32(alpha)}), path
+        tensors | ({} if alpha is None else {f"{FLAT}.alpha": np.array(alpha, np.float32)}), path
     )
     return (up.reshape(4, 2) @ down.reshape(2, 27)).reshape(4, 3, 3, 3)
 
