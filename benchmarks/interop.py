@@ -33,6 +33,7 @@ import numpy as np
 import peft
 import safetensors
 import safetensors.numpy
+import transformers
 from interop_kinds import KINDS, TASKS, Deltas, Made
 
 from enmp_jax.cli import main as cli
@@ -93,7 +94,7 @@ def expected(made: Made, method: str) -> Deltas:
         own = [made.matrices(name, made.deltas[task][name]) for task in TASKS]
         merged = [0.7 * ORACLES[method](list(each), made.ranks(name)) for each in zip(*own, strict=True)]
         shape = made.deltas[TASKS[0]][name].shape
-        flipped = len(shape) == 3 and merged[0].shape != shape[1:]
+        flipped = len(merged) > 1 and merged[0].shape != shape[1:]  # experts that the base keeps [in, out]
         found[name] = np.stack([m.T if flipped else m for m in merged]).reshape(shape)
     return found
 
@@ -163,10 +164,20 @@ def by_hand(out: Path, made: Made) -> Deltas:
     return found
 
 
+def parameters(kind: Any, directory: Path) -> dict[str, np.ndarray]:
+    """The parameters of a model that transformers loads, in float64."""
+    model = kind.from_pretrained(directory).double()
+    return {name: value.detach().numpy() for name, value in model.named_parameters()}
+
+
 def read_checkpoint(out: Path, made: Made) -> Deltas:
     """The difference from the base."""
     assert made.base is not None
-    before, after = tensors(made.base), tensors(out)
+    plain = None if made.load is None else made.load()
+    if isinstance(plain, transformers.PreTrainedModel):  # whose files may spell and divide weights otherwise
+        before, after = (parameters(type(plain), path) for path in (made.base, out))
+    else:
+        before, after = tensors(made.base), tensors(out)
     if before.keys() != after.keys():
         return {}
     found = {name: after[name] - before[name] for name in before}
