@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OPENBLAS_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-reference check demo-train docs suites suite-llm
+.PHONY: demo test test-reference check demo-train docs wheel-check suites suite-llm
 
 demo: $(VENV)/.base
 	$(BIN)/enmp demo
@@ -22,9 +22,14 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-# The page of all run-file keys, after a change of enmp_jax/config/sections.py.
-docs: $(VENV)/.base
+# The page of all run-file keys (after a change of enmp_jax/config/sections.py), and the site in site/.
+docs: $(VENV)/.docs
 	$(BIN)/python -m enmp_jax.config.reference > docs/run-file.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
+# Does what is released install into an empty environment, and work there? Downloads all dependencies.
+wheel-check: $(VENV)/bin/python
+	.ci/wheel $(PYTHON)
 
 demo-train: $(VENV)/.base
 	$(BIN)/enmp train enmp_jax/suites/demo.yaml --out runs/demo-train
@@ -57,6 +62,11 @@ $(VENV)/.base: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -e ".[test]"
+	-$(BIN)/python -m pip install -q --no-deps "axe-playwright-python>=0.1.8"  # for its axe-core; no playwright
+	touch $@ $(VENV)/.base
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e ".[docs]"
 	touch $@ $(VENV)/.base
 
 # torch from a CPU build where one is at hand: set TORCH to the requirement to install first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -14,13 +15,17 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import tokenizers
 import yaml
 from PIL import Image
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from enmp_jax.adapters import load_adapters
 from enmp_jax.config import run_file
 from enmp_jax.config.sections import DataConfig
 from enmp_jax.data import load_examples
+from enmp_jax.data.tokenizer import load_tokenizer
 from enmp_jax.errors import UserError
 from enmp_jax.report.data import read
 from enmp_jax.report.limits import drawn
@@ -133,10 +138,32 @@ def _images(place: Path) -> tuple[list[Path], Callable[[], Any]]:
     return files, _data(DataConfig(f"folder:{place / 'images'}", test="all"))
 
 
+def _tokenizers(place: Path) -> tuple[list[Path], Callable[[], Any]]:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE(vocab={c: i for i, c in enumerate(["<s>", *letters])}, merges=[])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(place)
+    return [place / "tokenizer.json", place / "tokenizer_config.json"], lambda: load_tokenizer(place)
+
+
+def _tfds(place: Path) -> tuple[list[Path], Callable[[], Any]]:
+    """The smallest set of ``TFDS_DATA_DIR``."""
+    root = Path(os.environ["TFDS_DATA_DIR"])
+    sizes = {path.parent: sum(f.stat().st_size for f in path.parent.iterdir())
+             for path in root.glob("*/*/dataset_info.json")}  # fmt: skip
+    smallest = min(sizes, key=lambda path: sizes[path])
+    copy = place / smallest.relative_to(root)
+    shutil.copytree(smallest, copy)
+    split = json.loads((copy / "dataset_info.json").read_text())["splits"][0]["name"]
+    config = DataConfig(f"tfds:{copy.parent.name}", test=f"{split}[:4]", data_dir=str(place))
+    return sorted(p for p in copy.iterdir() if p.is_file()), _data(config)
+
+
 FUZZ: dict[str, tuple[int, Callable[[Path], tuple[list[Path], Callable[[], Any]]]]] = {
     "run_files": (2000, _run_files), "masks": (1500, _masks), "adapters": (2500, _adapters),
     "run_directories": (1500, _run_directories), "npz_files": (1000, _npz), "jsonl_files": (1000, _jsonl),
-    "images": (500, _images),
+    "images": (500, _images), "tokenizers": (500, _tokenizers), "tfds": (500, _tfds),
 }  # fmt: skip
 """How many inputs, and what makes their files and reads them."""
 

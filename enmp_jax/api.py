@@ -30,7 +30,7 @@ from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.loaded_run import make_merge
 from enmp_jax.io.files import read_json
-from enmp_jax.io.progress import SILENT, Reporter
+from enmp_jax.io.progress import Progress, Reporter
 from enmp_jax.io.writing import write_text
 from enmp_jax.masks import MaskSpec
 from enmp_jax.runs.compare import compare_run
@@ -59,7 +59,7 @@ def load_adapters(sources: Mapping[str, str | Path], *, allow_base_mismatch: boo
     Raises:
         UserError: an adapter that is missing, damaged, no plain LoRA, or of another base.
 
-    Example:
+    Examples:
         >>> from importlib.resources import files
         >>> import enmp_jax as enmp
         >>> demo = files("enmp_jax") / "suites/demo/adapters"
@@ -84,7 +84,7 @@ def load_run(name_or_path: str | Path, **settings: Any) -> RunConfig:
     Raises:
         UserError: no such file, an unknown key, or a value that cannot be.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> run = enmp.load_run("demo", search={"population": 4, "generations": 2})
         >>> run.search.population, run.merge.method
@@ -107,7 +107,7 @@ class Result:
         history: as in ``history.jsonl``: one entry for each generation of each seed.
         modules: as in ``mask.json``: the modules by name, and the merge that the mask was found for.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
         >>> search = {"strategy": "cma_es", "population": 4, "generations": 2, "seeds": 1}
@@ -153,7 +153,7 @@ def search(
     Raises:
         UserError: bad input, or no ``out`` on several hosts.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
         >>> search = {"strategy": "cma_es", "population": 4, "generations": 2, "seeds": 1}
@@ -200,7 +200,7 @@ def evaluate(
     Raises:
         UserError: bad input.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> run = enmp.load_run("demo", evaluation={"test_examples": 10})
         >>> scores = enmp.evaluate(run, scale=0.5)
@@ -241,7 +241,7 @@ def refine(
     Raises:
         UserError: no finished search there, one that was refined already, or a bad setting.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
@@ -283,7 +283,7 @@ def compare(
     Raises:
         UserError: an unknown method or space, rows of other settings in ``out``, or a bad run.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
         >>> run = enmp.load_run("demo", evaluation=few)
@@ -312,7 +312,7 @@ def controls(
     Raises:
         UserError: no finished search there, an unknown control, or rows of other settings.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import enmp_jax as enmp
         >>> few = {f"{split}_examples": 10 for split in ("search", "selection", "test")}
@@ -358,7 +358,7 @@ def export_peft(
     Raises:
         UserError: nothing to write, NaN or Inf in a delta, or the directory cannot be written.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from importlib.resources import files
         >>> import enmp_jax as enmp
@@ -376,7 +376,12 @@ def export_peft(
 
 
 def _reporter(on_progress: OnProgress | None) -> Reporter:
-    return Reporter(logging.getLogger("enmp_jax").info, on_progress or SILENT.advance)
+    def advance(now: Progress) -> None:
+        best = now.best if now.loss is None else -now.loss  # a refinement maximises, too
+        if on_progress is not None and best is not None:
+            on_progress(now.done, now.total, best)
+
+    return Reporter(logging.getLogger("enmp_jax").info, advance)
 
 
 def _result(directory: Path) -> Result:

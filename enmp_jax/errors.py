@@ -1,4 +1,4 @@
-"""The one exception for bad input, and the wording that all its messages share."""
+"""The exceptions for bad input and for being told to end, and the wording that all messages share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input: one line that says what is wrong and what to do. The command line exits with code 2.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> try:
         ...     enmp.merges.ties(densty=0.4)
@@ -24,8 +24,11 @@ class UserError(Exception):
         super().__init__(text if len(text) <= 1500 else f"{text[:1000]} ... {text[-400:]}")
 
 
-class Stopped(Exception):
-    """The process was told to end (SIGTERM, SIGHUP), and what it was doing is saved."""
+class Stopped(BaseException):
+    """The process was told to end (SIGTERM, SIGHUP), and what it was doing is saved.
+
+    No ``Exception``: code that catches whatever a library raises must not take it for that library's error.
+    """
 
     def __init__(self, signal: int):
         """Takes the number of the signal."""

@@ -48,7 +48,7 @@ class MaskSpec:
         search_scale: whether the last gene is the merge coefficient.
         groups: what the rows of a mask stand for, where they are not layers from 0 (see ``LoraStack``).
 
-    Example:
+    Examples:
         >>> from importlib.resources import files
         >>> import enmp_jax as enmp
         >>> demo = files("enmp_jax") / "suites/demo/adapters"
@@ -170,6 +170,13 @@ class MaskSpec:
         return [
             (*self._name(index), float(str(weights[index])))
             for index in _where((weights != 1) & self.present())
+        ]
+
+    def named(self, values: Float[np.ndarray, "*module"]) -> list[list[Any]]:
+        """A value for every existing module by name: [*module, value], None for NaN; in mask order."""
+        return [
+            [*self._name(index), None if np.isnan(values[index]) else float(f"{values[index]:.6g}")]
+            for index in _where(self.present())
         ]
 
     def keep_from_pruned(self, pruned: Iterable[Sequence[Any]]) -> Bool[np.ndarray, "*module"]:

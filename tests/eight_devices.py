@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from device_problem import TASKS, make_inputs, masks
+from generative_files import loaded_run, save_all
 from jax.sharding import NamedSharding, PartitionSpec
 
 from enmp_jax import merges, models
@@ -21,7 +22,9 @@ from enmp_jax.config.sections import MergeConfig
 from enmp_jax.data.batches import Batches
 from enmp_jax.devices.mesh import choose_shape, make_mesh
 from enmp_jax.evaluation import budget, racing
+from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.fitness import FITNESS
+from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.evaluation.population import EvalInputs, count_all, make_evaluate, place
 from enmp_jax.evaluation.prefix import make_evaluate_from
 from enmp_jax.evaluation.scoring import Heads, Scoring
@@ -333,6 +336,26 @@ def test_races_do_not_depend_on_the_mesh(problem, monkeypatch):
     evaluate = jax.jit(make_evaluate(backbone, merge, len(TASKS), kind=FITNESS["probability"]))
     whole = scoring.fitness(evaluate(inputs, keep, scale), FITNESS["probability"])
     np.testing.assert_allclose(scored((4, 2, 1), z=np.inf).fitness[1:], whole[1:], rtol=1e-5)
+
+
+def test_choices_and_completions_do_not_depend_on_the_mesh(tmp_path):
+    """Packed rows and rows of answers divided over ``data`` and ``model``, members over ``population``."""
+    save_all(tmp_path)
+    found = {}
+    for shape in [(1, 1, 1), (2, 2, 2), (1, 4, 2)]:
+        mesh = "{{population: {}, data: {}, model: {}}}".format(*shape)
+        run = loaded_run(tmp_path, evaluation=f", mesh: {mesh}", search=", fitness: expert_kl")
+        loaded = load(run, reporter=SILENT)
+        evaluator, spec = Evaluator(loaded, lambda line: None), loaded.mask_spec
+        keep = np.repeat(spec.all_kept()[None], 4, axis=0)
+        keep.reshape(4, -1)[np.arange(1, 4), list(spec.slots)[:3]] = False
+        found[shape] = evaluator.score(evaluator.inputs("search"), keep, np.full(4, 0.5, np.float32))
+    expected = found.pop((1, 1, 1))
+    assert len({tuple(row) for row in np.asarray(expected.value)}) == 4
+    for counts in found.values():
+        np.testing.assert_array_equal(counts.correct, expected.correct)
+        np.testing.assert_allclose(counts.log_likelihood, expected.log_likelihood, rtol=1e-5)
+        np.testing.assert_allclose(counts.value, expected.value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

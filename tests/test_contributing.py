@@ -1,5 +1,6 @@
-"""CONTRIBUTING.md is true: its table of rooms is the one that is checked, and its recipes run."""
+"""CONTRIBUTING.md and docs/extending.md are true: the table of rooms is the checked one, recipes run."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,16 +13,18 @@ from test_rooms import PACKAGE, ROOMS
 
 import enmp_jax as enmp
 from enmp_jax import merges, models
-from enmp_jax.data import load
+from enmp_jax.config.sections import DataConfig
+from enmp_jax.data import load, questions
 from enmp_jax.evaluation import fitness
 from enmp_jax.lora import stack_adapters
 from enmp_jax.search import strategies
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+EXTENDING = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 RECIPES = {
     heading: code
-    for heading, _, body in (part.partition("\n") for part in TEXT.split("\n## ")[1:])
+    for heading, _, body in (part.partition("\n") for part in EXTENDING.split("\n## ")[1:])
     for code in re.findall(r"^```python\n(.*?)^```$", body, re.DOTALL | re.MULTILINE)
 }
 REGISTRIES = (merges.METHODS, models.FAMILIES, strategies.STRATEGIES, load.SOURCES, fitness.FITNESS)
@@ -34,9 +37,9 @@ def execute(monkeypatch):
 
     def run(heading: str) -> dict:
         names: dict = {"__name__": "recipe"}
-        exec(compile(RECIPES[heading], f"CONTRIBUTING.md, {heading}", "exec"), names)
-        added = [len(new) - len(old) for new, old in zip(REGISTRIES, before)]
-        assert sorted(added) == [0, 0, 0, 0, 1], "a recipe adds one entry"
+        exec(compile(RECIPES[heading], f"docs/extending.md, {heading}", "exec"), names)
+        added = sum(len(new) - len(old) for new, old in zip(REGISTRIES, before))
+        assert added == (heading != "Add a task kind"), "a recipe adds one entry"
         return names
 
     monkeypatch.setattr(merges, "clipped_sum", None, raising=False)  # removed again afterwards
@@ -49,8 +52,9 @@ def execute(monkeypatch):
 def test_every_recipe_is_tested():
     assert set(RECIPES) == {
         "Add a merge method", "Add a backbone", "Add a search strategy", "Add a data source",
-        "Add a fitness kind",
+        "Add a fitness kind", "Add a task kind",
     }  # fmt: skip
+    assert len(TEXT.splitlines()) <= 70, "CONTRIBUTING.md is one page"
 
 
 def test_a_merge_method(execute):
@@ -102,6 +106,27 @@ def test_a_fitness(execute):
     assert fitness.get("brier").has_gradient
 
 
+def test_a_task_kind(execute, tmp_path):
+    line = execute("Add a task kind")["line"]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n")
+    assert questions.find_kind(DataConfig("jsonl:pairs"), None, tmp_path / "pairs.jsonl") == "choice"
+
+
+def test_the_places_that_know_task_kinds_are_listed():
+    table = EXTENDING.split("## Add a task kind")[1]
+    listed = {
+        path for row in re.findall(r"^\| (`.*?) \|", table, re.M) for path in re.findall(r"`(.*?)`", row)
+    }
+    named = re.compile(r'"(completion|choice|classification)"')
+    known = {
+        path.relative_to(PACKAGE).as_posix()
+        for room in ("config", "data", "evaluation")
+        for path in (PACKAGE / room).glob("*.py")
+        if named.search(path.read_text(encoding="utf-8"))
+    }
+    assert listed == known
+
+
 def test_the_table_of_rooms_is_the_one_that_is_checked():
     table = TEXT.split("## Rooms")[1].split("\n## ")[0]
     rows = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in table.splitlines() if row.startswith("| `")]
@@ -114,7 +139,9 @@ def test_every_room_says_what_it_is_for_and_what_it_imports(room):
     assert re.search(r"(May|No room may) import", opening) and len(opening.splitlines()) <= 3, opening
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/pods.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_links_lead_somewhere(name):
     path = ROOT / name
     for target in re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8")):

@@ -106,7 +106,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(demo_run, tmp_path, monk
     assert "digit: demo/adapters/digit, 10 classes, 10 search, 8 selection, 9 test" in text
     assert "36 modules, at most 20% pruned" in text
     assert "one batch of 30 examples under one mask" in text
-    assert "4 x 3 masks, 1 seeds: 12 masks x 2 batches of 30" in text
+    assert "4 x 3 masks, 1 seed: 12 masks x 2 batches of 30" in text
     assert not list(tmp_path.iterdir())
 
 

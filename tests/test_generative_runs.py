@@ -69,6 +69,12 @@ def test_search_evaluate_and_refine(small, capsys):
     code, printed, _ = enmp(capsys, "evaluate", small / "run.yaml", "--mask", small / "out" / "mask.json")
     assert code == 0 and "accuracy, of completions likelihood exp(-loss)" in " ".join(printed.split())
 
+    exported = small / "exported"
+    assert enmp(capsys, "export", small / "out", "--format", "delta", "--out", exported)[0] == 0
+    given = [word for task in TASKS for word in ("--adapter", f"{task}={small / 'experts' / task}")]
+    code, _, errors = enmp(capsys, "verify", exported, *given)
+    assert code == 0, errors
+
     assert enmp(capsys, "refine", small / "out", "--steps", "3")[0] == 0
     refined = json.loads((small / "out" / "scores.json").read_text())
     assert set(refined["loss"]["refined"]) == set(TASKS)

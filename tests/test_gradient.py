@@ -239,6 +239,12 @@ def test_a_finished_search_is_refined_once(finished, tmp_path):
     shutil.copytree(out, run)
     config = RefineConfig(rank=2, steps=4, check_every=2)
     refined = refine_run(run, config, SILENT)
+    kept = json.loads((run / "test-answers.json").read_text())
+    for task, own in kept["answers"].items():
+        share = own["refined"].count("1") / len(own["refined"])
+        assert share == pytest.approx(refined["refined"][task], abs=1e-6)
+    gain, mean = refined["interval"]["refined"], refined["mean_normalised"]
+    assert gain["difference"] == pytest.approx(mean["refined"] - mean["merged"], abs=1e-6)
     assert json.loads((run / "scores.json").read_text()) == refined
     assert {"merged", "enmp", "refined"} <= set(refined["mean_normalised"])
     assert refined["enmp"] == scores["enmp"]

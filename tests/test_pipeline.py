@@ -1,15 +1,20 @@
 """A whole search on the packaged demo: files, determinism, resuming, one compilation."""
 
 import dataclasses
+import html
 import json
+import shlex
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from report_files import add_all, make_run
 
 from enmp_jax.adapters.peft_import import load_adapters
+from enmp_jax.cli import main as cli
 from enmp_jax.config import run_file
 from enmp_jax.config.schema import parse
 from enmp_jax.errors import UserError
@@ -18,6 +23,8 @@ from enmp_jax.evaluation.fitness import FITNESS
 from enmp_jax.evaluation.scoring import Counts, Scoring
 from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.io.progress import SILENT
+from enmp_jax.report import data as report_data
+from enmp_jax.report import words
 from enmp_jax.runs import mask_file
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evaluate import evaluate_run
@@ -43,7 +50,9 @@ def test_the_run_directory_holds_what_the_readme_says(finished, demo_run):
         "environment.json",
         "history.jsonl",
         "mask.json",
+        "seeds.json",
         "scores.json",
+        "test-answers.json",
         "report.html",
     ):
         assert (out / name).stat().st_size > 0, name
@@ -68,6 +77,58 @@ def test_scores_are_in_0_to_1_and_belong_together(finished, demo_evaluator):
     for kind in ("merged", "enmp"):
         mean = np.mean([scores[kind][t] / scores["reference"][t] for t in demo_evaluator.loaded.tasks])
         assert scores["mean_normalised"][kind] == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_answers_of_single_examples_add_up_to_the_scores(finished, demo_loaded):
+    out, scores = finished
+    kept = json.loads((out / "test-answers.json").read_text())
+    for task, own in kept["answers"].items():
+        assert {model: len(text) for model, text in own.items()} == {"merged": 9, "enmp": 9}
+        for model, text in own.items():
+            assert text.count("1") / 9 == pytest.approx(scores[model][task], abs=1e-6)
+        change = kept["gain"]["enmp"]["tasks"][task]
+        assert change["difference"] == pytest.approx(scores["enmp"][task] - scores["merged"][task], abs=1e-6)
+    mean, gain = scores["mean_normalised"], scores["interval"]["enmp"]
+    assert gain["difference"] == pytest.approx(mean["enmp"] - mean["merged"], abs=1e-6)
+    assert gain["low"] <= gain["difference"] <= gain["high"] and "tasks" not in gain
+
+
+def test_the_fitness_is_known_on_every_split(finished, demo_evaluator):
+    out, scores = finished
+    saved = mask_file.load(out / "mask.json", demo_evaluator.loaded.stack)
+    keep = np.stack([demo_evaluator.loaded.mask_spec.all_kept(), saved.keep])
+    plain = float(max(scores["scale_grid"], key=lambda scale: scores["scale_grid"][scale]))
+    for split in ("search", "selection", "test"):
+        inputs, scoring = demo_evaluator.inputs(split), demo_evaluator.scoring(split)
+        found = demo_evaluator.fitness_of(inputs, scoring, keep, np.asarray([plain, saved.scale], np.float32))
+        on = scores["fitness_on"][split]
+        assert [on["merged"], on["enmp"]] == pytest.approx(list(found), rel=1e-5), split
+
+
+def test_the_masks_of_all_seeds_are_kept(finished):
+    out, scores = finished
+    assert json.loads((out / "seeds.json").read_text()) == {"0": {"pruned": scores["pruned"]}}
+
+
+def test_the_commands_of_the_page_run_as_printed(finished, tmp_path, monkeypatch, capsys):
+    """Those of hours (controls, compare) up to where they would begin."""
+    shutil.copytree(finished[0], tmp_path / "a run")
+    monkeypatch.chdir(tmp_path)
+    begun = []
+    for name in ("compare", "controls"):
+        result = json.loads((add_all(make_run(tmp_path / "made up")) / f"{name}.json").read_text())
+        monkeypatch.setattr(
+            f"enmp_jax.runs.{name}.{name}_run",
+            lambda run, out, *_, name=name, result=result: begun.append((name, out)) or result,
+        )
+    assert cli.main(["report", "a run"]) == 0  # under its new name
+    page = Path("a run/report.html").read_text()
+    for command, _ in words.commands(report_data.read(Path("a run"))):
+        assert html.escape(command) in page
+        assert cli.main(shlex.split(command)[1:]) == 0, capsys.readouterr()
+    assert begun == [("controls", Path("a run")), ("compare", Path("a run"))]
+    again, before = (json.loads(Path(f"a run{end}/mask.json").read_text()) for end in ("-again", ""))
+    assert again == before
 
 
 def test_the_saved_mask_scores_the_same_again(finished, demo_run):

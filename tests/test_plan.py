@@ -2,6 +2,7 @@
 """The cost model against what XLA says, and what follows from it."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -129,9 +130,12 @@ def test_search_plan_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
                 "search.strategy=cma_es",
                 "--population",
                 "4",
+                "--json",
             ]
         )
         == 0
     )
-    assert "at most 24 masks" in capsys.readouterr().out  # three seeds
+    found = json.loads(capsys.readouterr().out)
+    assert any("at most 24 masks" in line for line in found["lines"])  # three seeds
+    assert found["masks"] == 24 and found["total"] > found["base"] > 0
     assert not list(tmp_path.iterdir())

@@ -12,8 +12,10 @@ import time
 import jax
 import numpy as np
 import pytest
+import transformers
 
 from enmp_jax.cli import boundary
+from enmp_jax.data.tokenizer import load_tokenizer
 from enmp_jax.errors import Stopped, UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.io import signals
@@ -82,6 +84,16 @@ def test_outside_of_a_search_a_signal_ends_the_work_at_once(monkeypatch):
             os.kill(os.getpid(), number)
             time.sleep(5)
         assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_while_a_library_reads_a_file_is_not_taken_for_its_error(tmp_path, monkeypatch):
+    def told(*given, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", told)
+    with pytest.raises(Stopped), handled(monkeypatch):
+        load_tokenizer(tmp_path)
 
 
 STUCK = """

@@ -9,118 +9,50 @@ from html.parser import HTMLParser
 import matplotlib.image
 import numpy as np
 import pytest
-import yaml
-from matplotlib.legend import Legend
+from report_files import TASKS, make_run, make_weighted_run
 
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.fitness import FITNESS
 from enmp_jax.io.progress import make_reporter
 from enmp_jax.report import data as report_data
-from enmp_jax.report import plots, tables, terminal, write
-
-TASKS = ("cars", "dtd", "sun397", "a <very> long task & name")
-
-
-def make_run(path, seeds=1, granularity="layer", layers=12, tasks=TASKS, fitness="accuracy"):
-    """A run directory as ``enmp search`` leaves it, with made-up figures."""
-    rng = np.random.default_rng(0)
-    path.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for seed in range(seeds):
-        best = -np.inf
-        for generation in range(20):
-            values = 0.70 + 0.004 * generation + 0.02 * rng.normal(size=16)
-            best = max(best, float(values.max()))
-            record = {
-                "seed": seed, "generation": generation, "masks_evaluated": 16 * (generation + 1),
-                "distinct_masks": 15 * (generation + 1), "best": best, "mean": float(values.mean()),
-                "fitness": [float(v) for v in values], "pruned": [3] * 16, "scale": [0.5] * 16,
-            }  # fmt: skip
-            lines.append(json.dumps(record))
-    (path / "history.jsonl").write_text("\n".join(lines) + "\n")
-    pruned = [[0, tasks[1]], [3, tasks[1]], [layers - 1, tasks[0]], [5, tasks[3]]]
-    finer = {}
-    if granularity == "projection":
-        names = [f"enc.{{}}.attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
-        pruned = [[layer, name, task] for layer, task in pruned for name in names[: 1 + layer % 3]]
-        finer = {"projections": names}
-    mask = {
-        "granularity": granularity,
-        "pruned": pruned,
-        "scale": 0.5,
-        "tasks": list(tasks),
-        "layers": layers,
-    }
-    (path / "mask.json").write_text(json.dumps(mask | finer))
-    reference = {task: 0.85 + 0.02 * i for i, task in enumerate(tasks)}
-    merged = {task: 0.8 * value - 0.03 * i for i, (task, value) in enumerate(reference.items())}
-    enmp = {task: value + (0.05 if i else -0.01) for i, (task, value) in enumerate(merged.items())}
-    mean = {
-        k: float(np.mean([s[t] / reference[t] for t in tasks]))
-        for k, s in (("merged", merged), ("enmp", enmp))
-    }
-    scores = {
-        "split": "test", "tasks": list(tasks), "reference": reference, "base": dict.fromkeys(tasks, 0.1),
-        "merged": merged, "enmp": enmp, "mean_normalised": mean, "pruned": pruned, "scale": 0.5, "seed": 0,
-        "seeds": [
-            {"seed": s, "mean_normalised": mean["enmp"], "gain": 0.05 - 0.01 * s, "pruned": 4,
-             "search": 0.8, "selection": 0.79}
-            for s in range(seeds)
-        ],
-        "gain": {"mean": 0.04, "std": 0.01 if seeds > 1 else None}, "modules": layers * len(tasks),
-        "masks_evaluated": 320 * seeds, "distinct_masks": 300, "masks_per_second": 41.5,
-        "scale_grid": {"0.4": 0.69, "0.5": 0.71},
-        "splits": {
-            which: dict.fromkeys(tasks, n)
-            for which, n in (("search", 200.0), ("selection", 100.0), ("test", 400.0))
-        },
-    }  # fmt: skip
-    (path / "scores.json").write_text(json.dumps(scores))
-    data = {
-        "source": "npz:digits.npz",
-        "train": "train",
-        "search": "search",
-        "selection": "val",
-        "test": "test",
-    }
-    config = {
-        "base": {"model": "some/base", "dtype": "float32"},
-        "tasks": [{"name": task, "adapter": f"adapters/{i}", "data": data} for i, task in enumerate(tasks)],
-        "merge": {"method": "ties", "space": "full", "scale": "auto", "density": 0.4, "gamma": None},
-        "search": {"strategy": "cma_es", "population": 16, "generations": 20, "fitness": fitness},
-    }
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    environment = {"enmp_jax": "0.1.0", "packages": {"jax": "0.10.2"}, "devices": ["cpu"], "cpu_count": 2}
-    (path / "environment.json").write_text(json.dumps(environment))
-    return path
+from enmp_jax.report import figures, tables, terminal, write
 
 
 class Page(HTMLParser):
-    """Checks nesting; collects links, images and text."""
-
-    VOID = ("meta", "img", "source", "link", "br")
+    """Checks nesting; collects links, marks and text."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.urls, self.words = [], [], []
+        self.open, self.urls, self.words, self.marks, self.scripts = [], [], [], [], []
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        assert tag not in ("script", "link", "iframe")
+        given = dict(attrs)
+        assert tag not in ("link", "iframe", "img")
         self.urls += [value for key, value in attrs if key in ("src", "srcset", "href")]
-        if tag not in self.VOID:
+        self.marks += [given["class"]] if str(given.get("class")).startswith("mark ") else []
+        self.scripts += [given.get("type", "text/javascript")] if tag == "script" else []
+        if tag == "td" and self.open[-1] == "td":  # its end tag may be left out
+            self.open.pop()
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_endtag(self, tag):
+        if tag == "tr" and self.open[-1] == "td":
+            self.open.pop()
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.words += [] if self.open[-1:] in (["script"], ["style"]) else [data]
 
     @property
     def text(self):
         return " ".join(" ".join(self.words).split())
+
+
+def page_of(run):
+    return Page(write.write_report(run).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("seeds", "granularity"), [(1, "layer"), (3, "projection")])
@@ -128,30 +60,37 @@ def test_plots_and_report_end_to_end(tmp_path, seeds, granularity):
     run = make_run(tmp_path / "run", seeds, granularity)
     before = {p.name: p.read_bytes() for p in run.iterdir()}
     written = write.write_plots(run)
-    assert sorted(p.name for p in written) == ["accuracies.png", "convergence.png", "mask.png"]
+    names = [f"{name}.{kind}" for name in ("convergence", "mask", "tasks") for kind in ("png", "svg")]
+    assert sorted(p.name for p in written) == names
     for plot in written:
+        if plot.suffix == ".svg":
+            assert "<text" in plot.read_text() and "dtd" in (run / "plots/tasks.svg").read_text()
+            continue
         image = matplotlib.image.imread(plot)
         assert image.shape[0] > 200
         assert image.shape[1] > 500
         assert image[..., :3].std() > 0.02
-    page = Page(write.write_report(run).read_text(encoding="utf-8"))
-    assert len(page.urls) == 6  # three pictures, light and dark
-    assert all(url.startswith("data:image/png;base64,") for url in page.urls)
-    assert "url(" not in "".join(page.words)
+    page = page_of(run)
+    assert page.urls == [] and page.scripts == ["application/json", "text/javascript"]
+    assert page.marks.count("mark found") == len(TASKS) + 2  # and the mean, and the legend
     for words in (
         "a <very> long task & name", "68.0 (80.0)", "cma_es", "ties", "jax", "npz:digits.npz", "test (400)",
-        "4 of 48" if granularity == "layer" else "of 48", "layers 0",
+        "Leaving out 4 of 48 LoRA modules makes" if granularity == "layer" else "of 48", "layers 0",
+        "enmp search ./run --out ./run-again",
     ):  # fmt: skip
         assert words in page.text, words
     assert ("Over 3 seeds the gain is +4.0 ± 1.0 points" in page.text) == (seeds == 3)
+    assert "interval" not in page.text  # an older run knows none
     # nothing of the run was touched, nothing half written left behind
     assert {
         p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != "report.html"
     } == before
     assert not list(run.rglob("*.tmp"))
-    # again over what is there
+    # again over what is there: the same bytes
+    first = {p: p.read_bytes() for p in (*written, run / "report.html")}
     write.write_plots(run)
     write.write_report(run)
+    assert {p: p.read_bytes() for p in first} == first
 
 
 def test_table_has_the_figures():
@@ -205,10 +144,11 @@ def test_history_is_read_as_written(tmp_path):
     np.testing.assert_array_equal(data.history[0].fitness, [np.nan, np.nan, 0.5])
     assert data.history[1].masks_evaluated == 32
     assert data.plain_fitness == 0.71
-    count, of = data.pruned_share()
-    assert count.sum() == 4
-    assert count[0, 1] == count[3, 1] == count[11, 0] == count[5, 3] == 1
-    assert of == 1
+    heat = figures.modules(data)
+    assert heat.pruned.sum() == 4 and heat.of == 1 and not heat.weighted
+    assert heat.text(1, 0) == heat.text(1, 3) == heat.text(0, 11) == heat.text(3, 5) == "×"
+    (cloud,) = [c for c in figures.convergence(data).curves if c.shape == "cloud" and c.name]
+    assert len(cloud.x) == 20 * 16 - 15 + 2 and cloud.x[0] == 16  # the first generation has three members
     write.write_plots(run)
 
 
@@ -293,29 +233,29 @@ def test_weights_of_modules_are_drawn(tmp_path, granularity):
     data["weights"] = [[2, *names[0], "cars", 1.5], [2, *names[-1], "dtd", 0.25]]
     (run / "mask.json").write_text(json.dumps(data))
     found = report_data.read(run)
-    weights = found.weights()
+    heat, whole = figures.modules(found), figures.modules(found, finer=False)
     of = len(names)
-    assert weights.shape == (12, 4)
-    assert weights[2, 0] == pytest.approx(1 + 0.5 / of)
-    assert weights[2, 1] == pytest.approx(1 - 0.75 / of)
-    assert weights[3, 1] == 0 if of == 1 else 0 <= weights[3, 1] < 1
-    assert weights[4, 2] == 1
-    assert sorted(p.name for p in write.write_plots(run)) == [
-        "accuracies.png", "convergence.png", "weights.png",
-    ]  # fmt: skip
-    assert "The weight of each module" in Page(write.write_report(run).read_text(encoding="utf-8")).text
+    assert whole.values.shape == (4, 12) and heat.values.shape == (4 * of, 12) and heat.weighted
+    assert heat.values[0, 2] == 1.5 and heat.values[2 * of - 1, 2] == 0.25
+    assert whole.values[0, 2] == pytest.approx(1 + 0.5 / of)
+    assert whole.values[1, 2] == pytest.approx(1 - 0.75 / of)
+    assert whole.values[1, 3] == 0 if of == 1 else 0 <= whole.values[1, 3] < 1
+    assert whole.values[2, 4] == 1 and whole.shade()[2, 4] == 0 and heat.shade().min() == -1
+    assert heat.text(0, 2) == "1.5" and heat.text(2 * of - 1, 2) == "0.2"
+    assert "weights.png" in [p.name for p in write.write_plots(run)]
+    assert "The weight of each module" in page_of(run).text
 
 
 def test_a_pareto_front_is_listed(tmp_path):
     run = make_run(tmp_path / "run")
-    assert "Pareto front" not in Page(write.write_report(run).read_text()).text
+    assert "Pareto front" not in page_of(run).text
     scores = json.loads((run / "scores.json").read_text())
     front = [
         {"mean": 0.91, "worst": 0.8125, "pruned": [[0, "cars"]], "scale": 0.5},
         {"mean": 0.9375, "worst": 0.7, "pruned": [], "scale": 0.5},
     ]
     (run / "scores.json").write_text(json.dumps(scores | {"pareto": front}))
-    text = Page(write.write_report(run).read_text()).text
+    text = page_of(run).text
     assert "0.9375 0.7000 0 0.5 0.9100 0.8125 1 0.5" in text
     (run / "scores.json").write_text(json.dumps(scores | {"pareto": [{"mean": 1.0}]}))
     with pytest.raises(UserError, match="scores.json is damaged"):
@@ -325,7 +265,7 @@ def test_a_pareto_front_is_listed(tmp_path):
 def test_a_fitness_of_no_known_name_goes_by_its_own(tmp_path):
     run = make_run(tmp_path / "run", fitness="smooth_margin")
     assert report_data.read(run).fitness_label == "smooth margin"
-    assert "smooth margin on the search split" in Page(write.write_report(run).read_text()).text
+    assert "smooth margin, % of the experts" in page_of(run).text
     other = make_run(tmp_path / "other", fitness="expert_margin")
     assert "the margin of the expert's class" in report_data.read(other).fitness_label
     scores = json.loads((other / "scores.json").read_text())
@@ -337,30 +277,6 @@ def test_every_fitness_has_a_label():
     assert set(report_data.FITNESS_LABELS) == set(FITNESS)
 
 
-def make_weighted_run(path, seeds=1):
-    """A run directory of a gradient search, which finds weights."""
-    run = make_run(path)
-    lines = [
-        {"seed": seed, "step": step, "fitness": [None if step == 3 else 0.7 + 0.01 * step], "best": best,
-         "mean": None, "example_evaluations": 3600.0 * step, "selection": None if step % 2 else 0.8}
-        for seed in range(seeds)
-        for step, best in enumerate([None, *np.linspace(0.7, 0.8, 9 - seed)])
-    ]  # fmt: skip
-    (run / "history.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    mask = json.loads((run / "mask.json").read_text())
-    mask["weights"] = [*([*module, 0.0] for module in mask["pruned"]), [2, "cars", 2.75], [7, "dtd", 0.5]]
-    mask["merge"] = {"method": "tsv", "space": "full"}
-    (run / "mask.json").write_text(json.dumps(mask))
-    scores = json.loads((run / "scores.json").read_text())
-    for key in ("masks_evaluated", "distinct_masks", "masks_per_second", "gain"):
-        del scores[key]
-    scores |= {"weighted": 6, "example_evaluations": 32400.0, "fitness": "margin", "rungs": [{"a": 1}],
-               "seeds": [{"seed": seed, "mean_normalised": 0.9, "gain": None, "weighted": 6}
-                         for seed in range(seeds)], "scale_grid": {"0.4": None, "0.5": 0.71}}  # fmt: skip
-    (run / "scores.json").write_text(json.dumps(scores))
-    return run
-
-
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_a_gradient_search_is_reported(tmp_path, capsys, seeds):
     run = make_weighted_run(tmp_path / "run", seeds)
@@ -369,25 +285,19 @@ def test_a_gradient_search_is_reported(tmp_path, capsys, seeds):
     first, second = data.history[:2]
     assert (first.step, first.masks_evaluated, first.selection) == (0, None, 0.8)
     assert np.isnan(first.best) and np.isnan(second.selection) and np.isnan(data.history[3].fitness).all()
-    count, of = data.pruned_share()
-    assert (count.sum(), of) == (4, 1)  # in both lists, counted once
-    axes = plots.convergence(data).axes[0]
-    assert axes.get_xlabel().startswith("steps")
-    (legend,) = axes.findobj(Legend)
-    assert isinstance(legend, Legend)
-    assert "selection split" in [text.get_text() for text in legend.get_texts()]
-    cells, bar = plots.weights(data).axes
-    assert [text.get_text() for text in cells.texts].count("×") == 4
-    assert {"2.8", "0.5"} <= {text.get_text() for text in cells.texts}
-    assert bar.get_ylim() == (0.0, 2.75)
-    norm = cells.collections[0].norm
-    assert np.allclose(np.asarray(norm(np.array([0.0, 1.0, 2.75]))), [0, 0.5, 1])
+    heat = figures.modules(data)
+    assert (heat.pruned.sum(), heat.of) == (4, 1)  # in both lists, counted once
+    chart = figures.convergence(data)
+    assert chart.x_label.startswith("example-evaluations")
+    assert "selection split" in [curve.name for curve in chart.curves]
+    assert sorted(heat.text(*at) for at in np.ndindex(heat.values.shape))[-6:] == ["0.5", "2.8", *"××××"]
+    assert np.allclose([heat.shade()[0, 2], heat.shade()[1, 7], heat.shade()[2, 2]], [1, -0.5, 0])
     write.write_plots(run)
-    text = Page(write.write_report(run).read_text(encoding="utf-8")).text
-    for words in ("points with 6 modules weighted", "6 of 48 modules weighted, 4 of them pruned",
-                  "32,400", "Weights of modules", "each step of the gradient search"):  # fmt: skip
+    text = page_of(run).text
+    for words in ("Weighting 6 of 48 LoRA modules makes", "6 of 48 modules weighted, 4 of them pruned",
+                  "32,400", "The weight of each module", "at each step (search split)"):  # fmt: skip
         assert words in text, words
-    assert ("modules weighted mean normalised" in text) == (seeds == 2)
+    assert ("modules weighted modules pruned" in text or "modules weighted mean" in text) == (seeds == 2)
     terminal.print_scores(data.scores)
     out = capsys.readouterr().out
     assert "6 of 48 modules weighted" in out and "32,400 example evaluations" in out
@@ -453,8 +363,8 @@ def test_captions_do_not_depend_on_docstrings(tmp_path):
     subprocess.run([sys.executable, "-OO", "-c", code], check=True)
     text = Page((run / "report.html").read_text(encoding="utf-8")).text
     for words in (
-        "Fitness on the search split against",
-        "Which modules were pruned:",
-        "its own expert",
+        "Fitness of the search against what it paid",
+        "Which modules are left out",
+        "the task's own adapter",
     ):
         assert words in text

@@ -8,20 +8,23 @@ import pytest
 from enmp_jax.errors import UserError
 from enmp_jax.report import write
 from enmp_jax.report.data import read
-from enmp_jax.report.limits import LAYERS, SEEDS, TASKS, as_label, drawn, shortened
+from enmp_jax.report.figures import figures
+from enmp_jax.report.limits import PAGE, PICTURE, cut, drawn, shortened
 from enmp_jax.report.page import page
-from enmp_jax.report.plots import LIGHT, plots_of
+from enmp_jax.report.paper import draw, label
 
 LINE = {"seed": 0, "generation": 0, "masks_evaluated": 4, "best": 0.5, "fitness": [0.5, None]}
 
 
-def run_dir(path, tasks=("a", "b"), layers=2, lines=3, seeds=1, mask=(), scores=()):
+def run_dir(path, tasks=("a", "b"), layers=2, lines=3, seeds=1, mask=(), scores=(), line=()):
     column = dict.fromkeys(tasks, 0.5)
     pruned = [[layer, tasks[-1]] for layer in range(layers)]
     contents = {
         "config.yaml": "merge: {method: ties}\n",
         "environment.json": "{}",
-        "history.jsonl": "".join(json.dumps(LINE | {"seed": i % seeds}) + "\n" for i in range(lines)),
+        "history.jsonl": "".join(
+            json.dumps({**LINE, **dict(line), "seed": i % seeds}) + "\n" for i in range(lines)
+        ),
         "mask.json": json.dumps({"granularity": "layer", "pruned": pruned, "tasks": tasks, "layers": layers,
                                  **dict(mask)}),
         "scores.json": json.dumps({"tasks": tasks, "reference": column, "merged": column, "enmp": column,
@@ -37,6 +40,7 @@ def run_dir(path, tasks=("a", "b"), layers=2, lines=3, seeds=1, mask=(), scores=
     [
         ({"layers": 20_000}, "first 256 of 20000 layers"),
         ({"tasks": [f"t{i}" for i in range(3000)]}, "first 48 of 3000 tasks"),
+        ({"tasks": [f"t{i}" for i in range(40)], "layers": 250}, "first 24 of 40 tasks"),
         ({"lines": 50_000}, "about 1000 generations"),
         ({"lines": 3000, "seeds": 1500}, "first 20 of 1500 seeds"),
     ],
@@ -46,26 +50,39 @@ def test_what_no_picture_shows_is_left_out_and_said(tmp_path, size, note):
     data = read(run_dir(tmp_path, **size))
     shown, notes = drawn(data)
     assert len(notes) == 1 and note in notes[0]
-    assert shown.mask["layers"] <= LAYERS and len(shown.tasks) <= TASKS and len(shown.by_seed()) <= SEEDS
-    for plot in plots_of(data).values():
-        plot.draw(shown, LIGHT).draw_without_rendering()
+    most = PICTURE
+    assert shown.mask["layers"] <= most.layers and len(shown.tasks) <= most.tasks
+    assert len(shown.by_seed()) <= most.seeds
+    for chart in figures(shown).values():
+        draw(chart).draw_without_rendering()
     assert time.thread_time() - start < 10
     assert len(shortened(data.scores)[0]["tasks"]) <= 500
 
 
 def test_the_page_says_what_is_left_out(tmp_path):
     text = page(read(run_dir(tmp_path, tasks=[f"t{i}" for i in range(600)])))
-    assert "first 48 of 600 tasks" in text and "first 500 of 600 tasks" in text
+    assert "Pictures show the first 500 of 600 tasks" in text and "table shows the first 500 of 600" in text
     assert "t499<" in text and "t500<" not in text
+
+
+def test_a_large_run_is_a_page_that_opens(tmp_path):
+    """300 tasks in 80 layers, two seeds of 1000 generations with 32 members."""
+    tasks = [f"a task of some length, {i}" for i in range(300)]
+    members = {"fitness": [0.123456 + i / 1e3 for i in range(32)]}
+    data = read(run_dir(tmp_path, tasks=tasks, layers=80, lines=2000, seeds=2, line=members))
+    start = time.thread_time()
+    text = page(data)
+    assert len(text.encode()) < 2_000_000 and time.thread_time() - start < 10
+    assert text.count("<td class=c") == PAGE.cells == 300 * 80
 
 
 def test_names_are_no_formulas(tmp_path):
     """A dollar sign begins one for matplotlib, and a broken formula is an error."""
     tasks = [r"$\frac$", "a$b$c", "x" * 190, "tab\tnew"]
     data = read(run_dir(tmp_path, tasks=tasks))
-    for plot in plots_of(data).values():
-        plot.draw(data, LIGHT).draw_without_rendering()
-    assert as_label("a$b") == r"a\$b" and len(as_label("x" * 190)) == 40 and as_label("a\nb") == "a b"
+    for chart in figures(data).values():
+        draw(chart).draw_without_rendering()
+    assert label("a$b") == r"a\$b" and len(cut("x" * 190)) == 40 and cut("a\nb") == "a b"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def guarded(program: str, work: Callable[[], int | None], debug: bool = False) -
             result = work()
     except BrokenPipeError:
         return 1
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Stopped) as error:
         code, line = explained(error)
         if debug:
             traceback.print_exc()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from enmp_jax.cli.output import Output, print_result, reporting
 from enmp_jax.cli.run_option import RunOrDirectory, Settings, load_run_or_directory
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Output):
     """Which merge is best for these adapters: every method in every space with its best scale and density.
 
     Both are chosen on the search split; the test split is scored once a row. With --out the rows are kept,
@@ -29,8 +29,6 @@ class Args:
     set: Settings = ()
     skip_bad: bool = False
     """Leave out images that do not decode, instead of stopping."""
-    json: bool = False
-    """Print JSON."""
 
 
 def run(args: Args) -> None:
@@ -40,21 +38,18 @@ def run(args: Args) -> None:
     distributed.initialize(distributed.find_job())
     import jax
 
-    from enmp_jax.io.progress import make_reporter
     from enmp_jax.report.terminal import print_comparison
     from enmp_jax.runs.compare import compare_run
 
     config, directory = load_run_or_directory(args.run, args.set, args.skip_bad)
     out = args.out or directory
-    with make_reporter() as reporter:
+    with reporting(args) as reporter:
         result = compare_run(config, out, reporter, args.methods, args.spaces, args.search)
     if jax.process_index():
         return
     if out is not None:
-        from enmp_jax.report.comparison_plots import write_plot
+        from enmp_jax.report.figures import comparison
+        from enmp_jax.report.write import write_table
 
-        write_plot(out, "compare", result)
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_comparison(result)
+        write_table(out, "compare", comparison(result))
+    print_result(args, result, print_comparison)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from enmp_jax.cli.output import Output, print_result, reporting
 from enmp_jax.cli.run_option import RunOrDirectory, Settings, load_run_or_directory
 from enmp_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Output):
     """Compare what a search found with random, leave-one-out, greedy and first-order pruning, with pruning by
     norm and by cosine, with the same mask under other methods, with adapters that learnt nothing, and with
     one LoRA for all tasks trained on the same data; with intervals and corrected p-values.
@@ -35,8 +35,6 @@ class Args:
     set: Settings = ()
     skip_bad: bool = False
     """Leave out images that do not decode, instead of stopping."""
-    json: bool = False
-    """Print JSON."""
 
 
 def run(args: Args) -> None:
@@ -46,7 +44,6 @@ def run(args: Args) -> None:
     distributed.initialize(distributed.find_job())
     import jax
 
-    from enmp_jax.io.progress import make_reporter
     from enmp_jax.report.terminal import print_controls
     from enmp_jax.runs.controls import DEFAULT, controls_run
 
@@ -56,16 +53,14 @@ def run(args: Args) -> None:
     out = directory or args.out
     if out is None:
         raise UserError("give --out DIR for the search of this run file, or the DIR of a finished search")
-    with make_reporter() as reporter:
+    with reporting(args) as reporter:
         result = controls_run(
             config, out, reporter, args.rows or DEFAULT, args.masks, args.seeds, args.generations
         )
     if jax.process_index():
         return
-    from enmp_jax.report.comparison_plots import write_plot
+    from enmp_jax.report.figures import controls
+    from enmp_jax.report.write import write_table
 
-    write_plot(out, "controls", result)
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_controls(result)
+    write_table(out, "controls", controls(result))
+    print_result(args, result, print_controls)

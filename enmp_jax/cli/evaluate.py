@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from enmp_jax.cli.output import Output, print_result, reporting
 from enmp_jax.cli.run_option import RunFile, Settings, load_run_file
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Output):
     """Score on a split: every adapter alone, the base, the plain merge, or the merge under a mask.
 
     On several hosts it runs as a search does, told so by the environment (see docs/pods.md).
@@ -30,8 +31,6 @@ class Args:
     set: Settings = ()
     skip_bad: bool = False
     """Leave out images that do not decode, instead of stopping."""
-    json: bool = False
-    """Print JSON."""
 
 
 def run(args: Args) -> None:
@@ -39,9 +38,6 @@ def run(args: Args) -> None:
     from enmp_jax.devices import distributed
 
     distributed.initialize(distributed.find_job())
-    import jax
-
-    from enmp_jax.io.progress import make_reporter
     from enmp_jax.report.terminal import print_evaluation
     from enmp_jax.runs.evaluate import evaluate_run
 
@@ -51,12 +47,7 @@ def run(args: Args) -> None:
         model = EnmpLM.from_run(load_run_file(args.run, args.set), args.mask, args.scale)
         print(json.dumps({"lm_eval": evaluate_tasks(model, args.lm_eval)}, indent=1))
         return
-    with make_reporter() as reporter:
+    with reporting(args) as reporter:
         config = load_run_file(args.run, args.set, args.skip_bad)
         result = evaluate_run(config, args.split, args.mask, args.scale, args.experts, reporter)
-    if jax.process_index():
-        return
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print_evaluation(result)
+    print_result(args, result, print_evaluation)

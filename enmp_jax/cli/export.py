@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from enmp_jax.cli.output import Output, reporting
+
 
 @dataclass(frozen=True)
-class Args:
+class Args(Output):
     """Write what a finished search found, with its mask or weights, method, hyperparameters and adapters.
 
     adapters, delta and checkpoint are exact (a checkpoint but for the rounding of its type). peft and gguf
@@ -39,12 +41,11 @@ class Args:
 def run(args: Args) -> None:
     """Run ``enmp export``."""
     from enmp_jax.cli.merge import show
-    from enmp_jax.io.progress import make_reporter
     from enmp_jax.runs.export import export_run
 
     given = {name: getattr(args, name) for name in ("rank", "tolerance", "strict", "dtype", "base_model")}
-    with make_reporter() as reporter:
+    with reporting(args) as reporter:
         written, out = export_run(
             args.run_dir, args.format, args.out, given, reporter, score=not args.no_score
         )
-    show(written, out, "export")
+    show(written, out, "export", args.json)

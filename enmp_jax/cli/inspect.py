@@ -13,12 +13,13 @@ import tyro
 from enmp_jax.adapters.lora_factors import squared_norm
 from enmp_jax.adapters.matching import align, check_bases
 from enmp_jax.adapters.peft_import import Adapter, one_base, read_adapter
+from enmp_jax.cli.output import Json
 from enmp_jax.errors import UserError
 from enmp_jax.module_paths import Group, lay_out
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Json):
     """Show modules, ranks, scaling, norms per layer, head and base of adapters.
 
     The exit code is 2 if one of them cannot be merged, or not with the others."""
@@ -27,8 +28,6 @@ class Args:
     """PEFT directories or hub ids (``name@revision``), or files of kohya's or diffusers'."""
     base_model: str | None = None
     """Directory or hub id, for adapters that need it (DoRA, PiSSA, OLoRA)."""
-    json: bool = False
-    """Print JSON."""
 
 
 def run(args: Args) -> None:

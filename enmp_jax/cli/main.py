@@ -24,6 +24,7 @@ COMMANDS = {
     "init": "write a run file to start from",
     "train": "train LoRA experts (and a small base) from a run file",
     "refine": "train one LoRA from the model that a search found",
+    "doctor": "can this machine do the work, and what to fix if not",
     "report": "write the plots and report.html of a run directory again",
     "completion": "print a shell's completion script",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import operator
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from enmp_jax.adapters.peft_export import TOLERANCE
 from enmp_jax.adapters.peft_import import LoadedAdapters, load_adapters
 from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.adapters.task_vector_export import export_task_vectors, is_model
+from enmp_jax.cli.output import Json
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.writing import check_unused
@@ -29,7 +31,7 @@ from enmp_jax.runs import mask_file
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Json):
     """Merge LoRA adapters of any architecture (PEFT's, diffusers', kohya's), all modules or under a mask or
     weights. Needs no base model and no data (but for --format checkpoint and gguf)."""
 
@@ -147,7 +149,8 @@ def run(args: Options) -> None:
         return merge_stack(method, loaded.stack, jnp.asarray(keep), scale)
 
     options = ExportOptions(args.rank, args.tolerance, args.strict, args.dtype, args.base_model)
-    show(write(args.out, args.format, Merged(loaded, keep, deltas, recipe), options), args.out, "merge")
+    written = write(args.out, args.format, Merged(loaded, keep, deltas, recipe), options)
+    show(written, args.out, "merge", args.json)
 
 
 def _merge_models(args: Options, sources: Mapping[str, str]) -> None:
@@ -169,13 +172,16 @@ def _merge_models(args: Options, sources: Mapping[str, str]) -> None:
     merge = _merge(args, None)
     merges.make(**merge)
     lines = export_task_vectors(args.out, args.base_model, sources, merge, scale, args.dtype)
-    show(Written(lines), args.out, "merge")
+    show(Written(lines), args.out, "merge", args.json)
 
 
-def show(written: Written, out: Path, command: str) -> None:
+def show(written: Written, out: Path, command: str, as_json: bool = False) -> None:
     """Print what was written; warnings on standard error."""
     for warning in written.warnings:
         print(f"enmp {command}: warning: {warning}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"out": str(out), "lines": written.lines, "warnings": written.warnings}, indent=1))
+        return
     for line in written.lines:
         print(line)
     print(f"wrote {out}")

@@ -10,11 +10,12 @@ from typing import Annotated
 
 import tyro
 
+from enmp_jax.cli.output import Output, print_result, reporting
 from enmp_jax.config.sections import RefineConfig
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Output):
     """Train one LoRA for all tasks from the model that a search found, on its search split, stopped by its
     selection split; writes refined/ (one PEFT adapter) into the run directory and adds to its scores.
 
@@ -40,7 +41,6 @@ def run(args: Args) -> None:
 
     distributed.initialize(distributed.find_job())
     from enmp_jax.io.lock import occupied
-    from enmp_jax.io.progress import make_reporter
     from enmp_jax.report.terminal import print_scores
     from enmp_jax.report.write import write_plots, write_report
     from enmp_jax.runs.directory import finished
@@ -50,10 +50,9 @@ def run(args: Args) -> None:
     names = ("rank", "steps", "learning_rate", "fitness")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     alone = occupied(args.run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with make_reporter() as reporter, alone:
+    with reporting(args) as reporter, alone:
         scores = refine_run(args.run_dir, dataclasses.replace(config, **given), reporter, args.out)
-    if jax.process_index() == 0:
-        if args.out is None:
-            write_plots(args.run_dir)
-            write_report(args.run_dir)
-        print_scores(scores)
+    if jax.process_index() == 0 and args.out is None:
+        write_plots(args.run_dir)
+        write_report(args.run_dir)
+    print_result(args, scores, print_scores)

@@ -1,4 +1,4 @@
-"""``enmp report``: the plots and the page of a run directory again."""
+"""``enmp report``: the plots and the page of a run directory again, or several runs on one page."""
 
 from __future__ import annotations
 
@@ -8,17 +8,32 @@ from typing import Annotated
 
 import tyro
 
+from enmp_jax.errors import UserError
+
 
 @dataclass(frozen=True)
 class Args:
-    """Write plots and report.html of a run directory again."""
+    """Write plots and report.html of a run directory again, or compare several runs on one page."""
 
-    run_dir: Annotated[Path, tyro.conf.Positional]
+    run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR...")]
+    """The first of several is what the others are compared with."""
+    out: Path | None = None
+    """Of several runs, the page to write; default: comparison.html."""
 
 
 def run(args: Args) -> None:
     """Run ``enmp report``."""
-    from enmp_jax.report.write import write_plots, write_report
+    from enmp_jax.report.write import write_comparison, write_plots, write_report
 
-    write_plots(args.run_dir)
-    print(write_report(args.run_dir))
+    if not args.run_dirs:
+        raise UserError("give the directory of a finished search, or several to compare them")
+    if len(args.run_dirs) == 1:
+        if args.out is not None:
+            raise UserError("the report of one run goes into its directory: leave out --out")
+        write_plots(args.run_dirs[0])
+        print(write_report(args.run_dirs[0]))
+        return
+    from enmp_jax.runs.answers import to_first
+
+    out = args.out or Path("comparison.html")
+    print(write_comparison(args.run_dirs, to_first(args.run_dirs), out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import tyro
 from enmp_jax import merges
 from enmp_jax.config import compose, run_file
 from enmp_jax.errors import UserError
+from enmp_jax.io.files import read_json
 
 RunFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN.yaml")]
 Settings = Annotated[
@@ -47,7 +49,7 @@ def load_run_or_directory(
 def load_run_file(
     name: str, settings: Settings = (), skip_bad: bool = False, **overrides: Any
 ) -> run_file.RunConfig:
-    """A run file, or a packaged one by name, as the command line wants it.
+    """A run file, a packaged one by name, or that of a run directory, as the command line wants it.
 
     Args:
         name: path or packaged name.
@@ -60,10 +62,17 @@ def load_run_file(
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     over = compose.settings(run_file.RunConfig, settings)
-    loaded = run_file.load(name, over, {"search": given} if given else {})
+    loaded = run_file.load(_file_of(name), over, {"search": given} if given else {})
+    if Path(name).is_dir():  # its paths are relative to where the run was made from
+        root = read_json(Path(name) / "environment.json").get("root", ".")
+        loaded = dataclasses.replace(loaded, root=Path(root))
     merge = loaded.merge
     try:
         merges.make(merge.method, merge.space, merge.isotropize, **merge.arguments())
     except UserError as error:
         raise UserError(f"{name}: merge: {error}") from None
     return run_file.skip_bad_images(loaded) if skip_bad else loaded
+
+
+def _file_of(name: str) -> str:
+    return str(Path(name) / "config.yaml") if (Path(name) / "config.yaml").exists() else name

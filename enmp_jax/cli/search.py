@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from enmp_jax.cli.output import Output, Tracked, print_result, reporting
 from enmp_jax.cli.run_option import RunFile, Settings, load_run_file
 from enmp_jax.config.run_file import RunConfig
+from enmp_jax.config.schema import to_dict
 from enmp_jax.errors import UserError
+from enmp_jax.io.trackers import tracking
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Tracked):
     """Find the negative modules of a run file's adapters; write mask, scores, report and exports."""
 
     run: RunFile
@@ -51,6 +54,9 @@ def run(args: Args) -> None:
 
     # before anything else asks JAX for its devices
     distributed.initialize(distributed.find_job(args.coordinator, args.processes, args.process_id))
+    import jax
+
+    from enmp_jax.report.terminal import print_scores
     from enmp_jax.runs.search import search_run
 
     config = load_run_file(
@@ -58,42 +64,35 @@ def run(args: Args) -> None:
         population=args.population, seed=args.seed,
     )  # fmt: skip
     if args.dry_run:
-        from enmp_jax.io.progress import make_reporter
         from enmp_jax.runs.dry_run import dry_run
 
-        with make_reporter() as reporter:
-            for line in dry_run(config, reporter):
-                reporter.say(line)  # process 0 alone
-        return
+        with reporting(args) as reporter:
+            lines = dry_run(config, reporter)
+        return print_result(args, {"lines": lines}, _print_lines)
     if args.plan:
-        return _plan(config)
+        return _plan(args, config)
     if args.out is None:
         raise UserError("give --out DIR, the run directory to make (or --dry-run to see what would run)")
-    out = args.out
-    show(lambda reporter: search_run(config, out, reporter, args.resume, args.resume_anyway), out)
+    with reporting(args) as reporter, tracking(args.tracker, args.out, to_dict(config), reporter) as tracked:
+        own = tracked.reporter if tracked else reporter
+        scores = search_run(config, args.out, own, args.resume, args.resume_anyway)
+        if tracked:
+            tracked.final(scores)
+    print_result(args, {**scores, "out": str(args.out)}, print_scores)
+    if not args.json and jax.process_index() == 0:
+        print(f"results in {args.out}")
 
 
-def show(job: Callable[..., dict[str, Any]], out: Path) -> None:
-    """Run a search with progress, then print what it found."""
-    import jax
-
-    from enmp_jax.io.progress import make_reporter
-    from enmp_jax.report.terminal import print_scores
-
-    with make_reporter() as reporter:
-        scores = job(reporter)
-    if jax.process_index() == 0:
-        print_scores(scores)
-        print(f"results in {out}")
+def _print_lines(result: Mapping[str, Any]) -> None:
+    print("\n".join(result["lines"]))
 
 
-def _plan(config: RunConfig) -> None:
+def _plan(args: Output, config: RunConfig) -> None:
     from enmp_jax.evaluation.evaluator import Evaluator
     from enmp_jax.evaluation.loaded_run import load
-    from enmp_jax.io.progress import make_reporter
     from enmp_jax.runs.plan import make_plan
 
-    with make_reporter() as reporter:
-        evaluator = Evaluator(load(config, ("search",), reporter=reporter))
-        for line in make_plan(evaluator).lines():
-            reporter.say(line)
+    with reporting(args) as reporter:
+        plan = make_plan(Evaluator(load(config, ("search",), reporter=reporter)))
+    result = {**asdict(plan), "total": plan.total, "seconds": plan.seconds, "lines": plan.lines()}
+    print_result(args, result, _print_lines)

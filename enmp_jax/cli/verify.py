@@ -8,9 +8,11 @@ from typing import Annotated
 
 import tyro
 
+from enmp_jax.cli.output import Json
+
 
 @dataclass(frozen=True)
-class Args:
+class Args(Json):
     """Check adapters, exports (with the recipe beside them) or run directories with exports.
 
     An adapter: through the whole import and export it comes back with its own weights. An export: reloaded by
@@ -25,8 +27,6 @@ class Args:
     the hub."""
     base_model: str | None = None
     """Base model of a merged checkpoint: directory or hub id; default: the run's, or the hub's."""
-    json: bool = False
-    """Print JSON."""
 
 
 def run(args: Args) -> int:

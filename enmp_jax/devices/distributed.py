@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
-from enmp_jax.errors import UserError, one_line
+from enmp_jax.errors import Stopped, UserError, one_line
 from enmp_jax.io import signals
 
 T = TypeVar("T")
@@ -84,6 +84,8 @@ def initialize(job: Job | None) -> None:
 
     if jax.distributed.is_initialized():
         return
+    # a process that dies would make the others abort; the collectives that it leaves undone tell them anyway
+    jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(*job, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
@@ -128,11 +130,11 @@ def all_or_none(work: Callable[[], T]) -> T:
 
     if jax.process_count() == 1:
         return work()
-    error: Exception | None = None
+    error: Exception | Stopped | None = None
     result: T | None = None
     try:
         result = work()
-    except Exception as caught:
+    except (Exception, Stopped) as caught:
         error = caught
     failed = np.asarray(multihost_utils.process_allgather(np.asarray(error is not None)))
     if error is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
 from enmp_jax.data.batches import Batches
@@ -57,7 +58,10 @@ class Correctness:
         self.reference = np.asarray(scoring.reference, float)
         self.weight = 1 / (len(self.reference) * self.reference)
         backbone = evaluator.loaded.backbone
-        self._of_deltas = jax.jit(lambda inputs, deltas: _answers(backbone, inputs, deltas))
+        self._whole = NamedSharding(evaluator.mesh, PartitionSpec())  # on every process of several
+        self._of_deltas = jax.jit(
+            lambda inputs, deltas: _answers(backbone, inputs, deltas), out_shardings=self._whole
+        )
 
     def of_masks(
         self,
@@ -88,7 +92,7 @@ class Correctness:
 
                 return jax.lax.map(member, (keep, scale), batch_size=min(plan.member_chunk, len(keep)))
 
-            self._compiled[plan] = jax.jit(answers)
+            self._compiled[plan] = jax.jit(answers, out_shardings=self._whole)
         scales = np.broadcast_to(np.asarray(scale, np.float32), len(keep))
         return self._ordered(self._compiled[plan](inputs, keep, scales))
 

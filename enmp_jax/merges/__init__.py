@@ -91,7 +91,7 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
     Raises:
         UserError: an unknown method, space, pair of them or hyperparameter, or a value out of range.
 
-    Example:
+    Examples:
         >>> import enmp_jax as enmp
         >>> method = enmp.merges.make("ties", space="knots", density=0.4)
     """

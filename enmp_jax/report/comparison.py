@@ -12,6 +12,11 @@ MOST_TASKS = 8
 """With more, the table has no column for each."""
 
 
+def row_name(row: Mapping[str, Any]) -> str:
+    """Method and space of a row of ``compare.json``."""
+    return f"{row['method']}{' (isotropic)' if row.get('isotropize') else ''}, {row['space']}"
+
+
 def comparison_rows(result: Result) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of merge methods: the content of ``compare.json``, best first."""
     searched = any("enmp" in row["mean_normalised"] or "note" in row for row in result["rows"])

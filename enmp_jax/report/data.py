@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from enmp_jax.config.compose import parse_yaml
-from enmp_jax.errors import UserError, one_line, reason
-from enmp_jax.io.files import is_file
+from enmp_jax.errors import UserError, one_line
+from enmp_jax.report.beside import Beside, read_beside
+from enmp_jax.report.damage import DAMAGE, finite, mapping, number, text
 
 FITNESS_LABELS = {
     "accuracy": "normalised accuracy",
@@ -64,6 +65,7 @@ class RunData:
     history: tuple[Generation, ...]
     mask: Mapping[str, Any]
     scores: Mapping[str, Any]
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def tasks(self) -> list[str]:
@@ -95,32 +97,31 @@ class RunData:
         return any(weight for *_, weight in self.mask.get("weights") or ())
 
     @property
-    def projections(self) -> int:
-        """How many projections a cell (layer, task) stands for."""
-        return len(self.mask["projections"]) if self.mask["granularity"] == "projection" else 1
+    def projections(self) -> list[str]:
+        """Templates of the projections that are modules of their own; none where a module is all of them."""
+        return list(self.mask["projections"]) if self.mask["granularity"] == "projection" else []
 
-    def pruned_share(self) -> tuple[np.ndarray, int]:
-        """How many modules are pruned in each [layer, task], and how many a cell stands for."""
-        tasks = list(self.mask["tasks"])
-        count = np.zeros((int(self.mask["layers"]), len(tasks)), int)
-        # once where both lists have it
-        zero = {tuple(module) for *module, weight in self.mask.get("weights") or () if not weight}
-        for layer, *_, task in zero | {tuple(module) for module in self.mask["pruned"]}:
-            count[layer, tasks.index(task)] += 1
-        return count, self.projections
+    def by_module(self, entries: Iterable[Sequence[Any]], default: float) -> np.ndarray:
+        """Values of modules, ``[*module, value]`` each, as an array [layer, projection, task].
 
-    def weights(self) -> np.ndarray:
-        """Weight in the merge of each [layer, task], of several projections the mean.
-
-        ``mask.json`` lists ``[*module, weight]``; what it does not list has weight 1, or 0 if pruned.
+        Args:
+            entries: of any order; what this run has no place for is left out.
+            default: of modules that are not listed.
         """
-        tasks = list(self.mask["tasks"])
-        weights = {tuple(module): 0.0 for module in self.mask["pruned"]}
-        weights |= {tuple(module): float(weight) for *module, weight in self.mask["weights"]}
-        total = np.full((int(self.mask["layers"]), len(tasks)), float(self.projections))
-        for (layer, *_, task), weight in weights.items():
-            total[layer, tasks.index(task)] += weight - 1
-        return total / self.projections
+        tasks = {task: i for i, task in enumerate(self.mask["tasks"])}
+        columns = {name: i for i, name in enumerate(self.projections)} or {"": 0}
+        values = np.full((int(self.mask["layers"]), len(columns), len(tasks)), default)
+        for layer, *middle, task, value in entries:
+            column, row = columns.get(middle[0] if middle else ""), tasks.get(task)
+            if column is not None and row is not None and 0 <= layer < len(values):
+                values[layer, column, row] = np.nan if value is None else value
+        return values
+
+    def weights_of(self, winner: Mapping[str, Any]) -> np.ndarray:
+        """Weights [layer, projection, task] of a mask as ``mask.json`` lists it: what it does not list has
+        weight 1, or 0 if pruned."""
+        pruned = [(*module, 0.0) for module in winner["pruned"]]
+        return self.by_module([*pruned, *(winner.get("weights") or ())], 1.0)
 
 
 def read(run_dir: Path) -> RunData:
@@ -134,29 +135,28 @@ def read(run_dir: Path) -> RunData:
         raise UserError(f"{run_dir} is not a directory: give the --out directory of a search")
     config = _read(run_dir / "config.yaml", _yaml)
     environment = _read(run_dir / "environment.json", json.loads)
-    lines = _text(run_dir / "history.jsonl").splitlines()
+    lines = text(run_dir / "history.jsonl").splitlines()
     mask = _read(run_dir / "mask.json", json.loads)
     scores = _read(run_dir / "scores.json", json.loads)
     history = []
-    for number, line in enumerate(lines, 1):
+    for at, line in enumerate(lines, 1):
         try:
             history.append(_generation(json.loads(line)))
-        except _DAMAGE:
-            raise UserError(f"{run_dir / 'history.jsonl'} is damaged in line {number}") from None
+        except DAMAGE:
+            raise UserError(f"{run_dir / 'history.jsonl'} is damaged in line {at}") from None
     checks = (("config.yaml", _check_config, config), ("scores.json", _check_scores, scores),
               ("mask.json", _check_mask, mask))  # fmt: skip
     for name, check, content in checks:
         try:
             check(content)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise UserError(
                 f"{run_dir / name} is damaged: {type(error).__name__} at {one_line(error)}"
             ) from None
-    return RunData(run_dir.resolve().name, config, environment, tuple(history), mask, scores)
+    beside = read_beside(run_dir)
+    return RunData(run_dir.resolve().name, config, environment, tuple(history), mask, scores, beside)
 
 
-_DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-_MAX_BYTES = 2**28
 _MAX_LAYERS = _MAX_TASKS = 100_000
 
 
@@ -176,47 +176,17 @@ def _generation(record: Mapping[str, Any]) -> Generation:
         None if masks is None else int(masks),
         None if examples is None else float(examples),
         None if step is None else int(step),
-        _number(record.get("best")),
-        np.array([_number(value) for value in record["fitness"]]),
-        _number(record.get("selection")),
+        number(record.get("best")),
+        np.array([number(value) for value in record["fitness"]]),
+        number(record.get("selection")),
     )
-
-
-def _number(value: Any) -> float:
-    """JSON has no NaN, but null."""
-    if isinstance(value, str | bool):
-        raise TypeError(f"a {type(value).__name__} where a number belongs")
-    return math.nan if value is None else float(value)
-
-
-def _finite(value: Any) -> float:
-    """A number that can be drawn."""
-    if not abs(_number(value)) < 1e6:  # NaN is not smaller either
-        raise ValueError(f"the number {one_line(value, 40)}")
-    return float(value)
-
-
-def _text(path: Path) -> str:
-    if not is_file(path):
-        raise UserError(
-            f"{path.parent} has no {path.name}: the search there has not finished (continue with --resume)"
-        )
-    try:
-        if (size := path.stat().st_size) > _MAX_BYTES:
-            raise UserError(f"{path} has {size} bytes: more than {_MAX_BYTES} are not read")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
 def _read(path: Path, parse: Any) -> Mapping[str, Any]:
     try:
-        data = parse(_text(path))
-    except _DAMAGE as error:
+        return mapping(parse(text(path)))
+    except DAMAGE as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
-    if not isinstance(data, Mapping):
-        raise UserError(f"{path} is damaged: it must hold a mapping")
-    return data
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -231,23 +201,28 @@ def _check_scores(scores: Mapping[str, Any]) -> None:
     _check_tasks(scores["tasks"])
     for column in ("reference", "merged", "enmp", *(["base"] if "base" in scores else [])):
         for task in scores["tasks"]:
-            _finite(scores[column][task])
+            finite(scores[column][task])
     for column in ("merged", "enmp"):
-        _finite(scores["mean_normalised"][column])
+        finite(scores["mean_normalised"][column])
     for _layer, *_, _task in scores.get("pruned") or []:
         pass
     for seed in scores.get("seeds") or []:
         int(seed["seed"])
         for key in ("pruned", "weighted", "mean_normalised", "gain"):
-            _number(seed.get(key))
+            number(seed.get(key))
     for key in ("weighted", "modules", "masks_evaluated", "example_evaluations", "masks_per_second"):
-        _number(scores.get(key))
+        number(scores.get(key))
     for key in ("gain", "scale_grid"):
         for value in dict(scores.get(key) or {}).values():
-            _number(value)
+            number(value)
+    for split, models in dict(scores.get("fitness_on") or {}).items():
+        if split not in ("search", "selection", "test"):
+            raise KeyError(split)
+        for value in models.values():
+            number(value)
     for point in scores.get("pareto") or []:
         for key in ("mean", "worst", "scale"):
-            _finite(point[key])
+            finite(point[key])
         list(point["pruned"])
     for sizes in dict(scores.get("splits") or {}).values():
         for size in sizes.values():

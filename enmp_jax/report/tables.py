@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-COLUMNS = {"base": "base", "reference": "expert", "merged": "merged", "enmp": "merged + ENMP"}
+COLUMNS = {"base": "base", "reference": "expert", "merged": "merged", "enmp": "merged + ENMP",
+           "refined": "refined"}  # fmt: skip
 
 
 def measure(scores: Mapping[str, Any]) -> str:
@@ -35,7 +36,7 @@ def score_rows(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """
     present = [key for key in COLUMNS if key in scores]
     change = "merged" in present and "enmp" in present
-    bracketed = () if scores.get("agreement") else ("merged", "enmp")
+    bracketed = () if scores.get("agreement") else ("merged", "enmp", "refined")
     header = ["task", *(COLUMNS[key] for key in present), *(["change"] if change else [])]
     rows = []
     for task in scores["tasks"]:

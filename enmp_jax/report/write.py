@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io.writing import write_file
+from enmp_jax.report.charts import Chart
+from enmp_jax.report.damage import DAMAGE
 from enmp_jax.report.data import read
+from enmp_jax.report.figures import comparison, controls, figures
 from enmp_jax.report.limits import drawn
 from enmp_jax.report.page import page
-from enmp_jax.report.plots import plots_of, render
+from enmp_jax.report.paper import files
+from enmp_jax.report.side_by_side import side_by_side
 
 
 def write_plots(run_dir: Path) -> list[Path]:
-    """Draw ``plots/*.png`` of a finished run directory.
+    """Draw ``plots/*.png`` and ``*.svg`` of a finished run directory.
 
     Raises:
         UserError: a file of the run is missing or damaged.
     """
-    data, folder = read(run_dir), Path(run_dir) / "plots"
+    data = read(run_dir)
     shown, _ = drawn(data)
     with _whole(run_dir):
-        images = {folder / f"{name}.png": render(plot.draw, shown) for name, plot in plots_of(data).items()}
+        charts = figures(shown)
+        for name, make in (("compare", comparison), ("controls", controls)):
+            if (result := getattr(data.beside, name)) is not None:
+                charts[name] = make(result)
+        images = {name: files(chart) for name, chart in charts.items()}
+    return _write(Path(run_dir) / "plots", images)
+
+
+def write_table(folder: Path, name: str, chart: Chart) -> None:
+    """Draw the chart of ``enmp compare`` or ``controls`` into ``plots``; a finished run's page takes it in.
+
+    Raises:
+        UserError: a file of the run is damaged, or the disk is full.
+    """
+    _write(folder / "plots", {name: files(chart)})
+    if (folder / "scores.json").exists():
+        write_report(folder)
+
+
+def _write(folder: Path, images: dict[str, dict[str, bytes]]) -> list[Path]:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {reason(error)}") from None
-    for path, image in images.items():
-        write_file(path, lambda temporary, image=image: temporary.write_bytes(image))
-    return list(images)
+    written = []
+    for name, kinds in images.items():
+        for kind, image in kinds.items():
+            path = folder / f"{name}.{kind}"
+            write_file(path, lambda temporary, image=image: temporary.write_bytes(image))
+            written.append(path)
+    return written
 
 
 def write_report(run_dir: Path) -> Path:
@@ -47,11 +75,36 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+def write_comparison(
+    run_dirs: Sequence[Path], differences: Sequence[Mapping[str, Any] | None], out: Path
+) -> Path:
+    """Write several finished runs on one page.
+
+    Args:
+        run_dirs: their directories.
+        differences: of each to the first; None where their test examples differ.
+        out: the page.
+
+    Raises:
+        UserError: a file of a run is missing or damaged.
+    """
+    last = [Path(path).resolve().name for path in run_dirs]
+    names = last if len(set(last)) == len(last) else [str(path) for path in run_dirs]
+    if len(set(names)) < len(names):
+        raise UserError(f"{next(n for n in names if names.count(n) > 1)} is given twice")
+    runs = {name: read(path) for name, path in zip(names, run_dirs, strict=True)}
+    known = {name: found for name, found in zip(names, differences, strict=True) if found is not None}
+    with _whole(run_dirs[0].parent):
+        content = side_by_side(runs, known).encode("utf-8", "replace")
+    write_file(out, lambda temporary: temporary.write_bytes(content))
+    return out
+
+
 @contextlib.contextmanager
 def _whole(run_dir: Path) -> Iterator[None]:
     """Files that pass the checks and cannot be drawn all the same are damaged in a way nobody thought of."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except DAMAGE as error:
         what = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"the files of {run_dir} do not fit together ({what}): they are damaged") from error

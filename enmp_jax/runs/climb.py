@@ -18,7 +18,7 @@ from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring
 from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints
-from enmp_jax.io.progress import Reporter
+from enmp_jax.io.progress import Progress, Reporter
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none
 from enmp_jax.search import gradient
@@ -200,7 +200,13 @@ class _Record:
             "mean": finite_or_none(look.fitness), "fitness": [finite_or_none(look.fitness)],
             "pruned": [int((look.weights[self.spec.present()] == 0).sum())],
         })  # fmt: skip
-        self.reporter.advance(look.step, self.search.generations, best)
+        spent = self.spent(looks)
+        self.reporter.advance(
+            Progress(
+                look.step, self.search.generations, best, "step", mean=look.fitness, examples=spent,
+                spent=spent, budget=self.search.budget, seed=self.seed,
+            )
+        )  # fmt: skip
         told = told_to_end(done)
         if done % self.search.checkpoint_every == 0 or look.step >= self.search.generations or told:
             self.directory.flush_history()

@@ -169,14 +169,16 @@ def _leave_one_out(bench: Bench) -> Scored:
         counts = evaluator.score_from(bench.inputs, spec.all_kept(), keep, bench.found.scale)
         return evaluator.fitness_from(bench.scoring, counts)
 
-    keep = controls.prune_largest(controls.leave_one_out(score, spec)[0], spec, bench.count)
-    return bench.score(keep[None], pruned=spec.n_pruned(keep), masks=spec.n_modules + 1)
+    effects = controls.leave_one_out(score, spec)[0]
+    keep = controls.prune_largest(effects, spec, bench.count)
+    found = {"fitness": evaluator.kind.name, "effects": spec.named(effects)}
+    return bench.score(keep[None], pruned=spec.n_pruned(keep), masks=spec.n_modules + 1, **found)
 
 
 def _first_order(bench: Bench) -> Scored:
     spec, (effects, kind) = bench.evaluator.loaded.mask_spec, bench.first_order
     keep = controls.prune_largest(effects, spec, bench.count)
-    return bench.score(keep[None], pruned=spec.n_pruned(keep), fitness=kind)
+    return bench.score(keep[None], pruned=spec.n_pruned(keep), fitness=kind, effects=spec.named(effects))
 
 
 def _greedy(bench: Bench) -> Scored:

@@ -36,8 +36,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "evosax", "transformers", "orbax-c
 
 _BEGUN = ("fingerprints.json", "environment.json")
 """Written before ``config.yaml``, with which a run directory is complete."""
-_SEARCH = ("checkpoints", "history.jsonl")
-_RESULTS = ("mask.json", "scores.json", "adapters", "merged", "refined", "plots", "report.html")
+_SEARCH = ("checkpoints", "history.jsonl", "effects.json")
+_RESULTS = (
+    "mask.json", "seeds.json", "scores.json", "test-answers.json", "controls.json", "compare.json",
+    "adapters", "merged", "refined", "plots", "report.html",
+)  # fmt: skip
 _EARLIER = re.compile(r"earlier-\d+")
 
 

@@ -15,6 +15,7 @@ from enmp_jax.evaluation.loaded_run import LoadedRun, load
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.io.progress import Reporter
 from enmp_jax.masks import MaskSpec
+from enmp_jax.runs.climb import STEP_COST
 from enmp_jax.runs.search import check_search
 
 
@@ -82,10 +83,12 @@ def _describe(loaded: LoadedRun, spec: MaskSpec) -> list[str]:
 
 def _plan(run: RunConfig, inputs: EvalInputs) -> list[str]:
     search = run.search
-    masks = search.population * search.generations * search.seeds
     batches = sum(b.label.shape[0] for b in inputs.batches)
-    return [
-        f"would search: {search.strategy}, {search.population} x {search.generations} masks, "
-        f"{search.seeds} seeds: {masks} masks x {batches} batches of {run.evaluation.batch_size}",
-        "nothing was written",
-    ]
+    data = f"{batches} batch{'es' * (batches != 1)} of {run.evaluation.batch_size}"
+    seeds = f"{search.seeds} seed{'s' * (search.seeds != 1)}"
+    if search.strategy == "gradient":
+        work = f"{search.generations} steps, {seeds}: the price of {STEP_COST} masks a step x {data}"
+    else:
+        masks = search.population * search.generations * search.seeds
+        work = f"{search.population} x {search.generations} masks, {seeds}: {masks} masks x {data}"
+    return [f"would search: {search.strategy}, {work}", "nothing was written"]

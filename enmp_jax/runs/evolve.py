@@ -20,7 +20,7 @@ from enmp_jax.evaluation.racing import Details, make_race, stops
 from enmp_jax.evaluation.scoring import Scoring
 from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints
-from enmp_jax.io.progress import Reporter
+from enmp_jax.io.progress import Progress, Reporter
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.finalists import Finalist, Searched
 from enmp_jax.search import device_memo, loop, strategies
@@ -318,8 +318,17 @@ class _Record:
             })  # fmt: skip
         if none:
             raise UserError(self._all_failed(generation, scores.keep))
-        best = max(memo.best for memo in self.memos)
-        self.reporter.advance(generation + 1, self.search.generations, best)
+        done = generation + 1
+        self.reporter.advance(
+            Progress(
+                done, self.search.generations, max(memo.best for memo in self.memos),
+                mean=float(np.nanmean(scores.fitness)),
+                masks=int(self.archive["evaluated"][:done].sum()),
+                examples=round(float(self.archive["cost"][:done].sum()) * self.examples),
+                spent=max(map(self._spent, range(len(self.seeds)))),
+                budget=self.search.budget,
+            )
+        )  # fmt: skip
 
     def _all_failed(self, generation: int, keep: Any) -> str:
         masks = {str(self.spec.pruned_modules(mask)): None for mask in keep}

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.masks import Keep, MaskSpec
 
 
 @dataclass
@@ -67,6 +68,14 @@ def select(evaluator: Evaluator, candidates: list[Finalist]) -> dict[int, Finali
         if known is None or rank(candidate) > rank(known):
             winners[candidate.seed] = candidate
     return dict(sorted(winners.items()))
+
+
+def listed(spec: MaskSpec, keep: Keep) -> dict[str, Any]:
+    """The modules of a mask or weights by name, as ``mask.json`` has them."""
+    entry: dict[str, Any] = {"pruned": [list(module) for module in spec.pruned_modules(keep)]}
+    if keep.dtype != bool:
+        entry["weights"] = [list(module) for module in spec.weighted_modules(keep)]
+    return entry
 
 
 def rank(finalist: Finalist) -> tuple[float, bool, int, float]:

@@ -17,10 +17,10 @@ from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints, fingerprint
-from enmp_jax.io.files import write_bytes
-from enmp_jax.io.progress import Reporter
+from enmp_jax.io.files import read_json, write_bytes
+from enmp_jax.io.progress import Progress, Reporter
 from enmp_jax.io.writing import check_unused
-from enmp_jax.runs import mask_file
+from enmp_jax.runs import answers, mask_file
 from enmp_jax.runs.directory import finished
 from enmp_jax.runs.export import merged_deltas, prepare_refined, recipe_of, test_deltas, write_refined
 from enmp_jax.runs.finalists import Finalist
@@ -50,7 +50,7 @@ def refine_winner(
     made_of = fingerprint(settings, np.asarray(best.keep))
 
     def advance(done: int, loss: float) -> None:
-        reporter.advance(done, config.steps, -loss)
+        reporter.advance(Progress(done, config.steps, unit="step", phase="refine", loss=loss))
 
     with Checkpoints(checkpoints, made_of, say=reporter.say) as saved, signals.saving():
         refined = refine(own, start, config, best.seed, advance, saved)
@@ -103,6 +103,12 @@ def refine_run(
     best = Finalist(scores["seed"], saved.keep, saved.scale or 1.0, None)
     refined = refine_winner(evaluator, best, config, run_dir / "checkpoints" / "refine", reporter)
     scores = with_refined(scores, test_refined(evaluator, refined))
+    given = None
+    if (run_dir / answers.NAME).exists() and (single := answers.compared(evaluator)):
+        models = {"refined": single.of_deltas(refined.deltas)}
+        before = read_json(run_dir / answers.NAME)
+        given = answers.content(single, scores["reference"], models, before)
+        scores["interval"] = answers.intervals(given)
     one = prepare_refined(evaluator, refined)
     if one.exported:
         scores["exported"] = {**(scores.get("exported") or {}), "refined": dict(one.exported)}
@@ -110,8 +116,10 @@ def refine_run(
         recipe = recipe_of(run, saved.spec, best.keep, best.scale, scores, run_dir)
         for line in write_refined(target, loaded, best, recipe, one, config):
             reporter.say(line)
-        if out is None:
-            text = json.dumps(scores, indent=1, allow_nan=False) + "\n"
-            write_bytes(run_dir / "scores.json", text.encode())
+        changed = {"scores.json": scores, answers.NAME: given} if out is None else {}
+        for name, data in changed.items():
+            if data is not None:
+                text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+                write_bytes(run_dir / name, text.encode())
     barrier("refined")
     return scores

@@ -22,7 +22,10 @@ def rehearse(evaluator: Evaluator) -> None:
         UserError: one of them cannot be made.
     """
     from enmp_jax.report.data import read
-    from enmp_jax.report.plots import LIGHT, plots_of  # matplotlib is slow to import
+    from enmp_jax.report.figures import figures
+    from enmp_jax.report.limits import drawn
+    from enmp_jax.report.page import page
+    from enmp_jax.report.paper import draw  # matplotlib is slow to import
 
     loaded = evaluator.loaded
     spec, tasks, merge = loaded.mask_spec, loaded.tasks, loaded.run.merge.recipe()
@@ -50,7 +53,8 @@ def rehearse(evaluator: Evaluator) -> None:
                 model_card(kind, loaded.adapters, recipe, base).encode()
                 config_yaml(kind, loaded.adapters, recipe, base).encode()
             data = read(Path(name))
-            for plot in plots_of(data).values():
-                plot.draw(data, LIGHT).draw_without_rendering()
+            page(data).encode("utf-8", "replace")
+            for chart in figures(drawn(data)[0]).values():
+                draw(chart).draw_without_rendering()
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"the results of this run could not be written: {error}") from error

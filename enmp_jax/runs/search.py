@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,18 @@ from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring, by_task
 from enmp_jax.io.progress import Reporter
 from enmp_jax.masks import MaskSpec
+from enmp_jax.runs import answers
 from enmp_jax.runs.climb import STEP_COST, climb
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.evolve import WarmStart, evolve, make_strategy
 from enmp_jax.runs.export import exported_scores, prepare_search, write_search
-from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none, rank, select, with_plain
+from enmp_jax.runs.final_test import final_test, fitness_on
+from enmp_jax.runs.finalists import Searched, finite_or_none, listed, rank, select, with_plain
 from enmp_jax.runs.plan import out_of_memory
 from enmp_jax.runs.provenance import fingerprints
-from enmp_jax.runs.refine import refine_winner, test_refined, with_refined
+from enmp_jax.runs.refine import refine_winner
 from enmp_jax.runs.rehearsal import rehearse
-from enmp_jax.runs.task_scores import generated, task_scores
 from enmp_jax.search import controls
-from enmp_jax.training.refine import Refined
 
 FEW_MASKS = 5
 """A search of fewer distinct masks has hardly looked."""
@@ -83,7 +82,8 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
     found = search(evaluator, directory, reporter, inputs, scoring, scale)
     if line := few_masks(loaded.mask_spec, found.cost.get("distinct_masks")):
         reporter.say(line)
-    winners = select(evaluator, with_plain(evaluator, found.finalists, scale))
+    candidates = with_plain(evaluator, found.finalists, scale)
+    winners = select(evaluator, candidates)
     best = max(winners.values(), key=rank)
     refined = None
     if run.search.refine is not None:
@@ -91,14 +91,21 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
             evaluator, best, run.search.refine, directory.path / "checkpoints" / "refine", reporter
         )
     spec = loaded.mask_spec
-    scores = test(evaluator, best, winners, scale, refined) | found.cost | {
+    scores, given = final_test(evaluator, best, winners, scale, refined)
+    scores |= found.cost | {
         "fitness": run.search.fitness,
         "scale_grid": {f"{value:g}": finite_or_none(fitness) for value, fitness in grid.items()},
         "modules": spec.n_modules,
         "splits": {split: by_task(loaded.tasks, loaded.sizes(split)) for split in loaded.examples},
     }  # fmt: skip
+    plain = next(f.selection for f in candidates if f.plain and f.scale == scale)
+    before = fitness_on(evaluator, best, (grid[scale], plain), inputs, scoring)
+    scores["fitness_on"] = before | scores.get("fitness_on", {})
     made_of = run.merge.recipe(), hashes(loaded.adapters), loaded.adapters.spelling
     directory.write_json("mask.json", spec.to_json(best.keep, best.scale, *made_of))
+    directory.write_json("seeds.json", {str(seed): listed(spec, f.keep) for seed, f in winners.items()})
+    if given is not None:
+        directory.write_json(answers.NAME, given)
     directory.write_json("scores.json", scores)
     exports = prepare_search(evaluator, best, refined, reporter)
     if own := exported_scores(run, exports):
@@ -198,7 +205,13 @@ def search(
     given = evaluator, directory, reporter, inputs, scoring, scale
     if evaluator.loaded.run.search.strategy == "gradient":
         return climb(*given)
-    return evolve(*given, known_effects(evaluator, inputs, scoring, scale))
+    known, start = known_effects(evaluator, inputs, scoring, scale), evaluator.loaded.run.search.start
+    if known is not None:
+        effects = evaluator.loaded.mask_spec.named(known.effects)
+        directory.write_json(
+            "effects.json", {"kind": start, "fitness": evaluator.kind.name, "effects": effects}
+        )
+    return evolve(*given, known)
 
 
 def known_effects(
@@ -244,46 +257,3 @@ def choose_scale(
             "merge.scale, the adapters' heads and base.dtype"
         )
     return values[int(np.nanargmax(fitness))], dict(zip(values, map(float, fitness), strict=True))
-
-
-def test(
-    evaluator: Evaluator,
-    best: Finalist,
-    winners: Mapping[int, Finalist],
-    scale: float,
-    refined: Refined | None = None,
-) -> dict[str, Any]:
-    """The one look at the test split: experts, base, plain merge, the seeds' winners, the refined one."""
-    loaded, scoring, spec = evaluator.loaded, evaluator.scoring("test"), evaluator.loaded.mask_spec
-    plain = spec.all_kept()
-    masks = np.stack([plain, ~plain, *(f.keep for f in winners.values())])  # nothing left is the base
-    scales = np.asarray([scale, scale, *(f.scale for f in winners.values())], np.float32)
-    counts = evaluator.score(evaluator.inputs("test"), masks, scales)
-    normalised = np.asarray(scoring.normalised(counts))
-    gains = normalised[2:] - normalised[0]
-    row = 2 + list(winners).index(best.seed)
-    found = {
-        "split": "test",
-        "agreement": not loaded.labelled("test"),
-        "tasks": list(loaded.tasks),
-        "reference": by_task(loaded.tasks, np.asarray(scoring.reference)),
-        **task_scores(evaluator, "test", {"base": 1, "merged": 0, "enmp": row}, counts),
-        "mean_normalised": {"merged": float(normalised[0]), "enmp": float(normalised[row])},
-        "seeds": [
-            {
-                "seed": seed, "mean_normalised": float(normalised[2 + i]), "gain": float(gains[i]),
-                "pruned": f.pruned, "search": finite_or_none(f.search),
-                "selection": finite_or_none(f.selection),
-            }
-            for i, (seed, f) in enumerate(winners.items())
-        ],
-        "gain": {"mean": float(gains.mean()), "std": float(gains.std(ddof=1)) if len(gains) > 1 else None},
-        "pruned": [list(module) for module in spec.pruned_modules(best.keep != 0)],
-        "scale": best.scale,
-        "seed": best.seed,
-    }  # fmt: skip
-    compared = {"base": (~plain, scale), "merged": (plain, scale), "enmp": (best.keep, best.scale)}
-    found |= generated(evaluator, "test", compared)
-    if best.keep.dtype != bool:
-        found["weighted"] = len(spec.weighted_modules(best.keep))
-    return found if refined is None else with_refined(found, test_refined(evaluator, refined))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from enmp_jax.io.checkpoints import Checkpoints, fingerprint
 from enmp_jax.io.files import is_temporary, read_json, write_bytes
 from enmp_jax.io.lock import NAME as LOCK
 from enmp_jax.io.lock import occupied
-from enmp_jax.io.progress import read_lines
+from enmp_jax.io.progress import Progress, Reporter, advance_lines, read_lines
 from enmp_jax.models import checkpoint
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.runs.directory import environment
@@ -40,11 +39,19 @@ from enmp_jax.version import __version__
 Say = Callable[[str], None]
 
 
-def train_run(run: RunConfig, out: Path, say: Say = print) -> None:
+def train_run(
+    run: RunConfig, out: Path, say: Say = print, advance: Callable[[Progress], None] | None = None
+) -> None:
     """Train what the run file asks for: ``out/base`` (with ``pretrain``), then ``out/adapters/TASK``.
 
     A base or adapter that is already in ``out`` is kept, so that an interrupted run goes on. Checkpoints
     go on where nothing that the result depends on has changed; they are deleted when all is there.
+
+    Args:
+        run: the run.
+        out: directory to make or to go on with.
+        say: takes lines of what is done.
+        advance: takes every step; default: lines of it.
 
     Raises:
         UserError: bad data, an unknown module, or ``out`` holds something else.
@@ -55,45 +62,50 @@ def train_run(run: RunConfig, out: Path, say: Say = print) -> None:
     foreign = [p.name for p in found if p.name not in _OWN and not is_temporary(p)]
     if foreign:
         raise UserError(f"{out} holds {foreign[0]!r}, which is not of a training run: choose another --out")
+    reporter = Reporter(say, advance or advance_lines(say), read_lines(say))
     with occupied(out, say):
-        _train(run, out, say)
+        _train(run, out, reporter)
 
 
-def _train(run: RunConfig, out: Path, say: Say) -> None:
+def _train(run: RunConfig, out: Path, reporter: Reporter) -> None:
     base = run.path(run.base.model)
     if run.pretrain is not None:
         base = str(out / "base")
         if not (out / "base").exists():
-            _train_base(run, out, say)
+            _train_base(run, out, reporter)
     backbone, params = models.load(
         base,
         dtype=run.base.dtype,
         gradient_checkpointing=run.train.gradient_checkpointing,
         quantization=run.base.quantization,
     )
-    _train_adapters(run, backbone, params, base, out, say)
+    _train_adapters(run, backbone, params, base, out, reporter)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
-_OWN = ("base", "adapters", "checkpoints", "training.json", LOCK)
+_OWN = ("base", "adapters", "checkpoints", "training.json", "tensorboard", LOCK)
 
 
-def _train_base(run: RunConfig, out: Path, say: Say) -> None:
+def _train_base(run: RunConfig, out: Path, reporter: Reporter) -> None:
     config = run.pretrain
     assert config is not None
     backbone = models.build(dict(config.architecture), run.base.dtype)
     height, width, channels = _image_shape(backbone)
     preprocess = PlainImages((height, width), channels)
-    read = read_lines(say)
     examples = [
-        load_examples(task.data, "train", run.root, preprocess, progress=partial(read, f"{task.name}, train"))
+        load_examples(
+            task.data, "train", run.root, preprocess, progress=reporter.reading(f"{task.name}, train")
+        )
         for task in config.tasks
     ]
     out.mkdir(parents=True, exist_ok=True)
     made_of = fingerprint([__version__, to_dict(config), run.base.dtype], _arrays(examples))
-    with Checkpoints(out / "checkpoints" / "base", made_of, say=say) as checkpoints, signals.saving():
+    with (
+        Checkpoints(out / "checkpoints" / "base", made_of, say=reporter.say) as checkpoints,
+        signals.saving(),
+    ):
         params, losses = pretrain(
-            backbone, examples, config, _progress(say, "base", config.steps), checkpoints
+            backbone, examples, config, _stepping(reporter, "base", config.steps), checkpoints
         )
     models.save(out / "base", backbone, params)
     _record(out, "base", {"steps": config.steps, "final_loss": losses[-1] if losses else None})
@@ -109,33 +121,34 @@ def _image_shape(backbone: Backbone) -> tuple[int, int, int]:
 
 
 def _train_adapters(
-    run: RunConfig, backbone: Backbone, params: Params, base: str, out: Path, say: Say
+    run: RunConfig, backbone: Backbone, params: Params, base: str, out: Path, reporter: Reporter
 ) -> None:
     todo = [task for task in run.tasks if not (out / "adapters" / task.name).exists()]
     if not todo:
-        say(f"all adapters are in {out / 'adapters'} already")
+        reporter.say(f"all adapters are in {out / 'adapters'} already")
         return
     kinds = {task.name: checked_kind(task, run.root, backbone, run.base.model) for task in todo}
-    read = read_lines(say)
 
     def load_train(task: TaskConfig) -> Examples:
         # a choice is learnt as the completion of its right answer
         kind = "classification" if kinds[task.name] == "classification" else "completion"
         preprocess = preprocess_for(base, backbone.family, task.data, kind)
-        progress = partial(read, f"{task.name}, train")
+        progress = reporter.reading(f"{task.name}, train")
         found = load_examples(task.data, "train", run.root, preprocess, progress=progress)
         if kind == "completion":
             for note in found.notes:
-                say(f"{task.name}, train: {note}")
+                reporter.say(f"{task.name}, train: {note}")
         return found
 
     classified = [task for task in todo if kinds[task.name] == "classification"]
     answered = [task for task in todo if task not in classified]
     loaded = [(tasks, [load_train(task) for task in tasks]) for tasks in (classified, answered) if tasks]
     for tasks, examples in loaded:
-        heads = _heads(run, backbone, params, base, tasks, examples, say) if tasks is classified else None
-        _train_together(run, backbone, params, base, tasks, examples, heads, out, say)
-    say(f"saved {len(todo)} adapters in {out / 'adapters'}")
+        heads = (
+            _heads(run, backbone, params, base, tasks, examples, reporter) if tasks is classified else None
+        )
+        _train_together(run, backbone, params, base, tasks, examples, heads, out, reporter)
+    reporter.say(f"saved {len(todo)} adapters in {out / 'adapters'}")
 
 
 def _heads(
@@ -145,14 +158,14 @@ def _heads(
     base: str,
     tasks: Sequence[TaskConfig],
     examples: list[Examples],
-    say: Say,
+    reporter: Reporter,
 ) -> Heads:
     if run.train.head == "given":
         names = {task.name: e.class_names for task, e in zip(tasks, examples, strict=True)}
         return load_heads(run, {}, base, backbone, tasks=tasks, class_names=names)
     heads = _fresh_heads(backbone, examples)
     if run.train.head == "probe":
-        say("fitting the heads to the base's features")
+        reporter.say("fitting the heads to the base's features")
         heads = fit_heads(backbone, params, examples, heads)
     return heads
 
@@ -166,7 +179,7 @@ def _train_together(
     examples: list[Examples],
     heads: Heads | None,
     out: Path,
-    say: Say,
+    reporter: Reporter,
 ) -> None:
     """Train and save the adapters of tasks whose examples have the same inputs."""
     config, steps = run.train, training_steps(run.train, examples)
@@ -175,9 +188,12 @@ def _train_together(
     settings = [__version__, to_dict(config), *types, checkpoint.base_identity(base)]
     made_of = fingerprint(settings, _arrays(examples), heads)
     folder = "adapters" if heads is not None else "completions"
-    with Checkpoints(out / "checkpoints" / folder, made_of, say=say) as checkpoints, signals.saving():
+    with (
+        Checkpoints(out / "checkpoints" / folder, made_of, say=reporter.say) as checkpoints,
+        signals.saving(),
+    ):
         experts = train_experts(
-            backbone, params, examples, heads, config, _progress(say, "adapters", steps), checkpoints
+            backbone, params, examples, heads, config, _stepping(reporter, "adapters", steps), checkpoints
         )
     for i, task in enumerate(tasks):
         _save_expert(out / "adapters" / task.name, experts, i, run, run.base.model)
@@ -221,15 +237,8 @@ def _fresh_heads(backbone: Backbone, examples: list[Examples]) -> Heads:
     return stack_heads(heads)
 
 
-def _progress(say: Say, what: str, steps: int) -> Callable[[int, float], None]:
-    shown = [0]
-
-    def on_progress(done: int, loss: float) -> None:
-        if done * 10 // steps > shown[0]:
-            shown[0] = done * 10 // steps
-            say(f"{what}: step {done} of {steps}, loss {loss:.4f}")
-
-    return on_progress
+def _stepping(reporter: Reporter, what: str, steps: int) -> Callable[[int, float], None]:
+    return lambda done, loss: reporter.advance(Progress(done, steps, unit="step", phase=what, loss=loss))
 
 
 def _record(out: Path, name: str, entry: dict) -> None:

@@ -31,6 +31,7 @@ class _Greedy(NamedTuple):
         gains: last known gain of setting each bit; infinite where unknown.
         tried: bits whose flip was scored on the current mask.
         exchanged: exchanges scored on the current mask.
+        jumped: whether sets of the largest gains were tried.
     """
 
     genome: Float[Array, " gene"]
@@ -40,6 +41,7 @@ class _Greedy(NamedTuple):
     gains: Float[Array, " bit"]
     tried: Bool[Array, " bit"]
     exchanged: Int[Array, ""]
+    jumped: Bool[Array, ""]
 
 
 class _Moves(NamedTuple):
@@ -47,6 +49,7 @@ class _Moves(NamedTuple):
 
     bits: Bool[Array, "member bit"]
     exchanges: Bool[Array, ""]
+    jump: Bool[Array, ""]
     finished: Bool[Array, ""]
 
 
@@ -54,8 +57,9 @@ def greedy(space: Space) -> Strategy:
     """Lazy greedy pruning (Minoux 1978), completed to a local search by un-prunings and exchanges.
 
     1. Unless effects are known: the empty mask and each bit alone; the best becomes the current mask.
-    2. Set one more bit, those of largest last known gain first, ``population`` at a time; the best of a
-       generation becomes the current mask if it is strictly better.
+    2. The bits of largest gain together, up to ``max_count`` of them in ``population`` steps; then set one
+       more bit, those of largest last known gain first, ``population`` at a time. The best of a generation
+       becomes the current mask if it is strictly better.
     3. When no bit helps or ``max_count`` are set: unset each, then exchange a set bit (smallest last
        known gain first) with an unset one (largest first). After an improvement back to 2.
     4. When no such move is left: random flips of the mask, free genes mutated by N(0, sigma0^2) (until
@@ -77,7 +81,7 @@ def greedy(space: Space) -> Strategy:
             gains = np.clip(gains, -LARGEST, LARGEST)
         return _Greedy(
             genome, jnp.float32(jnp.nan), genome, jnp.float32(-jnp.inf),
-            jnp.asarray(gains, jnp.float32), jnp.zeros(n_bits, bool), jnp.int32(0),
+            jnp.asarray(gains, jnp.float32), jnp.zeros(n_bits, bool), jnp.int32(0), jnp.bool_(False),
         )  # fmt: skip
 
     def moves(state: _Greedy) -> _Moves:
@@ -92,6 +96,13 @@ def greedy(space: Space) -> Strategy:
         flips = jnp.arange(n_bits) == flipped[:, None]
         flips &= ((place >= 0) & (place < flippable.sum()))[:, None]
 
+        # what single bits gain adds up well enough to skip the first rounds
+        rank = jnp.argsort(jnp.argsort(-state.gains))
+        places = population - jnp.isnan(state.fitness)
+        size = jnp.where(place >= 0, (place + 1) * space.max_count / places, 0)
+        largest = jnp.where((place >= 0)[:, None], rank < jnp.ceil(size)[:, None], current)
+        jump = ~state.jumped & ~jnp.isinf(state.gains).any() & (places > 0)
+
         leaving = jnp.lexsort((state.gains, ~current))
         entering = jnp.lexsort((-state.gains, current))
         number = current.sum() * (~current).sum()
@@ -103,7 +114,8 @@ def greedy(space: Space) -> Strategy:
 
         single = flippable.any()
         double = ~single & (state.exchanged < number)
-        return _Moves(current ^ jnp.where(single, flips, exchanges), double, ~single & ~double)
+        tried = jnp.where(jump, largest, current ^ jnp.where(single, flips, exchanges))
+        return _Moves(tried, double & ~jump, jump, ~single & ~double & ~jump)
 
     def ask(key: PRNGKeyArray, state: Any) -> tuple[Genomes, State]:
         flip_key, drop_key, free_key = jax.random.split(key, 3)
@@ -142,7 +154,8 @@ def greedy(space: Space) -> Strategy:
         best_fitness = jnp.where(better, fitness[first], state.best_fitness)
         sweeping = jnp.isinf(gains).any() & (space.max_count > 0)
         accepted = ~sweeping & (best_fitness > own)
-        exchanged = state.exchanged + population * moves(state).exchanges
+        proposed = moves(state)
+        exchanged = state.exchanged + population * proposed.exchanges
         return _Greedy(
             jnp.where(accepted, best, state.genome),
             jnp.where(accepted, best_fitness, own),
@@ -151,6 +164,7 @@ def greedy(space: Space) -> Strategy:
             gains,
             (state.tried | measured) & ~accepted,
             jnp.where(accepted, 0, exchanged).astype(jnp.int32),
+            state.jumped | proposed.jump,
         )
 
     return Strategy(population, init, ask, tell)
