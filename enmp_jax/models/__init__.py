@@ -82,8 +82,8 @@ def build(
         )
     if kind not in FAMILIES:
         raise UserError(
-            f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)} (adapters of any "
-            "model can be merged, inspected and exported: enmp merge)"
+            f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)} (adapters of "
+            "any model can be merged, inspected and exported: enmp merge)"
         )
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in DTYPES:
