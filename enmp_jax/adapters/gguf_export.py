@@ -89,8 +89,39 @@ def export_gguf(
         )
         options: dict[str, Any] = {"base_model": public_name(str(base)), "rank": rank, "dtype": dtype}
         options["tolerance"] = None if tolerance == TOLERANCE else tolerance or 0.0
-        write_texts(directory, "gguf", loaded, recipe, notes=notes, **options)
+        write_texts(
+            directory, "gguf", loaded, recipe, notes=notes, error=float(f"{found.error:.6g}"), **options
+        )
     return found.error, f"{len(found.modules)} modules, rank {found.rank}, {error}"
+
+
+def read_gguf(path: Path, config: Mapping[str, Any]) -> Modules:
+    """An adapter for llama.cpp as modules again, under the backbone's own names, its scaling in B.
+
+    Args:
+        path: the file.
+        config: ``config.json`` of its base model.
+
+    Raises:
+        UserError: no GGUF file, a base of another family, or tensors of none of its modules.
+    """
+    file, backbone = GgufFile(path), models.build(config)
+    names = {theirs: ours for ours, theirs in gguf.NAMES.items()}
+    alpha = float(file.metadata.get("adapter.lora.alpha", 0.0))
+    left, modules = set(file.types), {}
+    for template in backbone.modules:
+        for layer in range(backbone.n_layers):
+            name = f"{names[template].replace('{}', str(layer))}.weight.lora_"
+            if f"{name}a" not in left or f"{name}b" not in left:
+                continue
+            left -= {f"{name}a", f"{name}b"}
+            a, b = file.read(f"{name}a"), file.read(f"{name}b")
+            heads = gguf.permuted_heads(config, template)
+            b = b if heads is None else gguf.restore_heads(b, heads)
+            modules[template.replace("{}", str(layer))] = a, b * np.float32(alpha / len(a))
+    if left:
+        raise UserError(f"{path} has {examples(sorted(left))}, which the base model does not have")
+    return modules
 
 
 def _tensors(modules: Modules, rank: int, config: Mapping[str, Any], kind: Any) -> dict[str, np.ndarray]:

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 
 from enmp_jax.adapters.base_names import backbone_of, match
-from enmp_jax.adapters.checks import Check, check_names, tensor_names
+from enmp_jax.adapters.checks import Check, Parts, check_names, tensor_names
 from enmp_jax.adapters.lora_factors import one_layer
 from enmp_jax.adapters.peft_export import refuse_failed, write_heads, write_texts
 from enmp_jax.adapters.peft_import import LoadedAdapters
 from enmp_jax.adapters.recipe import Recipe, public_name
-from enmp_jax.adapters.stored import Storage, is_expert, tensor_name
+from enmp_jax.adapters.stored import Storage, Stored, is_expert, tensor_name
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.io.files import read_json
@@ -39,6 +39,7 @@ _COPIED = (
 _PATTERNS = ["*.safetensors", *_COPIED]
 Update = LowRankUpdate | FullUpdate
 _TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")  # [expert, in, out]
+_FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 _TIED = ("lm_head.weight", "embed_tokens.weight")  # left out, what it is tied to
 
 
@@ -146,7 +147,16 @@ def planned_changes(
     ]
     stored = loaded.stored
     _refuse_tied(config, entries, adapted, stored)
-    names = {path: tensor_name(path, stored) for path in adapted}
+    fused = any(name.endswith(_FUSED) for name in entries)
+    names = {
+        key: name
+        for path in adapted
+        for key, name in (
+            [(path, tensor_name(path, stored))]
+            if fused or not is_expert(path, stored)
+            else [(f"{path}/{name}", name) for name in _divided(path)]
+        )
+    }
     where = match(entries, names, backbone and backbone.canonical)
     transposed = _transposed(loaded) if backbone is None else backbone.config.block.transposed
     return _changes(jax.device_get(deltas), loaded, where, entries, _Layout(config, transposed))
@@ -233,38 +243,55 @@ def _changes(
     for template, delta in deltas.items():
         present = loaded.stack.pairs[template].present.any(axis=1)
         for layer in np.flatnonzero(present).tolist():
-            path = loaded.names[template][layer]
-            name, parts = where[path], one_layer(delta, layer)
-            kept = loaded.stored.get(path)
-            entry = entries[name]
-            if entry.dtype not in FLOATS:
-                raise UserError(
-                    f"{name} of the base model has type {entry.dtype}: quantised weights cannot change"
-                )
-            shape = entry.shape
-            if kept is not None and kept.kind == "experts" and len(shape) == 3:
-                shape = shape[1:] if shape[0] == kept.shape[0] else shape
-            elif kept is not None and kept.kind == "convolution" and shape == kept.shape:
-                shape = kept.matrix
-            change = FullUpdate(*parts) if len(parts) == 1 else LowRankUpdate(*parts)
-            change = layout.oriented(change, shape, "linear" if kept is None else kept.kind)
-            if shape != change.shape:
-                raise UserError(
-                    f"{name} is {'x'.join(map(str, entry.shape))} in the base model, but the adapters were "
-                    f"trained on {'x'.join(map(str, change.shape))}: it is another base"
-                )
-            if not all(np.isfinite(part).all() for part in parts):
-                raise UserError(f"the merged delta of {name} has NaN or Inf in it")
-            if not all(part.any() for part in parts):
-                continue
-            if is_expert(path, loaded.stored) and len(entry.shape) == 3:
-                experts.setdefault(name, {})[int(path.rpartition(".")[2])] = change
-            else:
-                changes[name] = change
-    for name, found in experts.items():
-        shape = entries[name].shape
-        changes[name] = StackedUpdate(found, shape)
-    return changes
+            path, whole = loaded.names[template][layer], one_layer(delta, layer)
+            for key, parts in _pieces(path, whole, where).items():
+                name = where[key]
+                kept = loaded.stored.get(path) if key == path else None
+                change = _change(name, entries[name], parts, kept, layout)
+                if change is None:
+                    continue
+                if kept is not None and kept.kind == "experts" and len(entries[name].shape) == 3:
+                    experts.setdefault(name, {})[int(path.rpartition(".")[2])] = change
+                else:
+                    changes[name] = change
+    return changes | {name: StackedUpdate(found, entries[name].shape) for name, found in experts.items()}
+
+
+def _change(name: str, entry: Entry, parts: Parts, kept: Stored | None, layout: _Layout) -> Update | None:
+    """What is added to one tensor, or one expert's part of it; None: nothing."""
+    if entry.dtype not in FLOATS:
+        raise UserError(f"{name} of the base model has type {entry.dtype}: quantised weights cannot change")
+    shape = entry.shape
+    if kept is not None and kept.kind == "experts" and len(shape) == 3 and shape[0] == kept.shape[0]:
+        shape = shape[1:]
+    elif kept is not None and kept.kind == "convolution" and shape == kept.shape:
+        shape = kept.matrix
+    change = FullUpdate(*parts) if len(parts) == 1 else LowRankUpdate(*parts)
+    change = layout.oriented(change, shape, "linear" if kept is None else kept.kind)
+    if shape != change.shape:
+        raise UserError(
+            f"{name} is {'x'.join(map(str, entry.shape))} in the base model, but the adapters were "
+            f"trained on {'x'.join(map(str, change.shape))}: it is another base"
+        )
+    if not all(np.isfinite(part).all() for part in parts):
+        raise UserError(f"the merged delta of {name} has NaN or Inf in it")
+    return change if all(part.any() for part in parts) else None
+
+
+def _divided(path: str) -> list[str]:
+    """The tensors of an expert, of which transformers makes a part of one parameter when it loads them."""
+    module, parameter, expert = path.rsplit(".", 2)
+    names = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
+    return [f"{module}.{expert}.{name}.weight" for name in names]
+
+
+def _pieces(path: str, whole: Parts, where: Mapping[str, str]) -> dict[str, Parts]:
+    """A module's delta by the keys of its tensors in ``where``, rows divided evenly."""
+    if path in where:
+        return {path: whole}
+    names = _divided(path)
+    blocks = np.array_split(whole[0], len(names))
+    return {f"{path}/{name}": (block, *whole[1:]) for name, block in zip(names, blocks, strict=True)}
 
 
 def tied_copies(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[str]:

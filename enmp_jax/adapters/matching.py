@@ -103,7 +103,7 @@ def check_product(task: str, path: str, a: np.ndarray, b: np.ndarray) -> None:
         )
 
 
-def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
+def align(modules: Mapping[str, Sequence[str]], one_base: bool = False) -> dict[str, dict[str, str]]:
     """Match the module paths of several adapters when no backbone is known.
 
     Files may spell one module with and without a prefix (``vision_model.``): a template that is the end of
@@ -111,6 +111,7 @@ def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
 
     Args:
         modules: task -> module paths as in its file.
+        one_base: all name the same base model, so they may adapt different parts of it.
 
     Returns:
         Task -> module path -> its longest spelling.
@@ -140,7 +141,7 @@ def align(modules: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
     }
     first, *others = roots_of
     for task in others:
-        if not roots_of[first] & roots_of[task]:
+        if not one_base and not roots_of[first] & roots_of[task]:
             one, two = (examples([f"{root}*" for root in roots_of[name]]) for name in (first, task))
             raise UserError(
                 f"adapters {first!r} ({one}) and {task!r} ({two}) have no layers in common: they "

@@ -112,7 +112,7 @@ def read_adapter(source: str | Path, base: str | Path | None = None) -> Adapter:
         return _single(
             Located(Path(source).expanduser().resolve().parent, str(source), None), Path(source).name
         )
-    found = locate(source, [CONFIG, WEIGHTS, _TORCH, *single_file.NAMES])
+    found = locate(source, [CONFIG, WEIGHTS, *single_file.NAMES])
     directory = found.directory
     if not is_file(directory / CONFIG):
         if (name := single_file.find(directory)) is not None:
@@ -122,7 +122,7 @@ def read_adapter(source: str | Path, base: str | Path | None = None) -> Adapter:
     settings = LoraSettings.parse(config, f"{directory / CONFIG}")
     file = WEIGHTS
     if not is_file(directory / WEIGHTS):
-        if not (directory / _TORCH).exists():
+        if not (locate(source, [_TORCH]).directory / _TORCH).exists():  # of the hub, only where it is needed
             raise UserError(f"there is no {WEIGHTS} in {one_line(found.source)}")
         file = _TORCH
     weights = read_weights(directory / file, settings)
@@ -133,6 +133,11 @@ def read_adapter(source: str | Path, base: str | Path | None = None) -> Adapter:
         found.source, directory, config, settings, modules, weights.heads, settings.base_model, found.commit,
         stored, file,
     )  # fmt: skip
+
+
+def one_base(adapters: Mapping[str, Adapter]) -> bool:
+    """Whether all adapters name one base model."""
+    return None not in (names := {adapter.base_model for adapter in adapters.values()}) and len(names) == 1
 
 
 def _single(found: Located, name: str) -> Adapter:
@@ -171,7 +176,7 @@ def load_adapters(
     adapters = {task: read_adapter(source, base) for task, source in sources.items()}
     named = check_bases({t: a.base_model for t, a in adapters.items()}, base_name, allow_base_mismatch)
     if canonical is None:
-        paths = align({task: list(a.modules) for task, a in adapters.items()})
+        paths = align({task: list(a.modules) for task, a in adapters.items()}, one_base(adapters))
     else:
         paths = {task: to_backbone(task, list(a.modules), canonical, modules) for task, a in adapters.items()}
     renamed = {}

@@ -117,6 +117,8 @@ def command(kind: str, loaded: LoadedAdapters, recipe: Recipe, **options: Any) -
     words = ["enmp", "merge"]
     for task, name in adapter_names(loaded).items():
         words += ["--adapter", f"{task}={name}"]
+    if options.get("base_model") is None and any(x.settings.needs_base for x in loaded.adapters.values()):
+        options["base_model"] = public_name(loaded.base_model) or "BASE"
     words += _flags({**recipe.merge, **options})
     if recipe.weights:
         words += ["--mask", "mask.json"]

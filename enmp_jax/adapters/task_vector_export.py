@@ -40,7 +40,7 @@ class _Model(NamedTuple):
 def is_model(source: str | Path) -> bool:
     """Whether a source is the directory of a whole model, not of an adapter."""
     path = Path(source).expanduser()
-    whole = is_file(path / "config.json") and not (path / "adapter_config.json").exists()
+    whole = path.is_dir() and is_file(path / "config.json") and not (path / "adapter_config.json").exists()
     return whole and any(path.glob("*.safetensors"))
 
 

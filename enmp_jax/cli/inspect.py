@@ -12,7 +12,7 @@ import tyro
 
 from enmp_jax.adapters.lora_factors import squared_norm
 from enmp_jax.adapters.matching import align, check_bases
-from enmp_jax.adapters.peft_import import Adapter, read_adapter
+from enmp_jax.adapters.peft_import import Adapter, one_base, read_adapter
 from enmp_jax.cli.output import Json
 from enmp_jax.errors import UserError
 from enmp_jax.module_paths import Group, lay_out
@@ -72,7 +72,7 @@ def inspect(sources: Sequence[str], base: str | None = None) -> dict[str, Any]:
     try:
         check_bases({name: adapter.base_model for name, adapter in good.items()}, None, False)
         if good:
-            align({name: list(adapter.modules) for name, adapter in good.items()})
+            align({name: list(adapter.modules) for name, adapter in good.items()}, one_base(good))
     except UserError as error:
         together = str(error)
     return {"adapters": entries, "together": together}

@@ -22,7 +22,7 @@ from enmp_jax.adapters.recipe import Recipe
 from enmp_jax.adapters.task_vector_export import export_task_vectors, is_model
 from enmp_jax.cli.output import Json
 from enmp_jax.deltas import Deltas
-from enmp_jax.errors import UserError
+from enmp_jax.errors import UserError, one_line
 from enmp_jax.io.writing import check_unused
 from enmp_jax.masks import Keep, Module
 from enmp_jax.merges.base import merge_stack
@@ -160,9 +160,10 @@ def _merge_models(args: Options, sources: Mapping[str, str]) -> None:
         UserError: some are adapters, or options of adapters.
     """
     if args.format != "checkpoint" or args.base_model is None:
+        model = next(source for source in sources.values() if is_model(source))
         raise UserError(
-            "--adapter names whole models: they are merged into their base, with --format checkpoint and "
-            "--base-model DIR"
+            f"{one_line(model)}: it is a whole model, not a LoRA adapter: whole models are merged into their "
+            "base, with --format checkpoint and --base-model DIR"
         )
     if others := [task for task, source in sources.items() if not is_model(source)]:
         raise UserError(f"--adapter: {others[0]} is an adapter and others are whole models: give one kind")

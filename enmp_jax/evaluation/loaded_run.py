@@ -198,6 +198,7 @@ def load_run_adapters(run: RunConfig, backbone: Backbone) -> LoadedAdapters:
         modules=backbone.modules,
         base_name=run.base.model,
         allow_base_mismatch=run.base.allow_mismatch,
+        base=run.path(run.base.model),
     )
 
 

@@ -81,7 +81,10 @@ def build(
             "its adapters can be inspected, merged and exported (enmp merge), but not searched or trained"
         )
     if kind not in FAMILIES:
-        raise UserError(f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"config.json: model_type {kind!r} is not known; known are {', '.join(FAMILIES)} (adapters of "
+            "any model can be merged, inspected and exported: enmp merge)"
+        )
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is not known; known are {', '.join(DTYPES)}")

@@ -23,6 +23,7 @@ from enmp_jax.adapters.checks import (
     check_vllm,
     parts_of,
 )
+from enmp_jax.adapters.gguf_export import FILE, read_gguf
 from enmp_jax.adapters.lora_factors import delta_parts
 from enmp_jax.adapters.peft_export import export_peft, kept_modules
 from enmp_jax.adapters.peft_files import CONFIG, WEIGHTS
@@ -37,6 +38,7 @@ from enmp_jax.io.hub import hub_id, locate
 from enmp_jax.io.reading import open_tensors
 from enmp_jax.merges.base import merge_stack
 from enmp_jax.models import checkpoint
+from enmp_jax.module_paths import join_layer, split_layer
 from enmp_jax.runs.directory import finished
 from enmp_jax.runs.verify_outputs import check_outputs
 
@@ -116,9 +118,6 @@ def _export(directory: Path, sources: _Sources) -> Report:
     kind = data["format"]
     if "task_vectors" in data:
         return _task_vectors(directory, data, sources)
-    if kind == "gguf":
-        told = Check("gguf", True, "read back when it was written; not compared here", counts=False)
-        return Report(str(directory), "gguf export", [told])
     try:
         run = finished(directory.parent)[0]
         at_home = {task.name: run.path(task.adapter) for task in run.tasks}
@@ -167,6 +166,8 @@ def _export(directory: Path, sources: _Sources) -> Report:
         checks += check_outputs(base, delta_parts(merged, loaded.names), directory, rounding)
         return Report(str(directory), what, [*checks, *check_transformers(directory)])
     wanted = delta_parts(deltas(), loaded.names)
+    if kind == "gguf":
+        return Report(str(directory), what, _gguf(directory, data, wanted, base))
     if kind == "delta":
         return Report(str(directory), what, _delta(directory, wanted, loaded.stored))
     return Report(str(directory), what, _merged(directory, wanted, data.get("error") or 0.0, sources.base))
@@ -197,6 +198,25 @@ def _merged(directory: Path, wanted: dict[str, Parts], error: float, base: str |
         *check_peft(adapter, modules, 0.0),
         *check_vllm(adapter),
     ]
+
+
+def _gguf(
+    directory: Path, data: Mapping[str, Any], wanted: Mapping[str, Parts], base: str | None
+) -> list[Check]:
+    """llama.cpp's names and order of rows are those of the base model: nothing is compared without it."""
+    if base is None:
+        return [Check("gguf", True, "not compared without the base model (--base-model DIR)", counts=False)]
+    config = checkpoint.read_config(checkpoint.find(base))
+    canonical = models.build(config).canonical
+    found = parts_of(read_gguf(directory / FILE, config))
+    meant = {}
+    for path, parts in wanted.items():
+        template, layer = split_layer(path)
+        name = canonical(template)
+        meant[path if name is None or layer is None else join_layer(name, layer)] = parts
+    rounding = {"float16": 1e-3, "bfloat16": 1e-2}.get((data.get("options") or {}).get("dtype"), 0.0)
+    error = (data.get("error") or 0.0) * 1.001
+    return [*check_deltas(found, meant, error + rounding), check_not_zero(found)]
 
 
 def _refined(directory: Path, data: Mapping[str, Any]) -> list[Check]:
