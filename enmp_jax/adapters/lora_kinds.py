@@ -52,10 +52,10 @@ def decode(module: str, sides: Mapping[str, np.ndarray], settings: LoraSettings,
                 "can be merged"
             )
         stored = Stored("convolution", (b.shape[0], *a.shape[1:]))
-        a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[:2])
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     elif settings.fan_in_fan_out and module.rpartition(".")[2] != "lm_head":
         stored = Stored("transposed", (a.shape[-1], b.shape[0]))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+    if a.ndim != 2 or b.ndim != 2 or len(a) != rank or b.shape[-1] != rank:
         raise UserError(
             f"{where}: LoRA A is {_size(a)} and B {_size(b)}, but the configuration says rank {rank}"
         )
