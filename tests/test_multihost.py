@@ -132,9 +132,6 @@ def test_two_processes_write_what_one_writes(alone, tmp_path):
     }
 
 
-SOMETIMES = pytest.mark.xfail(reason="jaxlib may abort the survivor (SIGABRT) before it can say its line")
-
-
 @pytest.mark.parametrize(
     ("number", "own", "other"),
     [(signal.SIGKILL, -9, 1), (signal.SIGTERM, 143, 143)],

@@ -1,11 +1,14 @@
 """What is built is what is in the tree."""
 
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from enmp_jax.version import __version__
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +39,17 @@ def test_the_wheel_holds_every_module_and_data_file(wheel):
 
 def test_the_wheel_holds_nothing_else(wheel):
     assert all(name.startswith(("enmp_jax/", "enmp_jax-")) for name in wheel.namelist())
+
+
+def test_the_version_stands_in_one_place_and_heads_the_changelog():
+    (newest, *_) = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest == __version__
+    for name in ("pyproject.toml", "CITATION.cff", "README.md", "mkdocs.yml"):
+        assert f'"{__version__}"' not in (ROOT / name).read_text(), name
+
+
+def test_the_packaged_weights_stay_small(wheel):
+    assert sum(info.compress_size for info in wheel.infolist()) < 20e6
 
 
 def test_the_rooms_at_the_top_are_links_to_the_real_ones():

@@ -101,7 +101,7 @@ class Fake(ModuleType):
 
     def __init__(self, broken=False):
         super().__init__("tracker")
-        self.calls, self.settings, self.ended, self.broken = [], None, 0, broken
+        self.calls, self.settings, self.ended, self.broken = [], {}, 0, broken
 
     def begin(self, **settings):
         print("a tracker that chats")  # as some do, on standard output

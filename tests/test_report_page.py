@@ -63,6 +63,9 @@ def test_projections_have_rows_of_their_own(tmp_path):
     page = page_of(run)
     assert page.text.count("q_proj k_proj v_proj") >= 1 and page.text.count("v_proj") >= len(TASKS)
     assert all(len(fact["values"]) == 3 * len(TASKS) for fact in facts_of(run))
+    # layer 5, projection 2, task 1, in that order
+    module = (5 * 3 + 2) * len(TASKS) + 1
+    assert facts_of(run)[1]["values"][1 * 3 + 2][5] == f"{100 * (0.001 * module - 0.01):+.2f}"
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,11 @@ def load_run_file(
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     over = compose.settings(run_file.RunConfig, settings)
-    loaded = run_file.load(_file_of(name), over, {"search": given} if given else {})
-    if Path(name).is_dir():  # its paths are relative to where the run was made from
-        root = read_json(Path(name) / "environment.json").get("root", ".")
+    directory = _run_directory(name)
+    file = name if directory is None else str(directory / "config.yaml")
+    loaded = run_file.load(file, over, {"search": given} if given else {})
+    if directory is not None:  # its paths are relative to where the run was made from
+        root = read_json(directory / "environment.json").get("root", ".")
         loaded = dataclasses.replace(loaded, root=Path(root))
     merge = loaded.merge
     try:
@@ -74,5 +76,8 @@ def load_run_file(
     return run_file.skip_bad_images(loaded) if skip_bad else loaded
 
 
-def _file_of(name: str) -> str:
-    return str(Path(name) / "config.yaml") if (Path(name) / "config.yaml").exists() else name
+def _run_directory(name: str) -> Path | None:
+    """A directory that holds a run; a packaged run file of the same name comes first."""
+    path = Path(name)
+    packaged = (run_file.SUITES / f"{name}.yaml").exists()
+    return path if not packaged and (path / "config.yaml").exists() else None

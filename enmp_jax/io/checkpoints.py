@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -177,8 +178,8 @@ class Checkpoints:
         self._manager.reload()
 
     def _not_written(self, error: Exception) -> Exception:
-        if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-            return error  # another process is gone: no fault of the disk
+        if jax.process_count() > 1 and _LOST.search(str(error)):
+            return jax.errors.JaxRuntimeError(str(error))  # another process is gone: no fault of the disk
         return UserError(
             f"cannot write a checkpoint to {self.path}: {reason(error)}; make room, then --resume goes on "
             "from the newest whole one"
@@ -202,6 +203,10 @@ class Checkpoints:
                 raise self._not_written(error) from None
         finally:
             self._manager.close()
+
+
+_LOST = re.compile(r"gloo|nccl|barrier|unavailable|connection|heartbeat|coordination", re.IGNORECASE)
+"""What the errors of collectives say when a process is gone; orbax raises them under other types."""
 
 
 def _host(leaf: Any) -> np.ndarray:

@@ -82,7 +82,7 @@ class Lines:
             [float(v) for c in self.curves for v in getattr(c, axis) if math.isfinite(v)]
             for axis in ("x", "y")
         )
-        return (min(x, default=0.0), max(max(x, default=1.0), min(x, default=0.0) + 1e-9)), spread(y)
+        return (min(x, default=0.0), max(max(x, default=1.0), min(x, default=0.0) + 1)), spread(y)
 
 
 @dataclass(frozen=True)

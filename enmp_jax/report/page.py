@@ -144,6 +144,7 @@ def _modules(data: RunData) -> Html:
     facts = [_fact("weight", chart.values, "{:.3g}")] if chart.weighted else [_kept(chart.values)]
     for one in data.beside.effects:
         what = "leaving it out alone" if one.kind == "leave_one_out" else "leaving it out, to first order"
+        what += ", summed over projections" if chart.of > 1 else ""
         fitness = FITNESS_LABELS.get(one.fitness, one.fitness.replace("_", " "))
         effect = cells(data.by_module(one.values, np.nan), np.sum)
         facts.append(_fact(f"{what}:", 100 * effect, "{:+.2f}", f" points of fitness ({fitness})"))
@@ -154,7 +155,7 @@ def _modules(data: RunData) -> Html:
         if chart.of > 1:
             words = (
                 "left out",
-                f" times in {chart.of * len(seeds)}, by all projections and {len(seeds)} seeds",
+                f" times of {chart.of * len(seeds)}, in {chart.of} modules of {len(seeds)} seeds",
             )
         facts.append(_fact(words[0], np.asarray(often), "{:.0f}", words[1]))
     return screen.heat(chart, {"facts": facts})

@@ -188,9 +188,10 @@ def heat(chart: Heat, details: Mapping[str, Any], ident: str = "modules") -> Htm
             names = [el("th", cut(task), scope="rowgroup", rowspan=len(rows))] if i == rows[0] else []
             if finer:
                 names.append(el("th", chart.rows[i][1], scope="row", class_="projection"))
-            body.append(el("tr", *names, Html(cells), class_="first" if i == rows[0] else None))
+            body.append(el("tr", *names, Html(cells), class_="first" if finer and i == rows[0] else None))
+    kind = "heat dense" if len(chart.rows) > 60 else "heat"
     grid = el(
-        "table", el("thead", el("tr", *corner, *heads)), el("tbody", *body), class_="heat", role="grid",
+        "table", el("thead", el("tr", *corner, *heads)), el("tbody", *body), class_=kind, role="grid",
         aria_label=chart.caption, aria_describedby=f"{ident}-told", id=ident,
         style=f"--cell:{max(15, min(44, 640 // layers))}px",
     )  # fmt: skip
