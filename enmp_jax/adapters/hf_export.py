@@ -142,8 +142,8 @@ def planned_changes(
     adapted = [
         path
         for name, paths in loaded.names.items()
-        for path, adapts in zip(paths, loaded.stack.pairs[name].present.any(axis=1).tolist(), strict=True)
-        if adapts
+        for path, ranks in zip(paths, loaded.stack.pairs[name].rank, strict=True)
+        if any(ranks)
     ]
     stored = loaded.stored
     _refuse_tied(config, entries, adapted, stored)

@@ -38,7 +38,7 @@ def decode(module: str, sides: Mapping[str, np.ndarray], settings: LoraSettings,
     for name, other in zip(names, names[::-1]):
         if name not in sides:
             raise UserError(f"{where} has no lora_{name}, though lora_{other}: the file is incomplete")
-    a, b = (sides[name] for name in names)
+    a, b = sides[names[0]], sides[names[1]]
     rank = settings.module_rank(module)
     if 0 in a.shape or 0 in b.shape or min(a.ndim, b.ndim) < 2:
         raise UserError(f"{where}: LoRA A {a.shape} and B {b.shape}: the shapes of no LoRA")
@@ -46,16 +46,16 @@ def decode(module: str, sides: Mapping[str, np.ndarray], settings: LoraSettings,
     if embedding and a.ndim == b.ndim == 2:
         stored = Stored("embedding", (a.shape[1], b.shape[0]))
     elif a.ndim == b.ndim and a.ndim > 2:
-        if set(b.shape[2:]) != {1} or b.shape[1] != a.shape[0]:
+        if tuple(b.shape)[1:] != (len(a), *[1] * (b.ndim - 2)):
             raise UserError(
                 f"{where}: LoRA A {a.shape} and B {b.shape}: the convolution has groups, and only plain ones "
                 "can be merged"
             )
         stored = Stored("convolution", (b.shape[0], *a.shape[1:]))
-        a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[:2])
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     elif settings.fan_in_fan_out and module.rpartition(".")[2] != "lm_head":
         stored = Stored("transposed", (a.shape[-1], b.shape[0]))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+    if a.ndim != 2 or b.ndim != 2 or len(a) != rank or b.shape[-1] != rank:
         raise UserError(
             f"{where}: LoRA A is {_size(a)} and B {_size(b)}, but the configuration says rank {rank}"
         )

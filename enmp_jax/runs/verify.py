@@ -214,7 +214,7 @@ def _gguf(
         template, layer = split_layer(path)
         name = canonical(template)
         meant[path if name is None or layer is None else join_layer(name, layer)] = parts
-    rounding = {"float16": 1e-3, "bfloat16": 1e-2}.get((data.get("options") or {}).get("dtype"), 0.0)
+    rounding = {"float16": 1e-3, "bfloat16": 1e-2}.get(str((data.get("options") or {}).get("dtype")), 0.0)
     error = (data.get("error") or 0.0) * 1.001
     return [*check_deltas(found, meant, error + rounding), check_not_zero(found)]
 
