@@ -30,6 +30,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from reliability_fuzz import FUZZ, fuzz
+from reliability_processes import two_processes
 
 from enmp_jax.cli.boundary import explained
 from enmp_jax.config import run_file
@@ -251,6 +252,14 @@ def kills(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome
     return Outcome(count, count - len(notes), notes)
 
 
+def processes(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome:
+    """Real searches of two processes, one of which is killed."""
+    place = scratch / "processes"
+    place.mkdir()
+    count, notes = two_processes(place, max(1, round(10 * scale)))
+    return Outcome(count, count - len(notes), notes)
+
+
 def soak(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome:
     """Memory and open files over many generations: those of the second half against the first."""
     generations = max(20, round(1000 * scale))
@@ -281,6 +290,10 @@ PARTS: dict[str, tuple[str, Callable[..., Outcome]]] = {
     "full_disk": ("no room for files (RLIMIT_FSIZE): one line, resumed to the same", full_disk),
     "soak": ("long search: flat memory and open files", soak),
     "kills": ("SIGKILL of the process at a random moment, resumed to the same", kills),
+    "two_processes": (
+        "SIGKILL of one of two processes: the other ends by itself within a minute, both resumed to the same",
+        processes,
+    ),
 }
 
 
