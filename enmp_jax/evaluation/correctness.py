@@ -51,14 +51,17 @@ class Correctness:
         self._evaluator = evaluator
         self._inputs = evaluator.spread(evaluator.inputs(split))
         self._compiled: dict[ExecutionPlan, Any] = {}
-        task = [_real(bucket, bucket.task) for bucket in self._inputs.batches]
-        self._order = np.argsort(np.concatenate(task), kind="stable")
-        self.task = np.concatenate(task)[self._order]
+        self._whole = NamedSharding(evaluator.mesh, PartitionSpec())  # on every process of several
+        rows = [(bucket.task, bucket.mask) for bucket in self._inputs.batches]
+        everywhere = jax.jit(lambda rows: rows, out_shardings=self._whole)(rows)
+        self._real = [np.asarray(mask) for _, mask in everywhere]  # no padding: [batches rows] of each bucket
+        tasks = [np.asarray(task)[real] for (task, _), real in zip(everywhere, self._real, strict=True)]
+        self._order = np.argsort(np.concatenate(tasks), kind="stable")
+        self.task = np.concatenate(tasks)[self._order]
         scoring = evaluator.scoring(split)
         self.reference = np.asarray(scoring.reference, float)
         self.weight = 1 / (len(self.reference) * self.reference)
         backbone = evaluator.loaded.backbone
-        self._whole = NamedSharding(evaluator.mesh, PartitionSpec())  # on every process of several
         self._of_deltas = jax.jit(
             lambda inputs, deltas: _answers(backbone, inputs, deltas), out_shardings=self._whole
         )
@@ -110,7 +113,7 @@ class Correctness:
         return np.asarray(self.accuracy(correct) @ self.weight)
 
     def _ordered(self, answers: tuple[Array, ...]) -> PerExample:
-        rows = [_real(b, x) for b, x in zip(self._inputs.batches, answers, strict=True)]
+        rows = [np.asarray(x)[..., real] for x, real in zip(answers, self._real, strict=True)]
         return np.concatenate(rows, axis=-1)[..., self._order].astype(float)
 
 
@@ -122,8 +125,3 @@ def _answers(backbone: Backbone, inputs: EvalInputs, deltas: Deltas) -> tuple[Ar
         return jnp.argmax(scores, axis=-1) == batch.label
 
     return tuple(jax.lax.map(one, bucket) for bucket in inputs.batches)
-
-
-def _real(bucket: Batches, values: Array) -> np.ndarray:
-    """The values [*member batches rows] of rows that are no padding: [*member example]."""
-    return np.asarray(values)[..., np.asarray(bucket.mask)]
