@@ -77,9 +77,9 @@ def singular(matrices: list[np.ndarray], rank: int) -> np.ndarray:
 
 
 def polar(matrix: np.ndarray) -> np.ndarray:
-    """The nearest matrix with orthonormal rows or columns."""
-    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
-    return u @ vt
+    """All singular values 1, but those that are 0 (of vectors that depend on each other)."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    return (u * (s > 1e-6 * s[0])) @ vt
 
 
 ORACLES: dict[str, Callable[[list[np.ndarray], int], np.ndarray]] = {
