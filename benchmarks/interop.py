@@ -287,17 +287,20 @@ def render(rows: list[dict[str, Any]]) -> str:
         for column in columns:
             value = row.get(column, "") if column in row else "-"
             if isinstance(value, str) and value not in ("-", ""):
-                notes.append(value)
-                value = f"refused ({len(notes)})"
+                if value not in notes:
+                    notes.append(value)
+                value = f"refused ({notes.index(value) + 1})"
             cells.append(cell(value))
         lines.append(f"| {row['kind']} | {' | '.join(cells)} |")
     lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, start=1)), ""]
-    lines += [
-        f"Without its base model: {row['kind']}: {row['without base']}"
-        for row in rows
-        if "without base" in row
-    ]
-    return "\n".join(lines) + "\n"
+    for row in rows:
+        if "without base" in row:
+            # the adapter's own path is of this machine
+            lines += [
+                f"{row['kind']}, without its base model: {row['without base'].partition('.json: ')[2]}",
+                "",
+            ]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
