@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from enmp_jax.adapters import peft_import, read_adapter, save_adapter
+from enmp_jax.adapters import peft_import, read_adapter, save_adapter, single_file
 from enmp_jax.errors import UserError
 from enmp_jax.io import hub
 
