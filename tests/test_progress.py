@@ -1,5 +1,6 @@
 """What commands say on the way, to people, machines and trackers."""
 
+import importlib
 import io
 import json
 import sys
@@ -8,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from enmp_jax.cli import main as cli
+from enmp_jax.cli import output
 from enmp_jax.config.run_file import SUITES
 from enmp_jax.io import progress, trackers
 from enmp_jax.io.progress import Meter, Progress, Reporter, advance_lines, make_reporter
@@ -190,3 +192,10 @@ def test_a_merge_prints_json(tmp_path, capsys):
     adapters = [f"--adapter={task}={SUITES / 'demo/adapters' / task}" for task in ("digit", "even")]
     assert cli.main(["merge", *adapters, "--method=sum", f"--out={tmp_path / 'm'}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["out"] == str(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", sorted(set(cli.COMMANDS) - {"init", "completion"}))  # those print files
+def test_every_command_that_prints_a_result_has_json_and_slow_ones_quiet(name):
+    arguments = importlib.import_module(f"enmp_jax.cli.{name}").Args
+    assert issubclass(arguments, output.Json)
+    assert issubclass(arguments, output.Output) or name in ("merge", "inspect", "verify", "report", "doctor")

@@ -9,7 +9,7 @@ from test_report import Page, page_of
 
 from enmp_jax.cli import main as cli
 from enmp_jax.errors import UserError
-from enmp_jax.report import charts, words, write
+from enmp_jax.report import charts, figures, words, write
 from enmp_jax.report.data import read
 
 
@@ -157,6 +157,18 @@ def test_reports_that_cannot_be(tmp_path, monkeypatch, capsys, given, message):
     assert cli.main(["report", *given]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_table_made_later_comes_onto_the_page(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Is it more than luck" not in page_of(run).text
+    result = json.loads((add_all(run) / "controls.json").read_text())
+    write.write_table(run, "controls", figures.controls(result))
+    assert "Is it more than luck" in Page((run / "report.html").read_text()).text
+    assert (run / "plots" / "controls.svg").exists() and not (run / "plots" / "mask.svg").exists()
+    # where no search has finished there is no page yet
+    write.write_table(tmp_path, "controls", figures.controls(result))
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_ticks_are_round_and_few():

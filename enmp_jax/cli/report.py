@@ -8,11 +8,12 @@ from typing import Annotated
 
 import tyro
 
+from enmp_jax.cli.output import Json, print_result
 from enmp_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Json):
     """Write plots and report.html of a run directory again, or compare several runs on one page."""
 
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR...")]
@@ -31,9 +32,12 @@ def run(args: Args) -> None:
         if args.out is not None:
             raise UserError("the report of one run goes into its directory: leave out --out")
         write_plots(args.run_dirs[0])
-        print(write_report(args.run_dirs[0]))
-        return
+        return _show(args, write_report(args.run_dirs[0]))
     from enmp_jax.runs.answers import to_first
 
     out = args.out or Path("comparison.html")
-    print(write_comparison(args.run_dirs, to_first(args.run_dirs), out))
+    _show(args, write_comparison(args.run_dirs, to_first(args.run_dirs), out))
+
+
+def _show(args: Args, page: Path) -> None:
+    print_result(args, {"page": str(page)}, lambda result: print(result["page"]))

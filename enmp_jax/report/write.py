@@ -37,13 +37,13 @@ def write_plots(run_dir: Path) -> list[Path]:
 
 
 def write_table(folder: Path, name: str, chart: Chart) -> None:
-    """Draw the chart of ``enmp compare`` or ``controls`` into ``plots``; a finished run's page takes it in.
+    """Draw the chart of ``enmp compare`` or ``controls`` into ``plots``; a run's page takes it in.
 
     Raises:
         UserError: a file of the run is damaged, or the disk is full.
     """
     _write(folder / "plots", {name: files(chart)})
-    if (folder / "scores.json").exists():
+    if (folder / "report.html").exists():
         write_report(folder)
 
 
