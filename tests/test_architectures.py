@@ -116,6 +116,15 @@ def test_many_projections_are_merged_one_by_one_to_the_same(monkeypatch):
         np.testing.assert_allclose(delta.materialise(), whole[name].materialise(), rtol=1e-5, atol=1e-6)
 
 
+def test_inspect_shows_stacks_and_whole_modules(tmp_path, capsys):
+    save(tmp_path / "x", T5, 0)
+    assert cli.main(["inspect", str(tmp_path / "x")]) == 0
+    shown = capsys.readouterr().out
+    assert "{}.layer.0.SelfAttention.q: 6x4, layers decoder.block.0-2, encoder.block.0-1, rank 2" in shown
+    assert "  lm_head: 11x4, layers lm_head, rank 2" in shown
+    assert "encoder.block.1: " in shown.split("norms")[1]
+
+
 def test_masks_of_groups_come_back(tmp_path):
     save(tmp_path / "x", T5, 0)
     loaded = load_adapters({"x": tmp_path / "x"})
