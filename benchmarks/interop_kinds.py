@@ -256,7 +256,7 @@ def _make(model: str, config: str, **values: Any) -> Callable[[], torch.nn.Modul
 
 _llama = _make("LlamaForCausalLM", "LlamaConfig", **LLAMA, tie_word_embeddings=False)
 _tied = _make("LlamaForCausalLM", "LlamaConfig", **LLAMA, tie_word_embeddings=True)
-_bert = _make("BertModel", "BertConfig", **SIZES, num_hidden_layers=2, vocab_size=40)
+bert = _make("BertModel", "BertConfig", **SIZES, num_hidden_layers=2, vocab_size=40)
 _gpt2 = _make("GPT2LMHeadModel", "GPT2Config", n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32)
 _vision = {**SIZES, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}
 _clip_vision = _make("CLIPVisionModel", "CLIPVisionConfig", **_vision)
@@ -314,9 +314,9 @@ KINDS: dict[str, Callable[[Path], Made]] = {
     "Llama, embeddings": lambda root: by_peft(root, _llama, _lora("q_proj", "embed_tokens")),
     "Llama, embeddings tied to lm_head": lambda root: by_peft(root, _tied, _lora("q_proj", "embed_tokens")),
     "BERT, embeddings and pooler": lambda root: by_peft(
-        root, _bert, _lora("query", "word_embeddings", "pooler.dense")
+        root, bert, _lora("query", "word_embeddings", "pooler.dense")
     ),
-    "BERT, adapter_model.bin": lambda root: _as_torch(by_peft(root, _bert, _lora("query", "value"))),
+    "BERT, adapter_model.bin": lambda root: _as_torch(by_peft(root, bert, _lora("query", "value"))),
     "GPT-2, Conv1D": lambda root: by_peft(root, _gpt2, _lora("c_attn", "c_fc", fan_in_fan_out=True)),
     "T5, two stacks": lambda root: by_peft(root, _t5, _lora(*_T5_TARGETS)),
     "Whisper, two stacks and Conv1d": lambda root: by_peft(

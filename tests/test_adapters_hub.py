@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from enmp_jax.adapters import peft_import, read_adapter, save_adapter
+from enmp_jax.adapters import peft_import, read_adapter, save_adapter, single_file
 from enmp_jax.errors import UserError
 from enmp_jax.io import hub
 
@@ -34,7 +34,8 @@ class TestHub:
 
     def test_revision_files_and_commit(self, calls):
         found = read_adapter("some/adapter@v1.0")
-        assert calls == [("some/adapter", "v1.0", [peft_import.CONFIG, peft_import.WEIGHTS])]
+        files = [peft_import.CONFIG, peft_import.WEIGHTS, *single_file.NAMES]
+        assert calls == [("some/adapter", "v1.0", files)]
         assert found.commit == "f" * 40 and found.source == "some/adapter@v1.0"
 
     def test_a_directory_here_wins(self, calls, tmp_path):

@@ -20,6 +20,7 @@ from enmp_jax.errors import UserError
 from enmp_jax.io.shards import LowRankUpdate, StackedUpdate
 from enmp_jax.lora import stack_adapters
 from enmp_jax.masks import MaskSpec
+from enmp_jax.merges.base import merge_stack
 from enmp_jax.module_paths import lay_out
 from enmp_jax.runs import mask_file
 
@@ -100,6 +101,28 @@ def test_groups_of_several_stacks_and_of_paths_without_a_layer():
         spec.keep_from_pruned([("encoder.block.5", "q", "x")])
     with pytest.raises(UserError, match="no group of modules 2"):
         spec.keep_from_pruned([(2, "q", "x")])
+
+
+def test_many_projections_are_merged_one_by_one_to_the_same(monkeypatch):
+    monkeypatch.setattr("enmp_jax.merges.base._FEW", 0)
+    stack = stack_adapters({"x": factors(T5, 0), "y": factors(T5, 1)})
+    spec = MaskSpec.of(stack, "projection")
+    keep = spec.keep_from_pruned([("decoder.block.0", "SelfAttention.q", "x"), ("lm_head", "lm_head", "y")])
+    merge = merges.make("mean")
+    whole = merge.merge(merge.prepare(stack), jnp.asarray(keep), 0.5)
+    found = merge_stack(merge, stack, jnp.asarray(keep), 0.5)
+    assert found.keys() == whole.keys()
+    for name, delta in found.items():
+        np.testing.assert_allclose(delta.materialise(), whole[name].materialise(), rtol=1e-5, atol=1e-6)
+
+
+def test_inspect_shows_stacks_and_whole_modules(tmp_path, capsys):
+    save(tmp_path / "x", T5, 0)
+    assert cli.main(["inspect", str(tmp_path / "x")]) == 0
+    shown = capsys.readouterr().out
+    assert "{}.layer.0.SelfAttention.q: 6x4, layers decoder.block.0-2, encoder.block.0-1, rank 2" in shown
+    assert "  lm_head: 11x4, layers lm_head, rank 2" in shown
+    assert "encoder.block.1: " in shown.split("norms")[1]
 
 
 def test_masks_of_groups_come_back(tmp_path):

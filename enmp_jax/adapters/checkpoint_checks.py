@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from enmp_jax.adapters.base_changes import planned_changes
 from enmp_jax.adapters.checks import Check, check_names, tensor_names
-from enmp_jax.adapters.hf_export import planned_changes, tied_copies
+from enmp_jax.adapters.hf_export import tied_copies
 from enmp_jax.adapters.matching import examples
 from enmp_jax.adapters.peft_import import LoadedAdapters
 from enmp_jax.deltas import Deltas

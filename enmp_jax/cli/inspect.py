@@ -159,16 +159,22 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _ranges(layers: Sequence[Group]) -> str:
-    """0-3, 5 for [0, 1, 2, 3, 5]; paths one by one."""
-    parts: list[list[int]] = []
+    """0-3, 5 for [0, 1, 2, 3, 5]; encoder.block.0-2 for paths."""
+    parts: list[tuple[str, list[int]]] = []
     for layer in layers:
-        if isinstance(layer, str):
-            return ", ".join(map(str, layers))
-        if parts and layer == parts[-1][1] + 1:
-            parts[-1][1] = layer
+        before, _, number = str(layer).rpartition(".")
+        if not number.isdecimal():  # a path without a layer
+            parts.append((str(layer), []))
+            continue
+        before, last = f"{before}." if before else "", parts[-1] if parts else ("", [])
+        if last[1] and last[0] == before and int(number) == last[1][-1] + 1:
+            last[1].append(int(number))
         else:
-            parts.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+            parts.append((before, [int(number)]))
+    return ", ".join(
+        before + (f"{found[0]}-{found[-1]}" if len(found) > 1 else "".join(map(str, found)))
+        for before, found in parts
+    )
 
 
 def _join(values: Sequence[float]) -> str:

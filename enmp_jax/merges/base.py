@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from enmp_jax.deltas import Delta, Deltas, member_axes, scale_delta
 from enmp_jax.lora import LoraStack
 
+_FEW = 32  # projections that are compiled as one
 Ingredients = Any  # a pytree that only the method that made it understands
 Keep = Shaped[Array | np.ndarray, "layer task"] | Shaped[Array | np.ndarray, "layer projection task"]
 """A mask, or weights in its place."""
@@ -103,11 +104,12 @@ def lift(method: LayerMethod, seed: int = 0) -> Merge:
 def merge_stack(merge: Merge, stack: LoraStack, keep: Keep, scale: float) -> Deltas:
     """Merge once, outside of a search.
 
-    Stacks of several kinds of layers can have many projections: each shape is compiled once then, not each
-    projection.
+    Stacks of several kinds of layers, and mixtures of experts, have many projections: each shape is compiled
+    once then, not each projection.
     """
     ingredients, whole = merge.prepare(stack), jax.jit(merge.merge)
-    if stack.groups is None or not isinstance(ingredients, dict):
+    few = stack.groups is None and len(stack.pairs) <= _FEW
+    if few or not isinstance(ingredients, dict):
         return whole(ingredients, keep, scale)
     deltas = {}
     for j, name in enumerate(stack.projections):
