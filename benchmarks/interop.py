@@ -274,13 +274,13 @@ def real(directory: Path, root: Path) -> dict[str, Any]:
 def whole(root: Path) -> dict[str, Any]:
     """Two whole models near a base; TSV takes half the triplets of matrices, and the mean of all else."""
     made = root / "made"
-    plain = seeded(bert)
+    plain: Any = seeded(bert)
     plain.save_pretrained(made / "base")
     before = {name: value.detach().double().numpy() for name, value in plain.named_parameters()}
     vectors = []
     for seed, task in enumerate(TASKS):
         random = np.random.default_rng(seed)
-        tuned = seeded(bert)
+        tuned: Any = seeded(bert)
         for value in tuned.parameters():
             value.data += torch.tensor(0.02 * random.standard_normal(value.shape), dtype=value.dtype)
         tuned.save_pretrained(made / task)
