@@ -163,12 +163,11 @@ def test_vit_adapters_of_transformers_5_and_4(tmp_path):
 
 
 @pytest.mark.parametrize("key,options", [
-    ("use_dora", {"use_dora": True}),
+    ("DoRA", {"use_dora": True}),
     ("bias", {"bias": "lora_only"}),
-    ("pissa", {"init_lora_weights": "pissa"}),
-    ("olora", {"init_lora_weights": "olora"}),
+    ("PiSSA", {"init_lora_weights": "pissa"}),
+    ("OLoRA", {"init_lora_weights": "olora"}),
     ("lora_bias", {"lora_bias": True}),
-    ("embed", {"target_modules": ["embed_tokens", "q_proj"]}),
     ("embeddings saved", {"modules_to_save": ["embed_tokens"]}),
     ("modules_to_save", {"modules_to_save": ["norm"]}),
     ("trainable_token_indices", {"trainable_token_indices": [1, 2]}),
@@ -181,3 +180,13 @@ def test_what_peft_can_do_and_we_cannot_is_refused_by_name(base, tmp_path, key, 
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=key):
         read_adapter(tmp_path / "adapter")
+
+
+def test_a_lora_on_embeddings_is_read_though_peft_saves_their_weights_with_it(base, tmp_path):
+    model = peft.get_peft_model(
+        tiny.load_base("llama", base), peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    found = read_adapter(tmp_path / "adapter")
+    assert [kept.kind for kept in found.stored.values()] == ["embedding"]
+    assert "model.embed_tokens" in found.modules and not found.heads
