@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 from enmp_jax.errors import Stopped, UserError, one_line, reason
 from enmp_jax.io import signals
 
+COORDINATOR_SECONDS = 1.0
+"""The first process, which the others report to, stays so long after they may go."""
 _ADVICE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -37,7 +40,8 @@ def guarded(program: str, work: Callable[[], int | None], debug: bool = False) -
     """
     try:
         with signals.handled(program):
-            result = work()
+            result = work() or 0
+            _end_together(result)
     except BrokenPipeError:
         return 1
     except (Exception, KeyboardInterrupt, Stopped) as error:
@@ -48,9 +52,9 @@ def guarded(program: str, work: Callable[[], int | None], debug: bool = False) -
             line = _unexpected(error)
         line = "; ".join([line, *getattr(error, "__notes__", ())])
         print(f"{program}: {line}", file=sys.stderr, flush=True)
-        _end_if_alone(code)
+        _end_together(code)
         return code
-    return result or 0
+    return result
 
 
 def explained(error: BaseException) -> tuple[int, str]:
@@ -102,9 +106,24 @@ def _several() -> bool:
     return jax.distributed.is_initialized()
 
 
-def _end_if_alone(code: int) -> None:
-    """Leave at once where other processes may be gone: JAX would wait for them, and abort with a stack."""
-    if code not in (0, 2) and _several():
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(code)
+def _end_together(code: int) -> None:
+    """Leave at once where there are several processes.
+
+    JAX would wait for the others, which may be gone, and it aborts a process that takes its leave of a
+    coordinator that has gone before.
+    """
+    if not _several():
+        return
+    import jax
+
+    from enmp_jax.devices.distributed import barrier
+
+    if code == 0:
+        with contextlib.suppress(RuntimeError):  # another has failed meanwhile
+            barrier("all is done")
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(COORDINATOR_SECONDS)
+    os._exit(code)
