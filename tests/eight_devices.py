@@ -377,7 +377,8 @@ def test_a_whole_search_does_not_depend_on_the_devices(demo_run, tmp_path, strat
             search=dataclasses.replace(
                 demo_run.search, generations=4, check_every=2, fitness="margin", **strategy
             ),
-            evaluation=dataclasses.replace(demo_run.evaluation, batch_size=16, mesh=mesh),
+            # with the splits of this seed masks and weights both win on the selection split
+            evaluation=dataclasses.replace(demo_run.evaluation, batch_size=16, mesh=mesh, seed=1),
         )
         out = tmp_path / "-".join(map(str, shape))
         search_run(run, out, SILENT)

@@ -117,7 +117,7 @@ A_NAME, B_NAME = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
 CORPUS = {
     "no config": (lambda d: (d / CONFIG).unlink(), "no adapter_config.json"),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), "no adapter_model.safetensors"),
-    "a pickle that is no torch file": (pickle_only, "is not a torch file of tensors alone"),
+    "a pickle that is no torch file": (pickle_only, "torch file"),  # with torch and without it
     "empty config": (config_text(""), "not valid JSON"),
     "config cut off": (config_text('{"peft_type": "LORA", "r": '), "not valid JSON"),
     "config is a list": (config_text("[1, 2]"), "must hold a JSON object"),

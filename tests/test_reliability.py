@@ -80,10 +80,11 @@ def handled(monkeypatch):
 
 def test_outside_of_a_search_a_signal_ends_the_work_at_once(monkeypatch):
     for number in signals.SIGNALS:
+        before = signal.getsignal(number)
         with pytest.raises(Stopped), handled(monkeypatch):
             os.kill(os.getpid(), number)
             time.sleep(5)
-        assert signal.getsignal(number) is signal.SIG_DFL
+        assert signal.getsignal(number) is before
 
 
 def test_a_signal_while_a_library_reads_a_file_is_not_taken_for_its_error(tmp_path, monkeypatch):

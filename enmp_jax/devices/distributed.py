@@ -84,8 +84,6 @@ def initialize(job: Job | None) -> None:
 
     if jax.distributed.is_initialized():
         return
-    # a process that dies would make the others abort; the collectives that it leaves undone tell them anyway
-    jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(*job, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
