@@ -87,8 +87,9 @@ def test_training_lowers_the_loss_and_reloads(small, capsys):
     loaded_run(small, train=", epochs: 5, learning_rate: 0.03, rank: 4, gradient_checkpointing: true")
     text = (small / "run.yaml").read_text().replace("experts/", "out/adapters/")
     (small / "run.yaml").write_text(text.replace("search: search", "search: train"))
-    code, _, errors = enmp(capsys, "train", small / "run.yaml", "--out", small / "out")
+    code, said, errors = enmp(capsys, "train", small / "run.yaml", "--out", small / "out")
     assert code == 0, errors
+    assert [f"step {n} of 30" in said for n in (10, 20, 30)] == [True] * 3  # steps are slow: heard of soon
     record = json.loads((small / "out" / "training.json").read_text())
     assert record["say"]["steps"] == 30 and record["pick"]["examples"] == 24  # 5 * 24 / 4
     config = json.loads((small / "out" / "adapters" / "pick" / "adapter_config.json").read_text())

@@ -19,11 +19,14 @@ from enmp_jax.evaluation.scoring import Heads, class_log_probabilities
 from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.models.causal import answer_log_probabilities
-from enmp_jax.training.loop import OnProgress, Schedule, train
+from enmp_jax.training.loop import STEPS_PER_DISPATCH, OnProgress, Schedule, train
 
 ATTENTION = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "query", "key", "value", "c_attn",
 )  # fmt: skip
+
+LANGUAGE_STEPS_PER_DISPATCH = 10
+"""A step of a language model is slow on CPUs, and nothing is said or saved within a dispatch."""
 
 
 class Experts(NamedTuple):
@@ -179,6 +182,7 @@ def train_experts(
         jax.random.fold_in(key, 2),
         rates=lambda w: {name: jax.tree.map(lambda _, f=factor[name]: f, w[name]) for name in w},
         independent=True,
+        steps_per_dispatch=LANGUAGE_STEPS_PER_DISPATCH if heads is None else STEPS_PER_DISPATCH,
         on_progress=on_progress,
         checkpoints=checkpoints,
     )

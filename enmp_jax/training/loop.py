@@ -21,6 +21,9 @@ Loss = Callable[[Weights, Any, Array], Float[Array, ""]]
 OnProgress = Callable[[int, float], None]
 
 
+STEPS_PER_DISPATCH = 50
+
+
 class Schedule(NamedTuple):
     """Length and step sizes of a training run."""
 
@@ -87,7 +90,7 @@ def train(
     key: Array,
     rates: Callable[[Weights], Any] | None = None,
     independent: bool = False,
-    steps_per_dispatch: int = 50,
+    steps_per_dispatch: int = STEPS_PER_DISPATCH,
     on_progress: OnProgress | None = None,
     checkpoints: Checkpoints | None = None,
     early_stopping: EarlyStopping | None = None,
