@@ -47,20 +47,20 @@ def fold_base(weights: Weights, settings: LoraSettings, base: str | Path | None,
             "(--base-model DIR)"
         )
     found: Modules = {}
-    with BaseWeights(base) as reader:
-        held = reader.find(weights.modules, weights.stored)
-        for path, factors in weights.modules.items():
-            name, kept = f"{where}: {one_line(path)}", weights.stored.get(path)
-            if kept is not None and kept.kind not in _KINDS[: 1 + settings.dora]:
-                raise UserError(f"{name}: {kind} on a layer of the kind {kept.kind} cannot be merged")
-            weight = reader.matrix(held[path], kept, (factors[1].shape[0], factors[0].shape[1]))
-            if not settings.dora:
-                found[path] = _against_base(weight, factors, settings, path)
-                continue
-            magnitude = weights.magnitudes.get(path)
-            if magnitude is None or magnitude.shape != weight.shape[:1]:
-                raise UserError(f"{name} has no magnitudes of DoRA, or not one for each output")
-            found[path] = _rescaled(weight, factors, magnitude)
+    reader = BaseWeights(base)
+    held = reader.find(weights.modules, weights.stored)
+    for path, factors in weights.modules.items():
+        name, kept = f"{where}: {one_line(path)}", weights.stored.get(path)
+        if kept is not None and kept.kind not in _KINDS[: 1 + settings.dora]:
+            raise UserError(f"{name}: {kind} on a layer of the kind {kept.kind} cannot be merged")
+        weight = reader.matrix(held[path], kept, (factors[1].shape[0], factors[0].shape[1]))
+        if not settings.dora:
+            found[path] = _against_base(weight, factors, settings, path)
+            continue
+        magnitude = weights.magnitudes.get(path)
+        if magnitude is None or magnitude.shape != weight.shape[:1]:
+            raise UserError(f"{name} has no magnitudes of DoRA, or not one for each output")
+        found[path] = _rescaled(weight, factors, magnitude)
     return found
 
 

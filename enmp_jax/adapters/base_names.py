@@ -52,12 +52,6 @@ class BaseWeights:
             with open_tensors(self.directory / shard) as handle:
                 self._files |= dict.fromkeys(handle.keys(), self.directory / shard)
 
-    def __enter__(self) -> BaseWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files = {}
-
     def find(self, paths: Iterable[str], stored: Storage) -> dict[str, str]:
         """Module path -> name of the base's tensor; see ``match``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from enmp_jax.errors import UserError
 from enmp_jax.io.files import read_json
 from enmp_jax.io.hub import Located, locate
 from enmp_jax.io.shard_index import INDEX, find_shards
-from enmp_jax.io.shards import Entry, read_header, rewrite
+from enmp_jax.io.shards import Change, Entry, read_header, rewrite
 from enmp_jax.io.writing import new_directory, write_file, write_text
 from enmp_jax.models import checkpoint, gguf
 
@@ -83,36 +83,75 @@ def _export(
     dtype: str | None,
 ) -> str:
     config = read_json(found.directory / "config.json")
-    if config.get("quantization_config"):
-        raise UserError(f"{found.source} is quantised: merge into the model it was made from")
-    shards, index = find_shards(found.directory)
+    refuse_quantised(config, found.source)
+    shards, _ = find_shards(found.directory)
     entries = {e.name: e for shard in shards for e in read_header(found.directory / shard).entries}
     changes = planned_changes(config, entries, loaded, deltas)
     omit = tied_copies(config, entries)
 
     with new_directory(out) as directory:
-        kind = DTYPES.get(dtype or "")
-        with ThreadPoolExecutor(2) as pool:  # one shard is flushed to disk while the next is copied
-            jobs = [
-                pool.submit(rewrite, found.directory / shard, directory / shard, changes, kind, omit)
-                for shard in shards
-            ]
-            sizes = {name: size for job in jobs for name, size in job.result().items()}
-        if index is not None:
-            kept = {name: shard for name, shard in index["weight_map"].items() if name in sizes}
-            meta = (index.get("metadata") or {}) | {"total_size": sum(sizes.values())}
-            write_text(directory / INDEX, json.dumps({"metadata": meta, "weight_map": kept}, indent=2) + "\n")
-        copy_others(found.directory, directory)
-        if dtype is not None:
-            set_dtype(config, dtype)
-            write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+        size = rewrite_model(found.directory, directory, config, changes, omit, dtype)
         write_heads(directory, loaded)
         checks = _written(directory, set(entries) - omit, changes)
         notes = (f"{len(changes)} weights of the base model changed.",)
         options: dict[str, Any] = {"base_model": public_name(found.source), "dtype": dtype}
         write_texts(directory, "checkpoint", loaded, recipe, notes=notes, checks=checks, **options)
-    size = sum(sizes.values()) / 1e9
-    return f"{len(changes)} weights changed in {len(shards)} file{'s'[: len(shards) > 1]}, {size:.2f} GB"
+    return f"{len(changes)} weights changed {size}"
+
+
+def rewrite_model(
+    source: Path,
+    target: Path,
+    config: dict[str, Any],
+    changes: Mapping[str, Change],
+    omit: Collection[str],
+    dtype: str | None,
+    together: int = 2,
+) -> str:
+    """Write a model with changed weights: its shards, index, and all that lies beside them.
+
+    Args:
+        source: directory of the model.
+        target: a new directory.
+        config: of the model; says the new type afterwards.
+        changes: tensor name -> what is added to it.
+        omit: names of tensors to leave out.
+        dtype: see ``export_checkpoint``.
+        together: shards, and tensors of each, that are worked on at a time.
+
+    Returns:
+        Files and size, in words.
+
+    Raises:
+        UserError: see ``rewrite``.
+    """
+    shards, index = find_shards(source)
+    kind = DTYPES.get(dtype or "")
+    with ThreadPoolExecutor(together) as pool:  # one shard is flushed to disk while the next is copied
+        jobs = [
+            pool.submit(rewrite, source / shard, target / shard, changes, kind, omit, together)
+            for shard in shards
+        ]
+        sizes = {name: size for job in jobs for name, size in job.result().items()}
+    if index is not None:
+        kept = {name: shard for name, shard in index["weight_map"].items() if name in sizes}
+        meta = (index.get("metadata") or {}) | {"total_size": sum(sizes.values())}
+        write_text(target / INDEX, json.dumps({"metadata": meta, "weight_map": kept}, indent=2) + "\n")
+    _copy_others(source, target)
+    if dtype is not None:
+        _set_dtype(config, dtype)
+        write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
+    return f"in {len(shards)} file{'s'[: len(shards) > 1]}, {sum(sizes.values()) / 1e9:.2f} GB"
+
+
+def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
+    """Weights of a few bits cannot be added to.
+
+    Raises:
+        UserError: the model is quantised.
+    """
+    if config.get("quantization_config"):
+        raise UserError(f"{source} is quantised: merge into the model it was made from")
 
 
 def _written(directory: Path, names: set[str], changes: Mapping[str, object]) -> list[Check]:
@@ -138,7 +177,7 @@ def tied_copies(config: Mapping[str, Any], entries: Mapping[str, Entry]) -> set[
     return {output} & set(entries) if tied else set()
 
 
-def copy_others(source: Path, target: Path) -> None:
+def _copy_others(source: Path, target: Path) -> None:
     """Copy configuration, tokenizer, processor and licence files that are not there yet."""
     for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
         skip = path.name == INDEX or path.name.endswith((".safetensors", ".bin.index.json"))
@@ -148,11 +187,11 @@ def copy_others(source: Path, target: Path) -> None:
                 raise UserError(f"{target / path.name} does not read back as written: check the disk")
 
 
-def set_dtype(config: dict[str, Any], dtype: str) -> None:
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
     """Say the new type wherever config.json says one (transformers 4: torch_dtype, 5: dtype)."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     for key in keys:
         config[key] = dtype
     for value in config.values():
         if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
-            set_dtype(value, dtype)
+            _set_dtype(value, dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 import yaml
 
 from enmp_jax.adapters.checks import Check, check_names, tensor_names
-from enmp_jax.adapters.hf_export import DTYPES, copy_others, set_dtype, tied_copies
+from enmp_jax.adapters.hf_export import refuse_quantised, rewrite_model, tied_copies
 from enmp_jax.adapters.matching import examples
 from enmp_jax.adapters.recipe import RECIPE, plain, public_name, versions
 from enmp_jax.adapters.task_vectors import MergedTensor, Method
@@ -20,8 +19,8 @@ from enmp_jax.errors import UserError, one_line
 from enmp_jax.io.files import is_file, read_json
 from enmp_jax.io.hub import locate
 from enmp_jax.io.reading import FLOATS
-from enmp_jax.io.shard_index import INDEX, find_shards
-from enmp_jax.io.shards import Entry, read_header, rewrite
+from enmp_jax.io.shard_index import find_shards
+from enmp_jax.io.shards import Entry, read_header
 from enmp_jax.io.tensor_rows import TensorRows
 from enmp_jax.io.writing import new_directory, write_text
 from enmp_jax.version import __version__
@@ -70,23 +69,12 @@ def export_task_vectors(
     """
     method = Method.of(merge, scale, len(models))
     plan = _plan(base, models, method)
-    shards, index = find_shards(plan.base.directory)
     omit = tied_copies(plan.config, {name: entry for name, (_, entry) in plan.base.tensors.items()})
-    sizes: dict[str, int] = {}
     with new_directory(out) as directory:
-        for shard in shards:
-            source = plan.base.directory / shard
-            sizes |= rewrite(
-                source, directory / shard, plan.changes, DTYPES.get(dtype or ""), omit, workers=1
-            )
-        if index is not None:
-            kept = {name: shard for name, shard in index["weight_map"].items() if name in sizes}
-            meta = (index.get("metadata") or {}) | {"total_size": sum(sizes.values())}
-            write_text(directory / INDEX, json.dumps({"metadata": meta, "weight_map": kept}, indent=2) + "\n")
-        copy_others(plan.base.directory, directory)
-        if dtype is not None:
-            set_dtype(plan.config, dtype)
-            write_text(directory / "config.json", json.dumps(plan.config, indent=2) + "\n")
+        # one tensor at a time: what a merge needs besides its rows is as large as the tensor
+        written = rewrite_model(
+            plan.base.directory, directory, plan.config, plan.changes, omit, dtype, together=1
+        )
         data = {
             "format": "checkpoint",
             "base_model": public_name(plan.base.source),
@@ -100,9 +88,7 @@ def export_task_vectors(
         }
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         write_text(directory / RECIPE, f"# Written by enmp-jax {__version__}.\n{text}")
-    size = sum(sizes.values()) / 1e9
-    line = f"{len(plan.changes)} tensors merged in {len(shards)} file{'s'[: len(shards) > 1]}, {size:.2f} GB"
-    return [*plan.notes, line]
+    return [*plan.notes, f"{len(plan.changes)} tensors merged {written}"]
 
 
 def check_task_vectors(
@@ -177,8 +163,7 @@ def _plan(base: str, models: Mapping[str, str], method: Method) -> _Plan:
     """What is added to which tensor, nothing of it read yet."""
     plain_model = _read(base)
     config = read_json(plain_model.directory / "config.json")
-    if config.get("quantization_config"):
-        raise UserError(f"{base} is quantised: merge into the model it was made from")
+    refuse_quantised(config, base)
     found = {task: _read(source) for task, source in models.items()}
     changes, notes = {}, []
     for name, (path, entry) in plain_model.tensors.items():
