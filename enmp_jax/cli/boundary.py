@@ -16,6 +16,7 @@ from enmp_jax.io import signals
 
 COORDINATOR_SECONDS = 1.0
 """The first process, which the others report to, stays so long after they may go."""
+
 _ADVICE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",

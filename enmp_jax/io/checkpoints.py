@@ -178,7 +178,8 @@ class Checkpoints:
         self._manager.reload()
 
     def _not_written(self, error: Exception) -> Exception:
-        if jax.process_count() > 1 and _LOST.search(str(error)):
+        lost = isinstance(error, jax.errors.JaxRuntimeError) or _LOST.search(str(error))
+        if jax.process_count() > 1 and lost and not isinstance(error, OSError):
             return jax.errors.JaxRuntimeError(str(error))  # another process is gone: no fault of the disk
         return UserError(
             f"cannot write a checkpoint to {self.path}: {reason(error)}; make room, then --resume goes on "

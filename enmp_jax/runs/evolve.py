@@ -324,7 +324,7 @@ class _Record:
                 done, self.search.generations, max(memo.best for memo in self.memos),
                 mean=float(np.nanmean(scores.fitness)),
                 masks=int(self.archive["evaluated"][:done].sum()),
-                examples=round(float(self.archive["cost"][:done].sum()) * self.examples),
+                examples=sum(self.run_examples),
                 spent=max(map(self._spent, range(len(self.seeds)))),
                 budget=self.search.budget,
             )
