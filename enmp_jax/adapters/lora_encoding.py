@@ -36,8 +36,7 @@ def encode(modules: Mapping[str, Factors], stored: Storage, rank: int) -> dict[s
             found[f"{path}.lora_embedding_A"], found[f"{path}.lora_embedding_B"] = a, b
         else:
             if kept is not None and kept.kind == "convolution":
-                a = a.reshape(rank, *kept.shape[1:])
-                b = b.reshape(*b.shape, *[1] * (a.ndim - 2))
+                a, b = kept.kernels(a, b)
             found[f"{path}.lora_A.weight"], found[f"{path}.lora_B.weight"] = a, b
     by_module: dict[str, list[str]] = {}
     for name in experts:

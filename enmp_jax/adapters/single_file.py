@@ -145,8 +145,7 @@ def write(directory: Path, modules: Mapping[str, Factors], stored: Storage) -> s
     for path, (a, b) in modules.items():
         kept = stored.get(path)
         if kept is not None and kept.kind == "convolution":
-            a = a.reshape(len(a), *kept.shape[1:])
-            b = b.reshape(*b.shape, *[1] * (a.ndim - 2))
+            a, b = kept.kernels(a, b)
         elif kept is not None:
             raise UserError(
                 f"{one_line(path)}: a LoRA on a layer of the kind {kept.kind} has no place in this file"

@@ -43,6 +43,12 @@ class Stored(NamedTuple):
             return delta.T
         return delta if self.kind == "experts" else delta.reshape(self.shape)
 
+    def kernels(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Factors (A [r, in * kernel], B [out, r]) of a convolution as files keep them: [r, in, *kernel] and
+        [out, r, 1, ...]."""
+        a = a.reshape(len(a), *self.shape[1:])
+        return a, b.reshape(*b.shape, *[1] * (a.ndim - 2))
+
 
 Storage = Mapping[str, Stored]
 """Module path -> how its weight is kept; linear layers [out, in] are left out."""
