@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from enmp_jax.evaluation.scoring import Heads, class_log_probabilities
 from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.models.causal import answer_log_probabilities
+from enmp_jax.training.length_buckets import LengthBuckets, Lengths, cut, sort_by_length
 from enmp_jax.training.loop import STEPS_PER_DISPATCH, OnProgress, Schedule, train
 
 ATTENTION = (
@@ -112,6 +114,27 @@ def answer_loss(
     return -jnp.where(real, found, 0.0).sum() / jnp.maximum(real.sum(), 1)
 
 
+def completions_loss(
+    backbone: Backbone, config: TrainConfig, buckets: LengthBuckets, lora: Any, data: _Data, key: Array
+) -> Float[Array, ""]:
+    """Sum over tasks of ``answer_loss``, each on its own examples of one part; all draw the same part."""
+    tasks = jnp.arange(buckets.first.shape[1])
+    part_key, key = jax.random.split(key)
+    part = jax.random.randint(part_key, (), 0, len(buckets.shape))
+    first, stop = jnp.asarray(buckets.first)[part], jnp.asarray(buckets.stop)[part]
+
+    def task_loss(lengths: Lengths, task: Array, lora: Any) -> Float[Array, ""]:
+        own = jax.random.fold_in(key, task)
+        index = jax.random.randint(own, (config.batch_size,), first[task], stop[task])
+        inputs = cut({name: x[task, index] for name, x in data.inputs.items()}, lengths)
+        return answer_loss(backbone, data.params, inputs, expert_deltas(lora, config.alpha / config.rank))
+
+    def with_lengths(lengths: Lengths) -> Callable[[Any], Float[Array, ""]]:
+        return lambda lora: jax.vmap(partial(task_loss, lengths))(tasks, lora).sum()
+
+    return jax.lax.switch(jnp.asarray(buckets.shape)[part], list(map(with_lengths, buckets.lengths)), lora)
+
+
 def training_steps(config: TrainConfig, examples: Sequence[Examples]) -> int:
     """Steps of a training: those of the configuration, or of its epochs over the largest task."""
     if config.epochs is None:
@@ -140,6 +163,9 @@ def train_experts(
         on_progress: see ``loop.train``.
         checkpoints: see ``loop.train``.
     """
+    buckets = None
+    if heads is None:
+        examples, buckets = sort_by_length(examples)
     key = jax.random.key(config.seed)
     templates = target_templates(backbone, config.target_modules)
     factors = init_factors(backbone, templates, config.rank, len(examples), jax.random.fold_in(key, 1))
@@ -151,10 +177,9 @@ def train_experts(
     scaling = config.alpha / config.rank
 
     def task_loss(task, lora, head, data: _Data, key) -> Float[Array, ""]:
+        assert data.heads is not None
         index = jax.random.randint(key, (config.batch_size,), 0, data.size[task])
         inputs = {name: x[task, index] for name, x in data.inputs.items()}
-        if data.heads is None:
-            return answer_loss(backbone, data.params, inputs, expert_deltas(lora, scaling))
         features = backbone.features(data.params, inputs, expert_deltas(lora, scaling))
         own = Heads(
             head[0][None], head[1][None], data.heads.allowed[task][None], data.heads.logit_scale[task][None],
@@ -164,6 +189,8 @@ def train_experts(
         return -jnp.take_along_axis(scores, data.label[task, index][:, None], axis=1).mean()
 
     def loss(weights, data: _Data, key) -> Float[Array, ""]:
+        if buckets is not None:
+            return completions_loss(backbone, config, buckets, weights["lora"], data, key)
         head = weights["head"] if train_head else data.heads and (data.heads.weight, data.heads.bias)
         tasks = jnp.arange(len(examples))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(tasks)
