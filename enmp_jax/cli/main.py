@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "write any format of what a search found",
     "verify": "prove that adapters and exports are what they say",
     "inspect": "show what is in adapters",
+    "statistics": "measure what regmean and fisher need to know of the data",
     "init": "write a run file to start from",
     "train": "train LoRA experts (and a small base) from a run file",
     "refine": "train one LoRA from the model that a search found",

@@ -29,6 +29,8 @@ from enmp_jax.merges.base import merge_stack
 from enmp_jax.merges.hyperparameters import Hyperparameter, hyperparameters
 from enmp_jax.runs import mask_file
 
+_METHODS = merges.METHODS | merges.WITH_STATISTICS
+
 
 @dataclass(frozen=True)
 class Options(Json):
@@ -42,12 +44,12 @@ class Options(Json):
     """Directory to make."""
     format: Literal["delta", "peft", "adapters", "checkpoint", "gguf"] = "delta"
     """``delta``: delta.safetensors, exact; ``peft``: one merged adapter, exact where the merged deltas are of
-    low rank, else (ties, dare, dare_ties, breadcrumbs, della and sce in full space: dense) within
+    low rank, else (ties, dare, dare_ties, breadcrumbs, della, sce and fisher in full space: dense) within
     --tolerance; ``adapters``: the pruned or weighted adapters, to be merged by others; ``checkpoint``: the
     base model with everything merged in, exact but for the rounding of its type; ``gguf``: as ``peft``, for
     llama.cpp."""
     method: Annotated[
-        str | None, tyro.conf.arg(help=f"One of {', '.join(merges.METHODS)}; default: the mask's, else ties.")
+        str | None, tyro.conf.arg(help=f"One of {', '.join(_METHODS)}; default: the mask's, else ties.")
     ] = None
     space: Annotated[
         str | None, tyro.conf.arg(help=f"One of {', '.join(merges.SPACES)}; default: the mask's, else full.")
@@ -60,6 +62,8 @@ class Options(Json):
     """Of methods that draw at random; default: 0."""
     task_weights: tuple[float, ...] | None = None
     """One factor for each task's delta, in the order of --adapter."""
+    statistics: str | None = None
+    """regmean, fisher: a file of ``enmp statistics``."""
     layer_scaling: tuple[float, float] | None = None
     """Factors of the first and the last layer's merged delta, linear between (LiNeS)."""
     prune: Annotated[
@@ -90,7 +94,7 @@ class Options(Json):
 def _hyperparameters() -> dict[str, dict[str, Hyperparameter]]:
     """Name -> method -> hyperparameter, over all methods."""
     found: dict[str, dict[str, Hyperparameter]] = {}
-    for method, factory in merges.METHODS.items():
+    for method, factory in _METHODS.items():
         for name, hyperparameter in hyperparameters(factory).items():
             found.setdefault(name, {})[method] = hyperparameter
     return found
@@ -190,7 +194,8 @@ def show(written: Written, out: Path, command: str, as_json: bool = False) -> No
 
 def _merge(args: Options, found_for: Mapping[str, Any] | None) -> dict[str, Any]:
     """What ``merges.make`` takes: the merge that the mask was found for, changed as the command line says."""
-    names = ("method", "space", "seed", "task_weights", "layer_scaling", *_hyperparameters())
+    general = ("method", "space", "seed", "task_weights", "layer_scaling", "statistics")
+    names = (*general, *_hyperparameters())
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     given |= {"isotropize": True} if args.isotropize else {}
     if found_for and given.get("method", found_for["method"]).replace("-", "_") == found_for["method"]:

@@ -68,7 +68,12 @@ def load(name: str | Path, *over: Mapping[str, Any]) -> RunConfig:
     data, root = compose.read(RunConfig, str(name))
     for settings in over:
         data = compose.overlay(RunConfig, data, settings)
-    return check(dataclasses.replace(parse(RunConfig, data, str(name)), root=root.resolve()))
+    run = dataclasses.replace(parse(RunConfig, data, str(name)), root=root.resolve())
+    if run.merge.statistics is not None:  # what a merge is made of has to be found again from anywhere
+        run = dataclasses.replace(
+            run, merge=dataclasses.replace(run.merge, statistics=run.path(run.merge.statistics))
+        )
+    return check(run)
 
 
 def check(run: RunConfig) -> RunConfig:

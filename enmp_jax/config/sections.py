@@ -132,12 +132,15 @@ class MergeConfig:
     isotropize: bool = False
     seed: int | None = None
     task_weights: tuple[float, ...] | None = None
+    statistics: str | None = field(default=None, metadata=_PATH)
+    """Of regmean and fisher: a file of ``enmp statistics``."""
     # mappings have no hash; equal configs still have equal hashes
     hyperparameters: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata={"rest": "method"})
 
     def arguments(self) -> dict[str, Any]:
         """What is given to ``merges.make`` beside method, space and isotropize."""
-        given = {"seed": self.seed, "task_weights": self.task_weights, **self.hyperparameters}
+        given = {"seed": self.seed, "task_weights": self.task_weights, "statistics": self.statistics}
+        given |= self.hyperparameters
         return {name: value for name, value in given.items() if value is not None}
 
     def recipe(self) -> dict[str, Any]:

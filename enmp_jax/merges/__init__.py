@@ -1,6 +1,7 @@
 """Merge methods: ``ties(space="knots", density=0.2)``, or by name: ``make("ties", "knots", density=0.2)``.
 
-May import ``lora``, ``deltas`` and all below them; knows nothing of models, data and files.
+May import ``lora``, ``deltas`` and all below them; knows nothing of models and data, and of files only those
+of ``statistics``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from enmp_jax.merges.compress import compress as _compress
 from enmp_jax.merges.dare import dare as _dare
 from enmp_jax.merges.dare import dare_ties as _dare_ties
 from enmp_jax.merges.della import della as _della
+from enmp_jax.merges.fisher import fisher as _fisher
 from enmp_jax.merges.hyperparameters import check, check_seed, hyperparameters
 from enmp_jax.merges.iso import iso as _iso
 from enmp_jax.merges.iso import isotropized
@@ -30,6 +32,7 @@ from enmp_jax.merges.karcher import karcher as _karcher
 from enmp_jax.merges.lego import lego as _lego
 from enmp_jax.merges.lines import layer_scaled
 from enmp_jax.merges.pico import pico as _pico
+from enmp_jax.merges.regmean import regmean as _regmean
 from enmp_jax.merges.sce import sce as _sce
 from enmp_jax.merges.spaces import SPACES
 from enmp_jax.merges.sum import mean as _mean
@@ -56,6 +59,9 @@ METHODS: dict[str, Callable[..., LayerMethod]] = {
     "compress": _compress,
 }
 
+WITH_STATISTICS: dict[str, Callable[..., LayerMethod]] = {"regmean": _regmean, "fisher": _fisher}
+"""Methods that need to know something of the tasks' data: see ``statistics``."""
+
 REFUSED: dict[tuple[str, str], str] = {
     ("iso_cts", "knots"): "the singular values of KnOTS undo the isotropy; use full",
     ("lego", "knots"): "it clusters the adapters' own factors; use full",
@@ -64,13 +70,17 @@ REFUSED: dict[tuple[str, str], str] = {
     ("karcher", "knots"): "it needs the angles between deltas, which KnOTS's coordinates change; use full",
     ("pico", "knots"): "it calibrates the adapters' own B; use full",
     ("compress", "knots"): "it finds bases of its own; use full",
+} | {
+    (name, space): "its statistics are those of full matrices; use full"
+    for name in WITH_STATISTICS
+    for space in ("knots", "core")
 }
 _ISOTROPIC = ("iso", "iso_cts")
 
 __all__ = [
-    "METHODS", "REFUSED", "SPACES", "Merge", "breadcrumbs", "cart", "compress", "dare", "dare_ties", "della",
-    "iso", "iso_cts", "karcher", "lego", "make", "mean", "merge_population", "pico", "sce", "sum", "ties",
-    "tsv",
+    "METHODS", "REFUSED", "SPACES", "WITH_STATISTICS", "Merge", "breadcrumbs", "cart", "compress", "dare",
+    "dare_ties", "della", "fisher", "iso", "iso_cts", "karcher", "lego", "make", "mean", "merge_population",
+    "pico", "regmean", "sce", "sum", "ties", "tsv",
 ]  # fmt: skip
 
 _P = ParamSpec("_P")
@@ -80,13 +90,14 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
     """Build a merge method by name.
 
     Args:
-        method: a key of ``METHODS`` (``-`` and ``_`` are the same).
+        method: a key of ``METHODS`` or ``WITH_STATISTICS`` (``-`` and ``_`` are the same).
         space: one of ``SPACES``.
         isotropize: make the merged delta isotropic afterwards (Iso-C after any method).
         given: hyperparameters: those of the method (see its factory); ``task_weights`` for all: each task's
             delta is multiplied by its weight before anything else (a weight of 0 is not pruning: the
             task still counts); ``layer_scaling``: factors of the first and the last layer's merged delta
-            (LiNeS, see ``lines``); ``seed`` for random methods.
+            (LiNeS, see ``lines``); ``seed`` for random methods; ``statistics``: the path of a file that
+            ``enmp statistics`` wrote, for methods that need it.
 
     Raises:
         UserError: an unknown method, space, pair of them or hyperparameter, or a value out of range.
@@ -96,8 +107,9 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
         >>> method = enmp.merges.make("ties", space="knots", density=0.4)
     """
     name = method.replace("-", "_")
-    if name not in METHODS:
-        raise UserError(f"unknown merge method {method!r}: {suggestion(name, METHODS)}")
+    known = METHODS | WITH_STATISTICS
+    if name not in known:
+        raise UserError(f"unknown merge method {method!r}: {suggestion(name, known)}")
     if space not in SPACES:
         raise UserError(f"unknown merge space {space!r}: {suggestion(space, SPACES)}")
     if (name, space) in REFUSED:
@@ -107,8 +119,16 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
     weights, scaling = given.pop("task_weights", None), given.pop("layer_scaling", None)
     # random methods alone use the seed; others accept it, as run files set it for a whole run
     seed = check_seed(given.pop("seed", 0))
-    built = METHODS[name](space, **check(name, METHODS[name], given))
-    merge = lift(isotropized(built) if isotropize else built, seed)
+    statistics = given.pop("statistics", None)
+    built = known[name](space, **check(name, known[name], given))
+    if built.statistics and statistics is None:
+        raise UserError(
+            f"{name} needs statistics of the tasks' data: enmp statistics RUN.yaml --kind {built.statistics} "
+            "--out FILE, then statistics: FILE"
+        )
+    if statistics is not None and not built.statistics:
+        raise UserError(f"{name} needs no statistics: leave them out")
+    merge = lift(isotropized(built) if isotropize else built, seed, statistics)
     merge = merge if scaling is None else layer_scaled(merge, scaling)
     return merge if weights is None else _weighted(merge, weights)
 
@@ -145,6 +165,7 @@ class Method(Protocol[_P]):
         seed: int = 0,
         task_weights: Sequence[float] | None = None,
         layer_scaling: Sequence[float] | None = None,
+        statistics: str | None = None,
         **given: float | str,
     ) -> Merge: ...
 
@@ -189,3 +210,5 @@ lego = public("lego", _lego)
 karcher = public("karcher", _karcher)
 pico = public("pico", _pico)
 compress = public("compress", _compress)
+regmean = public("regmean", _regmean)
+fisher = public("fisher", _fisher)

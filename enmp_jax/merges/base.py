@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from enmp_jax.deltas import Delta, Deltas, member_axes, scale_delta
 from enmp_jax.lora import LoraStack
+from enmp_jax.merges.statistics import Kind, read_statistics
 
 _FEW = 32  # projections that are compiled as one
 Ingredients = Any  # a pytree that only the method that made it understands
@@ -44,6 +46,9 @@ class LayerInputs(NamedTuple):
     b: Float[Array, "task out rank"]
     rank: Int[Array, " task"]  # true ranks: rows of a and columns of b beyond them are zero
     key: Key[Array, " task"]  # for random methods; depends on task name, layer and module alone
+    statistics: Float[Array | np.ndarray, "task _ _"] | None = (
+        None  # of methods that need them, see ``statistics``
+    )
 
 
 class LayerMethod(NamedTuple):
@@ -57,10 +62,16 @@ class LayerMethod(NamedTuple):
     sequential: bool = False  # one layer at a time, where the temporaries of a layer are large
     # the merge made isotropic, where there is a cheaper way than to decompose the merged delta
     isotropic: Callable[[Ingredients, Float[Array, " task"]], Delta] | None = None
+    statistics: Kind | None = None  # what the method needs to know of the tasks' data
 
 
-def lift(method: LayerMethod, seed: int = 0) -> Merge:
+def lift(method: LayerMethod, seed: int = 0, statistics: str | None = None) -> Merge:
     """Apply a layer method to every projection and layer of a stack.
+
+    Args:
+        method: the layer method.
+        seed: of random methods.
+        statistics: path of the file, of methods that need it.
 
     Matrix products run at full float32 precision on every device: thresholds and iterations
     must not depend on it.
@@ -75,11 +86,15 @@ def lift(method: LayerMethod, seed: int = 0) -> Merge:
     prepare_layers = jax.jit(lambda inputs: jax.lax.map(method.prepare, inputs))
 
     def prepare(stack: LoraStack) -> Ingredients:
-        ingredients = {}
+        ingredients, known = {}, {}
+        if method.statistics is not None:
+            assert statistics is not None
+            known = read_statistics(Path(statistics), method.statistics, stack)
         with jax.default_matmul_precision("highest"):
             for name, pair in stack.pairs.items():
                 keys = _keys(seed, stack, name)
-                inputs = LayerInputs(pair.a, pair.b, jnp.asarray(pair.rank, jnp.int32), keys)
+                ranks = jnp.asarray(pair.rank, jnp.int32)
+                inputs = LayerInputs(pair.a, pair.b, ranks, keys, known.get(name))
                 present = jnp.asarray(pair.present, pair.a.dtype)
                 rows = None if pair.rows is None else jnp.asarray(pair.rows, jnp.int32)
                 ingredients[name] = (present, rows, prepare_layers(inputs))

@@ -51,7 +51,16 @@ ProperShare = Annotated[float, Range(0, 1, high_open=True)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 # what `make` and the merge section of a run file take for every method: near misses are named
-GENERAL = ("scale", "scale_grid", "space", "isotropize", "seed", "task_weights", "layer_scaling")
+GENERAL = (
+    "scale",
+    "scale_grid",
+    "space",
+    "isotropize",
+    "seed",
+    "task_weights",
+    "layer_scaling",
+    "statistics",
+)
 
 
 @dataclass(frozen=True)

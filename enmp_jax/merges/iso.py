@@ -58,4 +58,4 @@ def isotropized(method: LayerMethod) -> LayerMethod:
         q_right, r_right = ingredients.right
         return LowRank(q_left, isotropic(r_left @ delta.core @ r_right.T), q_right.T)
 
-    return LayerMethod(prepare, merge, method.sequential)
+    return LayerMethod(prepare, merge, method.sequential, statistics=method.statistics)

@@ -65,14 +65,14 @@ def compare_run(
         out: a run directory, or a new one; it keeps the rows, and those that it has are not made again. None:
             nothing is kept.
         reporter: progress.
-        methods: names; default: all.
+        methods: names; default: all, of those that need statistics the run's own.
         spaces: names; default: all.
         search: also run the run file's search under every method.
 
     Raises:
         UserError: an unknown method or space, a row that was made with other settings, or a bad run.
     """
-    pairs = method_space_pairs(methods, spaces)
+    pairs = method_space_pairs(methods, spaces, run.merge)
     if out is None and jax.process_count() > 1:
         raise UserError("several hosts need a run directory that all of them see: give --out")
     with in_directory(out, reporter) as directory:
@@ -146,17 +146,26 @@ def table_head(evaluator: Evaluator) -> dict[str, Any]:
     }
 
 
-def method_space_pairs(methods: Sequence[str], spaces: Sequence[str]) -> list[tuple[str, str]]:
+def method_space_pairs(
+    methods: Sequence[str], spaces: Sequence[str], own: MergeConfig | None = None
+) -> list[tuple[str, str]]:
     """The methods in the spaces that they make sense in; default: all of both.
+
+    Args:
+        methods: names.
+        spaces: names.
+        own: the run's merge, which has statistics where its method needs them.
 
     Raises:
         UserError: an unknown name, or nothing left.
     """
-    for names, known, what in ((methods, merges.METHODS, "method"), (spaces, merges.SPACES, "space")):
+    measured = [own.method.replace("-", "_")] if own and own.statistics else []
+    comparable = list(dict.fromkeys([*merges.METHODS, *measured]))
+    for names, known, what in ((methods, comparable, "method"), (spaces, merges.SPACES, "space")):
         for name in names:
             if name.replace("-", "_") not in known:
                 raise UserError(f"unknown merge {what} {name!r}: {suggestion(name, known)}")
-    chosen = [name.replace("-", "_") for name in methods] or list(merges.METHODS)
+    chosen = [name.replace("-", "_") for name in methods] or comparable
     pairs = [(m, s) for m in chosen for s in (spaces or merges.SPACES) if (m, s) not in merges.REFUSED]
     if not pairs:
         raise UserError(f"{', '.join(methods)} in {', '.join(spaces)} space: nothing to compare")
@@ -165,7 +174,7 @@ def method_space_pairs(methods: Sequence[str], spaces: Sequence[str]) -> list[tu
 
 def candidates(run: RunConfig, method: str, space: str) -> list[MergeConfig]:
     """A method in a space with each value of its first hyperparameter, the default or the run's own first."""
-    merge, known = run.merge, hyperparameters(merges.METHODS[method])
+    merge, known = run.merge, hyperparameters((merges.METHODS | merges.WITH_STATISTICS)[method])
     own = merge.method.replace("-", "_") == method
     given = dict(merge.hyperparameters) if own else {}
     first = next(iter(known), None)
@@ -176,6 +185,7 @@ def candidates(run: RunConfig, method: str, space: str) -> list[MergeConfig]:
             method=method,
             space=space,
             isotropize=own and merge.isotropize,
+            statistics=merge.statistics if own else None,
             scale="auto" if merge.scale_grid else merge.scale,
             hyperparameters=given if value is None or first is None else given | {first: value},
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +27,8 @@ def fingerprints(loaded: LoadedRun) -> dict[str, str]:
         "the code of enmp-jax": f"{__version__} {code_digest()}",
         "the base model": _base(loaded.base),
     }
+    if loaded.run.merge.statistics is not None:
+        found["the statistics"] = _file(Path(loaded.run.merge.statistics))
     for i, task in enumerate(loaded.tasks):
         factors = {name: (pair.a[:, i], pair.b[:, i]) for name, pair in loaded.stack.pairs.items()}
         found[f"the adapter of {task}"] = fingerprint(None, factors)
@@ -46,10 +49,15 @@ def _base(base: str) -> str:
         real = path.resolve()
         content = real.name  # in the hub's cache, the name of the real file is the hash of its content
         if not (path.is_symlink() and len(content) == 64):
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "blake2b").hexdigest()
+            content = _file(path)
         digest.update(f"{path.name} {content} ".encode())
     return digest.hexdigest()
+
+
+def _file(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def changed_inputs(before: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
