@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from enmp_jax.adapters import load_adapters, read_adapter, save_adapter
+from enmp_jax.adapters.matching import same_base
 from enmp_jax.errors import UserError
 from enmp_jax.io.reading import finite
 from enmp_jax.lora import stack_adapters
@@ -139,6 +140,12 @@ def test_adapters_of_unrelated_models_are_refused(tmp_path):
     save_adapter(tmp_path / "b", factors(["bert.encoder.layer.0.query"]), 2, 2, None)
     with pytest.raises(UserError, match="no layers in common"):
         load_adapters({"a": tmp_path / "a", "b": tmp_path / "b"})
+
+
+def test_a_packaged_base_is_the_same_under_both_its_names():
+    """As a run file elsewhere that extends a packaged one has it."""
+    assert same_base("package:demo/base", "demo/base/")
+    assert not same_base("package:demo/base", "vision-small/base")
 
 
 def test_different_bases_are_refused_unless_allowed(tmp_path):

@@ -224,7 +224,7 @@ SETTINGS = [word for value in SMALL for word in ("--set", f"evaluation.{value}")
 def test_from_statistics_to_a_search_and_an_export(measured, tmp_path, capsys, method, kind):
     """A run file merges by them; what it hands over is verified; ``enmp merge`` makes the same of them."""
     (tmp_path / "run.yaml").write_text(
-        "extends: demo\nbase: {allow_mismatch: true}\n"
+        "extends: demo\n"
         f"merge: {{method: {method}, statistics: {measured.name}/{kind}.safetensors, scale: 1.0}}\n"
         "search: {strategy: greedy, granularity: layer, population: 4, generations: 2, seeds: 1}\n"
     )

@@ -36,7 +36,9 @@ def check_bases(bases: Mapping[str, str | None], base_name: str | None, allow: b
 
 def same_base(x: str, y: str) -> bool:
     """Whether two names of a base model are the same name or the same directory on this machine."""
-    if x.rstrip("/") == y.rstrip("/"):
+    # a run file that extends a packaged one spells the package's files with a prefix
+    plain = [name.removeprefix("package:").rstrip("/") for name in (x, y)]
+    if plain[0] == plain[1]:
         return True
     # two local copies: the same directory under two spellings
     return os.path.exists(x) and os.path.exists(y) and os.path.realpath(x) == os.path.realpath(y)
