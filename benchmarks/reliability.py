@@ -291,7 +291,7 @@ PARTS: dict[str, tuple[str, Callable[..., Outcome]]] = {
     "soak": ("long search: flat memory and open files", soak),
     "kills": ("SIGKILL of the process at a random moment, resumed to the same", kills),
     "two_processes": (
-        "SIGKILL of one of two processes: both resumed to the same",
+        "SIGKILL of one of two processes: the other ends with one line; two, or one, resumed to the same",
         processes,
     ),
 }

@@ -1,4 +1,4 @@
-"""Two processes of one search for ``reliability.py``: one is killed, the other ends, both go on together."""
+"""Two processes of one search for ``reliability.py``: one is killed, the other ends, two or one go on."""
 
 from __future__ import annotations
 
@@ -25,34 +25,50 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def start(out: Path, resume: bool = False) -> list[subprocess.Popen[str]]:
-    """Both processes of ``enmp search demo``, on this machine."""
+def start(out: Path, count: int = 2, resume: bool = False) -> list[subprocess.Popen[str]]:
+    """``enmp search demo`` on this machine's two devices: one process with both, or two with one each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(2 // count)}
     environment |= {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(out.parent / "programs"),
+        "JAX_COMPILATION_CACHE_DIR": str(out.parent / f"programs{count}"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "-m", "enmp_jax.cli", "search", "demo", "--out", str(out)]
     command += [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
-    command += ["--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
+    command += ["--resume"] if resume else []
+    job = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id"]
     return [
         subprocess.Popen(
-            [*command, "--process-id", str(i), *(["--resume"] if resume else [])],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*command, *(job + [str(i)] if count > 1 else [])],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
-        for i in range(2)
+        for i in range(count)
     ]  # fmt: skip
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> list[int]:
-    """Exit codes; the output is read away."""
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit codes, and what was said on standard error. One that hangs is killed."""
+    ends = []
     for process in processes:
-        process.communicate(timeout=SECONDS)
-    return [process.returncode for process in processes]
+        try:
+            error = process.communicate(timeout=SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            error = process.communicate()[1]
+        ends.append((process.returncode, error))
+    return ends
+
+
+def failed(out: Path, whole: Path | None = None, **how: Any) -> str:
+    """Search, and compare with the undisturbed search; what went wrong, or nothing."""
+    ends = ended(start(out, **how))
+    if any(code for code, _ in ends):
+        last = [(code, error.strip().rpartition("\n")[2][-200:]) for code, error in ends]
+        return f"exit codes and last lines {last}"
+    return "another result" if whole and found(out) != found(whole) else ""
 
 
 def found(out: Path) -> Any:
@@ -63,15 +79,16 @@ def found(out: Path) -> Any:
 
 
 def two_processes(scratch: Path, count: int) -> tuple[int, list[str]]:
-    """Kill one of two at a random moment of the search, resume with two.
+    """Kill one of two at a random moment of the search, resume with two, and from the same state with one.
 
     Returns:
-        How many resumed to the same, and notes: what went wrong in the others, how the survivors ended.
+        In how many cases the survivor ended within a minute with one line and exit code 1 and both resumed
+        to the same; and notes: what went wrong in the others, how the survivors ended.
     """
-    rng, notes, same, ends = random.Random(2), [], 0, []
-    whole, out = scratch / "undisturbed", scratch / "disturbed"
-    if codes := [code for code in ended(start(whole)) if code]:
-        return 0, [f"undisturbed: exit codes {codes}"]
+    rng, notes, good, ends = random.Random(2), [], 0, []
+    whole, out, kept = scratch / "undisturbed", scratch / "disturbed", scratch / "kept"
+    if wrong := failed(whole):
+        return 0, [f"undisturbed: {wrong}"]
     for case in range(count):
         processes, deadline = start(out), time.monotonic() + SECONDS
         history = out / "history.jsonl"
@@ -81,14 +98,19 @@ def two_processes(scratch: Path, count: int) -> tuple[int, list[str]]:
         killed = rng.randrange(2)
         processes[killed].kill()
         clock = time.monotonic()
-        code = ended(processes)[1 - killed]
+        code, error = ended(processes)[1 - killed]
         seconds = time.monotonic() - clock
-        ends.append(f"{code} after {seconds:.0f} s")
-        if (codes := ended(start(out, resume=True))) != [0, 0]:
-            notes.append(f"case {case}: resumed with exit codes {codes}")
-        elif found(out) != found(whole):
-            notes.append(f"case {case}: another result")
-        else:
-            same += 1
-        shutil.rmtree(out, ignore_errors=True)
-    return same, [*notes, f"exit codes of the survivors: {', '.join(ends)}"]
+        ends.append(f"{code} after {seconds:.0f} s (killed: {killed})")
+        said = [line for line in error.splitlines() if line.startswith("enmp search: ")]
+        wrong = [] if code == 1 and seconds < 60 and len(said) == 1 else [f"{ends[-1]} with {said}"]
+        shutil.copytree(out, kept)
+        for again in (2, 1):
+            if what := failed(out, whole, count=again, resume=True):
+                wrong.append(f"resumed with {again}: {what}")
+            shutil.rmtree(out)
+            if again == 2:
+                kept.rename(out)
+        notes += [f"case {case}: {'; '.join(wrong)}"] if wrong else []
+        good += not wrong
+        print(f"case {case}: {ends[-1]}; {wrong or 'good'}", flush=True)
+    return good, [*notes, f"exit codes of the survivors: {', '.join(ends)}"]
