@@ -42,7 +42,7 @@ def start(out: Path, count: int = 2, resume: bool = False) -> list[subprocess.Po
     job = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id"]
     return [
         subprocess.Popen(
-            [*command, *(job + [str(i)] if count > 1 else [])],
+            [*command, *([*job, str(i)] if count > 1 else [])],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for i in range(count)
