@@ -30,7 +30,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from reliability_fuzz import FUZZ, fuzz
-from reliability_processes import two_processes
+from reliability_processes import devices, two_processes
 
 from enmp_jax.cli.boundary import explained
 from enmp_jax.config import run_file
@@ -260,6 +260,13 @@ def processes(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Out
     return Outcome(count, *two_processes(place, count))
 
 
+def on_devices(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome:
+    """Real searches on 1, 4 and 8 devices."""
+    place = scratch / "devices"
+    place.mkdir()
+    return Outcome(*devices(place, max(1, round(3 * scale))))
+
+
 def soak(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome:
     """Memory and open files over many generations: those of the second half against the first."""
     generations = max(20, round(1000 * scale))
@@ -294,6 +301,7 @@ PARTS: dict[str, tuple[str, Callable[..., Outcome]]] = {
         "SIGKILL of one of two processes: the other ends with one line; two, or one, resumed to the same",
         processes,
     ),
+    "devices": ("the same seed on 4 and 8 devices: the mask of one device bit for bit", on_devices),
 }
 
 

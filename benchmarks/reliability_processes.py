@@ -1,4 +1,8 @@
-"""Two processes of one search for ``reliability.py``: one is killed, the other ends, two or one go on."""
+"""Searches in processes of their own for ``reliability.py``.
+
+One of two is killed, the other ends, two or one go on; and one process with several devices finds what it finds
+with one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +30,21 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def start(out: Path, count: int = 2, resume: bool = False) -> list[subprocess.Popen[str]]:
-    """``enmp search demo`` on this machine's two devices: one process with both, or two with one each."""
+def start(
+    out: Path, count: int = 2, resume: bool = False, devices: int = 2, changes: Mapping[str, Any] = {}
+) -> list[subprocess.Popen[str]]:
+    """``enmp search demo`` by one process that pretends to have all the devices, or two with half of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(2 // count)}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices // count)}
     environment |= {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(out.parent / f"programs{count}"),
+        "JAX_COMPILATION_CACHE_DIR": str(out.parent / f"programs{count}-{devices}"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "-m", "enmp_jax.cli", "search", "demo", "--out", str(out)]
-    command += [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+    command += [word for key, value in (SETTINGS | changes).items() for word in ("--set", f"{key}={value}")]
     command += ["--resume"] if resume else []
     job = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process-id"]
     return [
@@ -114,3 +121,38 @@ def two_processes(scratch: Path, count: int) -> tuple[int, list[str]]:
         good += not wrong
         print(f"case {case}: {ends[-1]}; {wrong or 'good'}", flush=True)
     return good, [*notes, f"exit codes of the survivors: {', '.join(ends)}"]
+
+
+def devices(scratch: Path, seeds: int) -> tuple[int, int, list[str]]:
+    """Searches of the same seed on 4 and 8 devices, divided by members and by examples.
+
+    Returns:
+        How many there were, how many found the mask of one device bit for bit, and notes.
+    """
+    cases, notes, same_history = 0, [], 0
+    for seed in range(seeds):
+        changes = {"search.seed": seed, "search.population": 8, "search.generations": 10}
+        for n, (members, examples) in ((1, (1, 1)), (4, (4, 1)), (4, (1, 4)), (8, (8, 1)), (8, (2, 4))):
+            out = scratch / f"{seed}-{members}-{examples}"
+            mesh = {"evaluation.mesh": f"{{population: {members}, data: {examples}}}"}
+            wrong = failed(out, count=1, devices=n, changes=changes | mesh)
+            whole = scratch / f"{seed}-1-1"
+            if not wrong and n > 1:
+                (history, mask, _), (history_of_one, mask_of_one, _) = found(out), found(whole)
+                wrong = "" if mask == mask_of_one else "another mask"
+                same_history += [_judged(line) for line in history] == [
+                    _judged(line) for line in history_of_one
+                ]
+            cases += n > 1
+            if wrong:
+                notes.append(f"seed {seed} on {n} devices ({members} x {examples}): {wrong}")
+    return (
+        cases,
+        cases - len(notes),
+        [*notes, f"every fitness of the history too to the last bit: {same_history}"],
+    )
+
+
+def _judged(line: str) -> Any:
+    """What a line of the history says of its masks."""
+    return json.loads(line)["fitness"]

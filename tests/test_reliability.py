@@ -123,6 +123,36 @@ def test_a_process_that_cannot_listen_ends_in_time(number, code):
     assert error.count("\n") == 1 and signal.Signals(number).name in error and "--resume" in error
 
 
+ABORTS = """
+import ctypes, sys, threading, time
+from enmp_jax.cli import boundary
+from enmp_jax.devices import survivor
+from enmp_jax.io import signals
+def work():
+    survivor.aborts_with_a_line()
+    if sys.argv[1] == "ending":
+        survivor.ends_with(2)
+    with signals.saving():
+        threading.Thread(target=ctypes.CDLL(None).abort).start()  # as the agent of jaxlib does
+        time.sleep(10)
+sys.exit(boundary.guarded("enmp search", work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "code", "said"),
+    [
+        ("waiting", 1, "enmp search: another process has ended or cannot be reached (JAX says more above); "
+         "--resume goes on from what is saved\n"),
+        ("ending", 2, ""),  # the main thread says its own line
+    ],
+)  # fmt: skip
+def test_an_abort_of_jaxlib_ends_with_a_line(when, code, said):
+    command = [sys.executable, "-c", ABORTS, when]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 def broken(fitness):
     """Evaluations whose fitness is not a number for some members, by their row."""
     make = evolve.make_evaluate_new
