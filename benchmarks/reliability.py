@@ -45,6 +45,8 @@ from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.search import device_memo
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = Path(os.environ["KEPT"]) if os.environ.get("KEPT") else None
+"""Where the part of two processes, which takes long, goes on from case to case if it was stopped."""
 GENERATIONS = 6
 
 
@@ -254,8 +256,8 @@ def kills(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome
 
 def processes(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome:
     """Real searches of two processes, one of which is killed."""
-    place = scratch / "processes"
-    place.mkdir()
+    place = (KEPT or scratch) / "processes"
+    place.mkdir(parents=True, exist_ok=True)
     count = max(1, round(10 * scale))
     return Outcome(count, *two_processes(place, count))
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 GENERATIONS = 30
-SECONDS = 300.0
-"""Given up after so long."""
+SECONDS = 1800.0
+"""Given up after so long; a survivor has a minute."""
 SETTINGS = {
     "search.strategy": "snes", "search.granularity": "layer", "search.population": 4, "search.seeds": 1,
     "search.generations": GENERATIONS, "search.generations_per_dispatch": 1, "search.checkpoint_every": 1,
@@ -90,39 +90,54 @@ def found(out: Path) -> Any:
 def two_processes(scratch: Path, count: int) -> tuple[int, list[str]]:
     """Kill one of two at a random moment of the search, resume with two, and from the same state with one.
 
+    Args:
+        scratch: cases that were done here are not done again.
+        count: of cases.
+
     Returns:
         In how many cases the survivor ended within a minute with one line and exit code 1 and both resumed
         to the same; and notes: what went wrong in the others, how the survivors ended.
     """
-    rng, notes, good, ends = random.Random(2), [], 0, []
-    whole, out, kept = scratch / "undisturbed", scratch / "disturbed", scratch / "kept"
-    if wrong := failed(whole):
+    whole, record = scratch / "undisturbed", scratch / "cases.jsonl"
+    if not (whole / "scores.json").exists() and (wrong := failed(whole)):
         return 0, [f"undisturbed: {wrong}"]
-    for case in range(count):
-        processes, deadline = start(out), time.monotonic() + SECONDS
-        history = out / "history.jsonl"
-        while not (history.exists() and history.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 1))
-        killed = rng.randrange(2)
-        processes[killed].kill()
-        clock = time.monotonic()
-        code, error = ended(processes)[1 - killed]
-        seconds = time.monotonic() - clock
-        ends.append(f"{code} after {seconds:.0f} s (killed: {killed})")
-        said = [line for line in error.splitlines() if line.startswith("enmp search: ")]
-        wrong = [] if code == 1 and seconds < 60 and len(said) == 1 else [f"{ends[-1]} with {said}"]
-        shutil.copytree(out, kept)
-        for again in (2, 1):
-            if what := failed(out, whole, count=again, resume=True):
-                wrong.append(f"resumed with {again}: {what}")
-            shutil.rmtree(out)
-            if again == 2:
-                kept.rename(out)
-        notes += [f"case {case}: {'; '.join(wrong)}"] if wrong else []
-        good += not wrong
-        print(f"case {case}: {ends[-1]}; {wrong or 'good'}", flush=True)
-    return good, [*notes, f"exit codes of the survivors: {', '.join(ends)}"]
+    record.touch()
+    for case in range(len(record.read_text().splitlines()), count):
+        shutil.rmtree(scratch / "disturbed", ignore_errors=True)
+        line = json.dumps(one_killed(scratch, random.Random(case)))
+        with record.open("a") as file:
+            file.write(line + "\n")
+        print(f"case {case}: {line}", flush=True)
+    cases = [json.loads(line) for line in record.read_text().splitlines()]
+    notes = [f"case {i}: {'; '.join(case['wrong'])}" for i, case in enumerate(cases) if case["wrong"]]
+    ends = ", ".join(case["survivor"] for case in cases)
+    return count - len(notes), [*notes, f"exit codes of the survivors: {ends}"]
+
+
+def one_killed(scratch: Path, rng: random.Random) -> dict[str, Any]:
+    """One case: how the survivor ended, and all that went wrong."""
+    whole, out, kept = scratch / "undisturbed", scratch / "disturbed", scratch / "kept"
+    processes, deadline = start(out), time.monotonic() + SECONDS
+    history = out / "history.jsonl"
+    while not (history.exists() and history.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 1))
+    killed = rng.randrange(2)
+    processes[killed].kill()
+    clock = time.monotonic()
+    code, error = ended(processes)[1 - killed]
+    seconds = time.monotonic() - clock
+    survivor = f"{code} after {seconds:.0f} s (killed: {killed})"
+    said = [line for line in error.splitlines() if line.startswith("enmp search: ")]
+    wrong = [] if code == 1 and seconds < 60 and len(said) == 1 else [f"{survivor} with {said}"]
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(out, kept)
+    for again in (2, 1):
+        if what := failed(out, whole, count=again, resume=True):
+            wrong.append(f"resumed with {again}: {what}")
+        shutil.rmtree(out)
+        shutil.copytree(kept, out)
+    return {"survivor": survivor, "wrong": wrong}
 
 
 def devices(scratch: Path, seeds: int) -> tuple[int, int, list[str]]:
