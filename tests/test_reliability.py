@@ -160,6 +160,7 @@ def test_what_the_end_cannot_write_is_said_before_the_search(demo_run, tmp_path,
         raise ValueError("no card of such names")
 
     monkeypatch.setattr(rehearsal, "model_card", card)
+    monkeypatch.setattr("enmp_jax.runs.search.choose_scale", lambda *given: pytest.fail("it has begun"))
     with pytest.raises(UserError, match="could not be written: no card of such names"):
         search_run(demo_run, tmp_path / "run", SILENT)
     assert not (tmp_path / "run" / "config.yaml").exists()
