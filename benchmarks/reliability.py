@@ -30,7 +30,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from reliability_fuzz import FUZZ, fuzz
-from reliability_processes import two_processes
+from reliability_processes import devices, two_processes
 
 from enmp_jax.cli.boundary import explained
 from enmp_jax.config import run_file
@@ -45,6 +45,8 @@ from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.search import device_memo
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = Path(os.environ["KEPT"]) if os.environ.get("KEPT") else None
+"""Where the part of two processes, which takes long, goes on from case to case if it was stopped."""
 GENERATIONS = 6
 
 
@@ -254,10 +256,17 @@ def kills(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome
 
 def processes(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome:
     """Real searches of two processes, one of which is killed."""
-    place = scratch / "processes"
-    place.mkdir()
+    place = (KEPT or scratch) / "processes"
+    place.mkdir(parents=True, exist_ok=True)
     count = max(1, round(10 * scale))
     return Outcome(count, *two_processes(place, count))
+
+
+def on_devices(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome:
+    """Real searches on 1, 4 and 8 devices."""
+    place = scratch / "devices"
+    place.mkdir()
+    return Outcome(*devices(place, max(1, round(3 * scale))))
 
 
 def soak(loaded: LoadedRun, scratch: Path, whole: Any, scale: float) -> Outcome:
@@ -291,9 +300,10 @@ PARTS: dict[str, tuple[str, Callable[..., Outcome]]] = {
     "soak": ("long search: flat memory and open files", soak),
     "kills": ("SIGKILL of the process at a random moment, resumed to the same", kills),
     "two_processes": (
-        "SIGKILL of one of two processes: both resumed to the same",
+        "SIGKILL of one of two processes: the other ends with one line; two, or one, resumed to the same",
         processes,
     ),
+    "devices": ("the same seed on 4 and 8 devices: the mask of one device bit for bit", on_devices),
 }
 
 

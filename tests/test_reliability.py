@@ -20,8 +20,10 @@ from enmp_jax.errors import Stopped, UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.io import signals
 from enmp_jax.io.progress import SILENT
-from enmp_jax.runs import evolve
+from enmp_jax.report import write
+from enmp_jax.runs import evolve, rehearsal
 from enmp_jax.runs.directory import RunDirectory
+from enmp_jax.runs.search import draw, search_run
 from enmp_jax.search import loop
 
 
@@ -121,6 +123,57 @@ def test_a_process_that_cannot_listen_ends_in_time(number, code):
     _, error = process.communicate(timeout=10)
     assert process.returncode == code
     assert error.count("\n") == 1 and signal.Signals(number).name in error and "--resume" in error
+
+
+ABORTS = """
+import ctypes, sys, threading, time
+from enmp_jax.cli import boundary
+from enmp_jax.devices import survivor
+from enmp_jax.io import signals
+def work():
+    survivor.aborts_with_a_line()
+    if sys.argv[1] == "ending":
+        survivor.ends_with(2)
+    with signals.saving():
+        threading.Thread(target=ctypes.CDLL(None).abort).start()  # as the agent of jaxlib does
+        time.sleep(10)
+sys.exit(boundary.guarded("enmp search", work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "code", "said"),
+    [
+        ("waiting", 1, "enmp search: another process has ended or cannot be reached (JAX says more above); "
+         "--resume goes on from what is saved\n"),
+        ("ending", 2, ""),  # the main thread says its own line
+    ],
+)  # fmt: skip
+def test_an_abort_of_jaxlib_ends_with_a_line(when, code, said):
+    command = [sys.executable, "-c", ABORTS, when]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_what_the_end_cannot_write_is_said_before_the_search(demo_run, tmp_path, monkeypatch):
+    def card(*given):
+        raise ValueError("no card of such names")
+
+    monkeypatch.setattr(rehearsal, "model_card", card)
+    monkeypatch.setattr("enmp_jax.runs.search.choose_scale", lambda *given: pytest.fail("it has begun"))
+    with pytest.raises(UserError, match="could not be written: no card of such names"):
+        search_run(demo_run, tmp_path / "run", SILENT)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_report_that_fails_can_be_repeated(tmp_path, monkeypatch):
+    def full(out):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    said = []
+    monkeypatch.setattr(write, "write_plots", full)
+    draw(tmp_path, SILENT._replace(say=said.append))
+    assert len(said) == 1 and "No space left" in said[0] and f"enmp report {tmp_path}" in said[0]
 
 
 def broken(fitness):

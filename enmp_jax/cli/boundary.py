@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from enmp_jax.devices import survivor
 from enmp_jax.errors import Stopped, UserError, one_line, reason
 from enmp_jax.io import signals
 
@@ -52,6 +53,8 @@ def guarded(program: str, work: Callable[[], int | None], debug: bool = False) -
         elif not line:
             line = _unexpected(error)
         line = "; ".join([line, *getattr(error, "__notes__", ())])
+        if _several():
+            survivor.ends_with(code)
         print(f"{program}: {line}", file=sys.stderr, flush=True)
         _end_together(code)
         return code
@@ -80,9 +83,15 @@ def explained(error: BaseException) -> tuple[int, str]:
         return 2, "the input is nested too deeply to be read"
     if isinstance(error, OverflowError):
         return 2, f"a number of the input is too large ({one_line(error)})"
-    if _several() and type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
-        return 1, f"another process has ended or cannot be reached ({one_line(error, 120)})"
+    if _several() and _lost(error):
+        return 1, f"{survivor.LOST} ({one_line(error, 120)})"
     return 1, ""
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether a collective may have failed; that of a CPU comes as a ValueError that names its transport."""
+    is_gloo = isinstance(error, ValueError) and "Gloo" in str(error)
+    return is_gloo or type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
 
 
 def _unexpected(error: BaseException) -> str:
@@ -122,6 +131,7 @@ def _end_together(code: int) -> None:
     if code == 0:
         with contextlib.suppress(RuntimeError):  # another has failed meanwhile
             barrier("all is done")
+        survivor.ends_with(0)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
+from enmp_jax.devices import survivor
 from enmp_jax.errors import Stopped, UserError, one_line
 from enmp_jax.io import signals
 
@@ -84,6 +85,7 @@ def initialize(job: Job | None) -> None:
 
     if jax.distributed.is_initialized():
         return
+    survivor.aborts_with_a_line()
     try:
         jax.distributed.initialize(*job, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:

@@ -22,6 +22,7 @@ GRACE_SECONDS = 8.0
 GO_ON = "--resume goes on from what is saved"
 
 _state = {"received": 0, "saving": 0}
+_programs: list[str] = []
 
 
 def received() -> int:
@@ -60,8 +61,9 @@ def handled(program: str) -> Iterator[None]:
     """Handle the signals while a command runs; does nothing outside the main thread.
 
     Args:
-        program: what the last line begins with, if it has to be said by the thread.
+        program: what the last line begins with, if another thread has to say it.
     """
+    _programs[:] = [program]
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -71,7 +73,7 @@ def handled(program: str) -> Iterator[None]:
     # the interpreter writes the number of a signal here at once, whatever its main thread waits for
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     done = threading.Event()
-    threading.Thread(target=_watch, args=(read, done, program), daemon=True).start()
+    threading.Thread(target=_watch, args=(read, done), daemon=True).start()
     try:
         yield
     finally:
@@ -84,7 +86,7 @@ def handled(program: str) -> Iterator[None]:
         os.close(write)
 
 
-def _watch(read: int, done: threading.Event, program: str) -> None:
+def _watch(read: int, done: threading.Event) -> None:
     with os.fdopen(read, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
             if number[0] in SIGNALS:
@@ -96,8 +98,13 @@ def _watch(read: int, done: threading.Event, program: str) -> None:
         if done.wait(0.1):
             return
     if _state["saving"]:
-        print(f"{program}: {named(number[0])} in the middle of a step; {GO_ON}", file=sys.stderr, flush=True)
+        print(last_line(f"{named(number[0])} in the middle of a step"), file=sys.stderr, flush=True)
     os._exit(128 + number[0])
+
+
+def last_line(what: str) -> str:
+    """What a thread says that ends the process without the main one: what happened, and how to go on."""
+    return f"{''.join(_programs) or 'enmp'}: {what}" + (f"; {GO_ON}" if _state["saving"] else "")
 
 
 def named(number: int) -> str:
