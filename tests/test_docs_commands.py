@@ -62,9 +62,9 @@ QUICK = {"generations": 2, "seeds": 1, "refine": None}
 
 
 def write_run(path, page, **more):
-    """The run file that a page shows, with a short search; ``more`` in other sections."""
+    """The run file that a page shows, with a short search at one scale; ``more`` in other sections."""
     run = yaml.safe_load(of(ROOT / "docs" / page, "yaml")[0].text)
-    for section, values in {"search": QUICK, **more}.items():
+    for section, values in {"search": QUICK, "merge": {"scale": 0.5}, **more}.items():
         run[section] = run.get(section, {}) | values
     path.write_text(yaml.safe_dump(run))
 
