@@ -52,6 +52,7 @@ MEANT = {
         "enmp merge --adapter A=adapters/reviews --adapter B=adapters/spam --method tsv --out merged",
     "enmp export DIR --format F": "enmp export runs/mine --format checkpoint",
     "enmp verify DIR...": "enmp verify runs/first adapters/spam",
+    "enmp verify DIR": "enmp verify runs/first",
     "enmp train RUN --out DIR": "enmp train run.yaml --out trained",
     "enmp inspect DIR...": "enmp inspect adapters/reviews adapters/spam",
     "enmp report DIR...": "enmp report runs/second runs/mine",
@@ -74,6 +75,8 @@ def classifiers(root):
     write_run(root / "run.yaml", "quickstart.md")
     for seed, name in enumerate(("BASE", "TUNED_A", "TUNED_B")):
         doc_files.save_base(root / name, seed)
+        config = root / name / "config.json"  # a model without a head, which is all that its files have
+        config.write_text(config.read_text().replace("BertForSequenceClassification", "BertModel"))
 
 
 def questions(n, seed, **more):
