@@ -56,3 +56,25 @@ def commands(text):
                 inner = inner[inner.index("enmp") + 1 :]
                 ends = [i for i, word in enumerate(inner) if word in ("&&", "|", ">", "enmp")]
                 yield inner[: min(ends, default=len(inner))]
+
+
+def printed(page):
+    """The commands of a page with their lines: of its shell blocks (the line where the block begins), and of
+    sentences and tables.
+
+    A bare name such as ``enmp compare`` in a sentence speaks of the command and is none.
+    """
+    found = []
+    for block in of(page, "sh", "bash"):
+        for line in re.sub(r"\\\n\s*", " ", block.text).splitlines():
+            plain = re.sub(r"\s+#.*$", "", line)
+            apart = plain.split(" && ") if "'" not in plain else [plain]  # a quoted one is another's argument
+            found += [(block.line, " ".join(command.split())) for command in apart if command]
+    prose = re.sub(
+        r"^```.*?^```$", lambda m: "\n" * m[0].count("\n"), page.read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    for m in re.finditer(r"`((?:[A-Z_]+=\S+ )?(?:enmp|make|pip|source|git)\s[^`]+)`", prose):
+        command = " ".join(m[1].split())
+        if not re.fullmatch(r"enmp [a-z]+", command):
+            found.append((prose.count("\n", 0, m.start()) + 1, command))
+    return sorted(found, key=lambda one: one[0])

@@ -40,7 +40,7 @@ BERT = {
 CLASSES = {"reviews": ("bad", "good"), "spam": ("no", "yes")}
 
 
-def save_base(path):
+def save_base(path, seed=0):
     """A BERT of random weights, with its tokenizer."""
     tokenizer = Tokenizer(
         tokenizer_models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
@@ -52,7 +52,7 @@ def save_base(path):
     )  # fmt: skip
     path.mkdir(parents=True, exist_ok=True)
     backbone = models.build(BERT)
-    models.save(path, backbone, backbone.init(jax.random.key(0)))
+    models.save(path, backbone, backbone.init(jax.random.key(seed)))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
     ).save_pretrained(path)

@@ -71,8 +71,8 @@ def save_base(path, chat=True, seed=0, **config):
     return tokenizer
 
 
-def save_experts(path, base, names, rank=2, scale=0.4):
-    """Random adapters of all query, value and down projections."""
+def save_experts(path, base, names, rank=2, scale=0.4, trained_on=None):
+    """Random adapters of all query, value and down projections; ``trained_on`` is what they call the base."""
     backbone = models.build(checkpoint.read_config(base))
     for seed, name in enumerate(names):
         random = np.random.default_rng(seed + 1)
@@ -85,7 +85,7 @@ def save_experts(path, base, names, rank=2, scale=0.4):
             if template.endswith(("q_proj", "v_proj", "down_proj"))
             for layer in range(backbone.n_layers)
         }
-        save_adapter(path / name, modules, rank, rank, base.name, task_type="CAUSAL_LM")
+        save_adapter(path / name, modules, rank, rank, trained_on or base.name, task_type="CAUSAL_LM")
 
 
 def completions(n, seed=0):

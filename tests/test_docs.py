@@ -1,4 +1,4 @@
-"""The documentation is true: commands parse, the quickstart runs, Python, YAML and JSON are what they say."""
+"""The documentation is true: commands parse (test_docs_commands.py runs them), Python and data are right."""
 
 import functools
 import importlib
@@ -20,8 +20,6 @@ from enmp_jax.config.run_file import RunConfig
 from enmp_jax.config.schema import parse
 
 DOCS = ROOT / "docs"
-RUN = {"inspect", "merge", "search", "export"}
-"""Of the quickstart; the others are parsed here, and run by the tests of each."""
 
 
 @pytest.fixture(scope="module")
@@ -80,25 +78,8 @@ def test_yaml_and_json_are_read_as_run_files_and_data(page, tmp_path):
                 assert isinstance(json.loads(line), dict)
 
 
-def test_the_quickstart_runs_as_it_stands(here, monkeypatch, capsys):
-    page = DOCS / "quickstart.md"
-    monkeypatch.chdir(here)
-    for block in of(page, "sh", "yaml"):
-        if block.language == "yaml":
-            (here / "run.yaml").write_text(block.text)
-        for words in commands(block.text) if block.language == "sh" else ():
-            if words[0] in RUN and not {"--plan", "--dry-run"} & set(words):
-                assert cli.main(words) == 0, (words, capsys.readouterr())
-    first = ("merged/heads/reviews.safetensors", "delta", "report.html")
-    for made in ("plain", *(f"runs/first/{name}" for name in first)):
-        assert (here / made).exists(), made
-    capsys.readouterr()
-    assert cli.main(["init", "adapters/reviews", "adapters/spam"]) == 0
-    assert "models/base" in capsys.readouterr().out
-
-
 def test_python_blocks_run_or_compile(here, monkeypatch):
-    """The recipes of extending.md are run by test_contributing.py, the README's by it and test_api.py."""
+    """Those of extending.md are run by test_contributing.py, the README's by it and test_docs_commands.py."""
     monkeypatch.chdir(here)
     ran = 0
     for page in PAGES:

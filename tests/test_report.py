@@ -15,7 +15,8 @@ from enmp_jax.errors import UserError
 from enmp_jax.evaluation.fitness import FITNESS
 from enmp_jax.io.progress import make_reporter
 from enmp_jax.report import data as report_data
-from enmp_jax.report import figures, tables, terminal, write
+from enmp_jax.report import figures, screen, tables, terminal, write
+from enmp_jax.report.charts import Curve, Lines
 
 
 class Page(HTMLParser):
@@ -71,7 +72,7 @@ def test_plots_and_report_end_to_end(tmp_path, seeds, granularity):
         assert image.shape[1] > 500
         assert image[..., :3].std() > 0.02
     page = page_of(run)
-    assert page.urls == [] and page.scripts == ["application/json", "text/javascript"]
+    assert page.urls == [] and page.scripts == ["application/json"] * 2 + ["text/javascript"]
     assert page.marks.count("mark found") == len(TASKS) + 2  # and the mean, and the legend
     for words in (
         "a <very> long task & name", "68.0 (80.0)", "cma_es", "ties", "jax", "npz:digits.npz", "test (400)",
@@ -368,3 +369,32 @@ def test_captions_do_not_depend_on_docstrings(tmp_path):
         "the task's own adapter",
     ):
         assert words in text
+
+
+def test_a_run_is_read_once_for_plots_and_page(tmp_path, monkeypatch):
+    run, reads = make_run(tmp_path / "run"), []
+
+    def counted(path):
+        reads.append(path)
+        return report_data.read(path)
+
+    monkeypatch.setattr(write, "read", counted)
+    assert write.write_all(run).exists() and (run / "plots/mask.png").exists()
+    assert len(reads) == 1
+
+
+def test_a_long_history_is_told_at_a_bounded_number_of_places():
+    x, y = np.arange(5000.0), np.linspace(0.5, 0.6, 5000)
+    y[0] = np.nan
+    curves = (
+        Curve("found", "thin", "best so far", x, y), Curve("found", "thin", "", x, y + 0.1),
+        Curve("expert", "squares", "chosen", x[-1:], y[-1:]), Curve("merged", "rule", "plain", x[:1], y[1:2]),
+    )  # fmt: skip
+    told = screen.readings(Lines("", "masks", "", curves))
+    assert len(told["names"]) == len(told["at"]) == screen.MOST_READINGS
+    assert (told["names"][0], told["names"][-1]) == ("0 masks", "4,999 masks")
+    assert (told["at"][0], told["at"][-1]) == (0, 1000)
+    best, chosen, plain = (fact["values"][0] for fact in told["facts"])
+    assert best[0] is None and best[-1] == "60.0 to 70.0"
+    assert chosen[:-1] == [None] * (screen.MOST_READINGS - 1) and chosen[-1] == "60.0"
+    assert set(plain) == {"50.0"}

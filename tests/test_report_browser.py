@@ -142,8 +142,38 @@ def test_the_keyboard_reaches_every_cell(browser, pages):
     assert not js(inside)  # one stop, not one for each cell
 
 
+@pytest.mark.parametrize("kind", ["mask", "both"])
+def test_a_chart_of_curves_is_read_by_pointer_and_keys(browser, pages, kind):
+    js = show(browser, pages[kind])
+    plot, told = js("document.querySelector('.plot')"), "document.getElementById('curves-told').textContent"
+    here = "document.querySelector('.plot .here').getAttribute('d')"
+    history = [json.loads(line) for line in (pages["mask"].parent / "history.jsonl").read_text().splitlines()]
+    best = {step: [100 * r["best"] for r in history if r["generation"] == step] for step in (1, 19)}
+
+    def expected(step):
+        low, high = (f"{end(best[step]):.1f}" for end in (min, max))
+        return f"best so far {low} to {high} %" if low != high else f"best so far {low} %"
+
+    def press(*keys):
+        webdriver.ActionChains(browser).send_keys(*keys).perform()
+
+    browser.execute_script("document.querySelector('.plot').focus()")
+    assert js("document.activeElement.className") == "plot"
+    assert js(told).startswith("16 masks evaluated") and js(here) == "M0 0v1000"
+    press(webdriver.Keys.ARROW_RIGHT)
+    assert js(told).startswith("32 masks evaluated")
+    assert kind == "both" or expected(1) in js(told)
+    press(webdriver.Keys.END, webdriver.Keys.ARROW_RIGHT)
+    assert js(told).startswith("320 masks evaluated") and js(here) == "M1000 0v1000"
+    assert (expected(19) if kind == "mask" else f"mask {best[19][0]:.1f} %") in js(told)
+    assert js("document.querySelector('.plot').getAttribute('aria-valuetext')") == js(told)
+    webdriver.ActionChains(browser).move_to_element(plot).perform()  # its middle
+    assert js(told).startswith(("160 masks", "176 masks"))
+    assert kind == "both" or "plain merge (search split) 71.0 %" in js(told)
+
+
 def test_names_are_text(browser, pages):
-    for kind, scripts in (("mask", 2), ("both", 1)):
+    for kind, scripts in (("mask", 3), ("both", 2)):
         js = show(browser, pages[kind])
         assert EVIL in js("document.body.innerText")
         assert js("[document.scripts.length, document.images.length]") == [scripts, 0]

@@ -42,7 +42,7 @@ def run(args: Args) -> None:
     distributed.initialize(distributed.find_job())
     from enmp_jax.io.lock import occupied
     from enmp_jax.report.terminal import print_scores
-    from enmp_jax.report.write import write_plots, write_report
+    from enmp_jax.report.write import write_all
     from enmp_jax.runs.directory import finished
     from enmp_jax.runs.refine import refine_run
 
@@ -53,6 +53,5 @@ def run(args: Args) -> None:
     with reporting(args) as reporter, alone:
         scores = refine_run(args.run_dir, dataclasses.replace(config, **given), reporter, args.out)
     if jax.process_index() == 0 and args.out is None:
-        write_plots(args.run_dir)
-        write_report(args.run_dir)
+        write_all(args.run_dir)
     print_result(args, scores, print_scores)

@@ -24,15 +24,14 @@ class Args(Json):
 
 def run(args: Args) -> None:
     """Run ``enmp report``."""
-    from enmp_jax.report.write import write_comparison, write_plots, write_report
+    from enmp_jax.report.write import write_all, write_comparison
 
     if not args.run_dirs:
         raise UserError("give the directory of a finished search, or several to compare them")
     if len(args.run_dirs) == 1:
         if args.out is not None:
             raise UserError("the report of one run goes into its directory: leave out --out")
-        write_plots(args.run_dirs[0])
-        return _show(args, write_report(args.run_dirs[0]))
+        return _show(args, write_all(args.run_dirs[0]))
     from enmp_jax.runs.answers import to_first
 
     out = args.out or Path("comparison.html")

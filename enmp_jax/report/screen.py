@@ -11,13 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
-from enmp_jax.report.charts import Dots, Heat, Lines, Mark, short, ticks
+from enmp_jax.report.charts import Curve, Dots, Heat, Lines, Mark, short, ticks
 from enmp_jax.report.html import Html, el, join, table
 from enmp_jax.report.limits import cut
 
 _BINS = 10  # shades on each side of the neutral one: classes c-10 to c10
 _LIGHT, _DARK = ("b8390a", "ece9e2", "1f5f99"), ("ff8f57", "2b2824", "7ab8f0")  # gone, as it is, largest
+
+
+MOST_READINGS = 300
+"""Most places of a chart of curves that keys stop at."""
 
 
 def _shades(low: str, middle: str, high: str) -> str:
@@ -118,8 +123,11 @@ def _glyph(role: str) -> Html:
     return el("svg", shape, class_="glyph", aria_hidden="true")
 
 
-def lines(chart: Lines) -> Html:
-    """A chart of curves; its plot is stretched to the window, its letters are not."""
+def lines(chart: Lines, ident: str = "curves") -> Html:
+    """A chart of curves; its plot is stretched to the window, its letters are not.
+
+    Arrow keys and the pointer go from point to point; the values there are told beneath it.
+    """
     (left, right), (bottom, top) = chart.limits
 
     def point(x: float, y: float) -> str:
@@ -153,17 +161,76 @@ def lines(chart: Lines) -> Html:
         for t in ticks(left, right)
     ]
     plot = el(
-        "svg", *grid, *drawn, viewBox="0 0 1000 1000", preserveAspectRatio="none", role="img",
-        aria_label=chart.caption,
+        "svg", *grid, *drawn, el("path", class_="here"), viewBox="0 0 1000 1000", preserveAspectRatio="none",
+        aria_hidden="true",
     )  # fmt: skip
+    data = readings(chart)
+    most = max(0, len(data["names"]) - 1)
+    told = "Point at the chart, or walk along it with the arrow keys, to read its values."
     return el(
         "figure",
         el("p", *names, class_="legend"),
         el("p", chart.y_label, class_="small"),
-        el("div", el("div", *y_axis, class_="y"), plot, el("div", *x_axis, class_="x"), class_="plot"),
+        el(
+            "div", el("div", *y_axis, class_="y"), plot, el("div", *x_axis, class_="x"), class_="plot",
+            # what is walked through in one direction is a slider to those who cannot see it
+            id=ident, role="slider", tabindex=0, aria_label=chart.caption, aria_valuetext=told,
+            aria_valuemin=0, aria_valuemax=most, aria_valuenow=0,
+        ),
         el("p", chart.x_label, class_="small right"),
+        el("output", told, id=f"{ident}-told"),
         el("figcaption", chart.caption),
+        _data(ident, data),
+    )  # fmt: skip
+
+
+def readings(chart: Lines) -> dict[str, Any]:
+    """What the script tells of a chart: ``names`` and places ``at`` (0 to 1000), ``facts`` of the curves.
+
+    Curves of one name, as of several seeds, are one fact: a value, or the range of them. A curve has the
+    value of its last point; single points are told where they are.
+    """
+    (left, right), _ = chart.limits
+    groups: dict[tuple[str, str], list[Curve]] = {}
+    for curve in chart.curves:
+        groups.setdefault((curve.role, curve.shape), []).append(curve)
+    known = [curve.x[np.isfinite(curve.x)] for curve in chart.curves if curve.shape != "rule"]
+    every = np.unique(np.concatenate(known)) if known else np.zeros(0)
+    if len(every) > MOST_READINGS:
+        every = every[np.rint(np.linspace(0, len(every) - 1, MOST_READINGS)).astype(int)]
+    facts = []
+    for (_, shape), curves in groups.items():
+        values = [_range(np.concatenate([_values(curve, x) for curve in curves])) for x in every]
+        name = next((curve.name for curve in curves if curve.name), shape)
+        facts.append({"before": name, "values": [values], "after": " %"})
+    names = [f"{x:,.0f} {chart.x_label}" for x in every]
+    at = [round(1000 * (x - left) / (right - left)) for x in every]
+    return {"names": names, "at": at, "facts": facts}
+
+
+def _values(curve: Curve, x: float) -> Float[np.ndarray, " value"]:
+    """Per cent at x: none, one, or those of all points there."""
+    real = np.isfinite(curve.x) & np.isfinite(curve.y)
+    if curve.shape == "rule":
+        return 100 * curve.y[real][:1]
+    if curve.shape in ("cloud", "squares"):
+        return 100 * curve.y[real & (curve.x == x)]
+    return 100 * curve.y[real & (curve.x <= x)][-1:]
+
+
+def _range(values: Float[np.ndarray, " value"]) -> str | None:
+    ends = (
+        list(dict.fromkeys(f"{value:.1f}" for value in (values.min(), values.max()))) if len(values) else []
     )
+    return " to ".join(ends) or None
+
+
+def _data(ident: str, data: Mapping[str, Any]) -> Html:
+    """What the script tells of the element of this id."""
+    text = json.dumps(data, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )  # which cannot end the script early
+    return el("script", Html(text), type="application/json", id=f"{ident}-data")
 
 
 def heat(chart: Heat, details: Mapping[str, Any], ident: str = "modules") -> Html:
@@ -196,17 +263,13 @@ def heat(chart: Heat, details: Mapping[str, Any], ident: str = "modules") -> Htm
         style=f"--cell:{max(15, min(44, 640 // layers))}px",
     )  # fmt: skip
     told = "Point at a cell, or walk through them with the arrow keys, to read what is known of a module."
-    data = json.dumps(
-        {"rows": [[task, *([p] if p else [])] for task, p in chart.rows], **details}, separators=(",", ":")
-    )
     return el(
         "figure",
         _scale(chart),
         el("div", grid, class_="scroll"),
         el("output", told, id=f"{ident}-told", aria_live="polite"),
         el("figcaption", chart.caption),
-        # "<" cannot end the script early
-        el("script", Html(data.replace("<", "\\u003c")), type="application/json", id=f"{ident}-data"),
+        _data(ident, {"rows": [[task, *([p] if p else [])] for task, p in chart.rows], **details}),
     )
 
 

@@ -11,7 +11,7 @@ from enmp_jax.errors import UserError, one_line, reason
 from enmp_jax.io.writing import write_file
 from enmp_jax.report.charts import Chart
 from enmp_jax.report.damage import DAMAGE
-from enmp_jax.report.data import read
+from enmp_jax.report.data import RunData, read
 from enmp_jax.report.figures import comparison, controls, figures
 from enmp_jax.report.limits import drawn
 from enmp_jax.report.page import page
@@ -19,13 +19,24 @@ from enmp_jax.report.paper import files
 from enmp_jax.report.side_by_side import side_by_side
 
 
-def write_plots(run_dir: Path) -> list[Path]:
+def write_all(run_dir: Path) -> Path:
+    """``write_plots`` and ``write_report`` of a run that is read once; returns the page."""
+    data = read(run_dir)
+    write_plots(run_dir, data)
+    return write_report(run_dir, data)
+
+
+def write_plots(run_dir: Path, data: RunData | None = None) -> list[Path]:
     """Draw ``plots/*.png`` and ``*.svg`` of a finished run directory.
+
+    Args:
+        run_dir: of the run.
+        data: what it says, where it was read already.
 
     Raises:
         UserError: a file of the run is missing or damaged.
     """
-    data = read(run_dir)
+    data = data or read(run_dir)
     shown, _ = drawn(data)
     with _whole(run_dir):
         charts = figures(shown)
@@ -61,14 +72,18 @@ def _write(folder: Path, images: dict[str, dict[str, bytes]]) -> list[Path]:
     return written
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, data: RunData | None = None) -> Path:
     """Write ``report.html`` of a finished run directory: one file, nothing loaded from elsewhere.
+
+    Args:
+        run_dir: of the run.
+        data: what it says, where it was read already.
 
     Raises:
         UserError: a file of the run is missing or damaged.
     """
     path = Path(run_dir) / "report.html"
-    data = read(run_dir)
+    data = data or read(run_dir)
     with _whole(run_dir):
         content = page(data).encode("utf-8", "replace")
     write_file(path, lambda temporary: temporary.write_bytes(content))

@@ -120,11 +120,10 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
 
 def draw(out: Path, reporter: Reporter) -> None:
     """Write plots and report; what goes wrong is said and can be repeated, as the search is paid for."""
-    from enmp_jax.report.write import write_plots, write_report  # matplotlib is slow to import
+    from enmp_jax.report.write import write_all  # matplotlib is slow to import
 
     try:
-        write_plots(out)
-        write_report(out)
+        write_all(out)
     except (UserError, OSError, MemoryError) as error:
         reporter.say(
             f"report not written: {one_line(error)}; scores and mask are: try again with enmp report {out}"
