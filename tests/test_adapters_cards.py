@@ -86,6 +86,20 @@ def test_a_local_base_is_not_named_as_a_hub_model(tmp_path):
         assert "base_model" not in card.read_text() and "private" not in card.read_text()
 
 
+def test_names_are_text_in_cards(tmp_path):
+    """Markdown in the name of a task is shown, not rendered."""
+    name = "[free](x) `code` #1 &lt; __bold__"
+    make(tmp_path / "a", 0)
+    loaded = load_adapters({name: tmp_path / "a"})
+    keep = np.ones((3, 1), bool)
+    keep[1] = False
+    export_adapters(tmp_path / "out", loaded, keep, Recipe(pruned=((1, name),)))
+    for card in (tmp_path / "out" / "README.md", tmp_path / "out" / name / "README.md"):
+        body = card.read_text().split("---\n", 2)[2]
+        body = body.partition("enmp merge")[0]  # a command in a block of code is as it is typed
+        assert r"\[free\](x) \`code\` \#1 \&lt; \_\_bold\_\_" in body and "[free](x)" not in body
+
+
 def test_a_directory_in_use_is_refused_untouched(loaded, keep, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")

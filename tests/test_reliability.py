@@ -15,6 +15,7 @@ import pytest
 import transformers
 
 from enmp_jax.cli import boundary
+from enmp_jax.cli import main as command_line
 from enmp_jax.data.tokenizer import load_tokenizer
 from enmp_jax.errors import Stopped, UserError
 from enmp_jax.evaluation.evaluator import Evaluator
@@ -123,6 +124,27 @@ def test_a_process_that_cannot_listen_ends_in_time(number, code):
     _, error = process.communicate(timeout=10)
     assert process.returncode == code
     assert error.count("\n") == 1 and signal.Signals(number).name in error and "--resume" in error
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line(monkeypatch, capsys):
+    def importing(name):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(command_line.importlib, "import_module", importing)
+    assert command_line.main(["search", "demo", "--out", "never"]) == 130
+    assert capsys.readouterr().err == "enmp search: interrupted\n"
+
+
+def test_an_interrupted_search_says_how_it_goes_on(demo_loaded, tmp_path, capsys):
+    def work():
+        with RunDirectory(tmp_path / "run", say=lambda line: None) as directory:
+            directory.start(demo_loaded.run)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    assert boundary.guarded("enmp search", work) == 130
+    assert capsys.readouterr().err == f"enmp search: interrupted; {signals.GO_ON}\n"
 
 
 ABORTS = """
