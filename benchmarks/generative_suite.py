@@ -267,10 +267,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         plain = {row["seed"]: row["test"] for row in groups.get((method, "plain"), [])}
         test, n = np.array([row["test"] for row in found]), len(found)
         gain = np.array([row["test"] - plain.get(row["seed"], np.nan) for row in found])
-        half = stats.t.ppf(0.975, n - 1) * gain.std(ddof=1) / n**0.5 if n > 1 else np.nan
+        half = f"{stats.t.ppf(0.975, n - 1) * gain.std(ddof=1) / n**0.5:.3f}" if n > 1 else ""
         cost, seconds = (np.mean([row[name] for row in found]) for name in ("example_evaluations", "seconds"))
         lines.append(
-            f"| {method} | {column} | {n} | {test.mean():.3f} | {gain.mean():+.3f} | {half:.3f} | "
+            f"| {method} | {column} | {n} | {test.mean():.3f} | {gain.mean():+.3f} | {half} | "
             f"{cost:,.0f} | {seconds:.0f} |"
         )
     return "\n".join(lines)
