@@ -53,6 +53,8 @@ MEANT = {
     "enmp export DIR --format F": "enmp export runs/mine --format checkpoint",
     "enmp verify DIR...": "enmp verify runs/first adapters/spam",
     "enmp verify DIR": "enmp verify runs/first",
+    "enmp statistics RUN.yaml --kind gram --out FILE.safetensors":
+        "enmp statistics run.yaml --kind gram --out again.safetensors",
     "enmp train RUN --out DIR": "enmp train run.yaml --out trained",
     "enmp inspect DIR...": "enmp inspect adapters/reviews adapters/spam",
     "enmp report DIR...": "enmp report runs/second runs/mine",

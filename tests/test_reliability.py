@@ -193,7 +193,7 @@ def test_a_report_that_fails_can_be_repeated(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     said = []
-    monkeypatch.setattr(write, "write_plots", full)
+    monkeypatch.setattr(write, "write_all", full)
     draw(tmp_path, SILENT._replace(say=said.append))
     assert len(said) == 1 and "No space left" in said[0] and f"enmp report {tmp_path}" in said[0]
 

@@ -44,7 +44,7 @@ class Options(Json):
     """Directory to make."""
     format: Literal["delta", "peft", "adapters", "checkpoint", "gguf"] = "delta"
     """``delta``: delta.safetensors, exact; ``peft``: one merged adapter, exact where the merged deltas are of
-    low rank, else (ties, dare, dare_ties, breadcrumbs, della, sce and fisher in full space: dense) within
+    low rank, else (ties, dare, dare_ties, breadcrumbs, della and sce in full space: dense) and fisher within
     --tolerance; ``adapters``: the pruned or weighted adapters, to be merged by others; ``checkpoint``: the
     base model with everything merged in, exact but for the rounding of its type; ``gguf``: as ``peft``, for
     llama.cpp."""

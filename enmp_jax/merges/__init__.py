@@ -1,7 +1,6 @@
 """Merge methods: ``ties(space="knots", density=0.2)``, or by name: ``make("ties", "knots", density=0.2)``.
 
-May import ``lora``, ``deltas`` and all below them; knows nothing of models and data, and of files only those
-of ``statistics``.
+May import ``lora``, ``deltas`` and below; knows no models, no data, and of files only ``statistics``.
 """
 
 from __future__ import annotations
