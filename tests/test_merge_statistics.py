@@ -37,7 +37,7 @@ def stack():
         }
         for i in range(TASKS)
     }
-    return stack_adapters(adapters, dtype=jnp.float64)
+    return stack_adapters(adapters, dtype=jnp.float32)
 
 
 def statistics(kind, rows=20):
@@ -54,7 +54,7 @@ def statistics(kind, rows=20):
 
 def merged(stack, keep, **merge):
     method = merges.make(**merge)
-    (delta,) = method.merge(method.prepare(stack), jnp.asarray(keep, jnp.float64), 1.0).values()
+    (delta,) = method.merge(method.prepare(stack), jnp.asarray(keep, jnp.float32), 1.0).values()
     return np.asarray(delta.materialise())
 
 
@@ -104,7 +104,7 @@ def test_members_batch_weights_have_a_gradient_and_one_task_alone_is_itself(stac
     write_statistics(tmp_path / "s.safetensors", kind, statistics(kind), {})
     merge = merges.make(method, statistics=str(tmp_path / "s.safetensors"))
     ingredients = merge.prepare(stack)
-    keeps = jnp.asarray(np.stack(KEEPS), jnp.float64)
+    keeps = jnp.asarray(np.stack(KEEPS), jnp.float32)
 
     def whole(keep):
         (delta,) = merge.merge(ingredients, keep, 1.0).values()
@@ -114,7 +114,7 @@ def test_members_batch_weights_have_a_gradient_and_one_task_alone_is_itself(stac
     for one, keep in zip(together, keeps, strict=True):
         np.testing.assert_allclose(one, whole(keep), atol=1e-12)
     pair = stack.pairs[NAME]
-    alone = whole(jnp.asarray([[0, 1, 0], [0, 1, 0]], jnp.float64))
+    alone = whole(jnp.asarray([[0, 1, 0], [0, 1, 0]], jnp.float32))
     if method == "fisher":
         np.testing.assert_allclose(alone, jnp.matmul(pair.b[:, 1], pair.a[:, 1]), atol=1e-9)
     assert not np.asarray(whole(jnp.zeros((LAYERS, TASKS)))).any()
@@ -272,6 +272,9 @@ def test_bad_input_is_one_line(measured, tmp_path, stack, capsys):
     write_statistics(tmp_path / "w.safetensors", "gram", wrong, {})
     with pytest.raises(UserError, match=r"is \(3, 3\), not \(5, 5\): measured for another base"):
         merges.make("regmean", statistics=str(tmp_path / "w.safetensors")).prepare(stack)
+    missing = ("--set", "merge.method=regmean", "--set", "merge.statistics=none.safetensors")
+    line = refused(capsys, "search", "demo", *missing, "--out", tmp_path / "never")
+    assert "there is no file none.safetensors" in line and not (tmp_path / "never").exists()
     line = refused(capsys, "statistics", "demo", "--kind", "gram", "--out", gram)
     assert "already there" in line
     line = refused(capsys, "statistics", "demo", "--kind", "gram", "--out", tmp_path / "here")

@@ -33,6 +33,7 @@ from enmp_jax.evaluation import budget
 from enmp_jax.evaluation.fitness import Fitness
 from enmp_jax.evaluation.heads import load_heads
 from enmp_jax.evaluation.scoring import Heads
+from enmp_jax.io.files import is_file
 from enmp_jax.io.progress import SILENT, Reporter
 from enmp_jax.lora import LoraStack
 from enmp_jax.masks import MaskSpec
@@ -146,6 +147,10 @@ def load(
         UserError: anything that does not fit together; nothing has been written by then.
     """
     make_merge(run)  # a bad method is said before anything is read
+    if run.merge.statistics is not None and not is_file(Path(run.merge.statistics)):
+        raise UserError(
+            f"merge.statistics: there is no file {run.merge.statistics}: make it by enmp statistics"
+        )
     base = run.path(run.base.model)
     dtype, quantization = run.base.dtype, run.base.quantization
     config = checkpoint.read_config(checkpoint.find(base))

@@ -46,9 +46,8 @@ class LayerInputs(NamedTuple):
     b: Float[Array, "task out rank"]
     rank: Int[Array, " task"]  # true ranks: rows of a and columns of b beyond them are zero
     key: Key[Array, " task"]  # for random methods; depends on task name, layer and module alone
-    statistics: Float[Array | np.ndarray, "task _ _"] | None = (
-        None  # of methods that need them, see ``statistics``
-    )
+    # of methods that need them (see ``statistics``)
+    statistics: Float[Array | np.ndarray, "task _ _"] | None = None
 
 
 class LayerMethod(NamedTuple):
