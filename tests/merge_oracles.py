@@ -32,6 +32,8 @@ def merged(
         whole = pico(b, deltas)
     elif method == "compress":
         whole = compress(deltas, **hyper)
+    elif method == "do_merging":
+        whole = do_merging(a, b, **hyper)
     else:
         left, mats, right = in_space(space, a, b, deltas)
         if method == "della":
@@ -203,6 +205,28 @@ def compress(deltas, compressed_rank):
         left = leading([d @ right for d in deltas])
         right = leading([d.T @ left for d in deltas])
     return left @ left.T @ np.sum(deltas, axis=0) @ right @ right.T
+
+
+def do_merging(a, b, orthogonal_steps, proximity):
+    def less_overlapping(factors):
+        """Rows orthogonal to the other tasks' rows, by gradient descent."""
+        unit = np.sqrt(np.mean([np.sum(x**2) for x in factors]))
+        first = [x / unit for x in factors]
+        now = first
+        for _ in range(orthogonal_steps):
+            moved = []
+            for i, x in enumerate(now):
+                gradient = proximity * (x - first[i])
+                for j, y in enumerate(now):
+                    if i != j:
+                        gradient = gradient + (x @ y.T) @ y
+                moved.append(x - gradient / (2 * len(now) + proximity))
+            now = moved
+        return [unit * x for x in now]
+
+    deltas = [y.T @ x for x, y in zip(less_overlapping(a), less_overlapping([y.T for y in b]))]
+    lengths = [np.linalg.norm(d, axis=0) for d in deltas]
+    return np.mean(lengths, axis=0) * np.sum([d / size for d, size in zip(deltas, lengths)], axis=0)
 
 
 COMBINE = {

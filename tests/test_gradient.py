@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from device_problem import TASKS, make_inputs
+from safetensors.numpy import load_file, save_file
 
+from enmp_jax.adapters.recipe import RECIPE
 from enmp_jax.config.sections import RefineConfig
 from enmp_jax.deltas import Dense, LowRank, add_deltas
 from enmp_jax.errors import UserError
@@ -21,6 +24,7 @@ from enmp_jax.io.progress import SILENT
 from enmp_jax.runs.climb import harden
 from enmp_jax.runs.refine import refine_run
 from enmp_jax.runs.search import search_run
+from enmp_jax.runs.verify import verify
 from enmp_jax.search import gradient
 from enmp_jax.training.refine import refine
 
@@ -233,6 +237,27 @@ def test_refining_starts_at_the_merge_and_keeps_the_best(demo_loaded, gradient_r
     assert delta.max_rank == start[name].max_rank + 2  # ranks add up
 
 
+def refined_is_the_merge_and_a_lora(export):
+    """What ``enmp verify`` proves of it: true as it is; not of a lower rank, another scale or other weights."""
+
+    def added():
+        (report,) = verify(str(export), {})
+        return next(check for check in report.checks if check.name == "merge and LoRA")
+
+    assert added().ok
+    recipe, weights = export / RECIPE, export / "adapter_model.safetensors"
+    said, right = yaml.safe_load(recipe.read_text()), load_file(weights)
+    for section, key, value in (("refined", "rank", 1), ("merge", "scale", 1.3 * said["merge"]["scale"])):
+        recipe.write_text(yaml.safe_dump(said | {section: said[section] | {key: value}}))
+        assert not added().ok
+    recipe.write_text(yaml.safe_dump(said))
+    name = next(name for name, values in right.items() if "lora_B" in name and values.any())
+    save_file(right | {name: right[name] * 1.01}, weights, {"format": "pt"})
+    assert not added().ok
+    save_file(right, weights, {"format": "pt"})
+    assert added().ok
+
+
 def test_a_finished_search_is_refined_once(finished, tmp_path):
     out, scores = finished
     run = tmp_path / "run"
@@ -249,6 +274,7 @@ def test_a_finished_search_is_refined_once(finished, tmp_path):
     assert {"merged", "enmp", "refined"} <= set(refined["mean_normalised"])
     assert refined["enmp"] == scores["enmp"]
     assert (run / "refined" / "adapter_model.safetensors").exists()
+    refined_is_the_merge_and_a_lora(run / "refined")
     with pytest.raises(UserError, match="already there"):
         refine_run(run, config, SILENT)
     with pytest.raises(UserError, match="no directory of a finished search"):

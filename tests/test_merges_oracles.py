@@ -25,6 +25,8 @@ HYPER = {
     "clusters": 2,
     "epsilon": 0.2,
     "compressed_rank": 2,
+    "orthogonal_steps": 4,
+    "proximity": 0.3,
 }
 TOLERANCE = 1e-9
 NAME = "enc.{}.q_proj"

@@ -53,7 +53,7 @@ def test_the_karcher_mean_of_two_is_their_slerp_midpoint():
     close(merged({"x": {"enc.0.q": (a, b)}, "y": {"enc.0.q": (c, d)}}, "karcher")[0], expected)
 
 
-@pytest.mark.parametrize("method", ["karcher", "pico", "sce", "compress"])
+@pytest.mark.parametrize("method", ["karcher", "pico", "sce", "compress", "do_merging"])
 def test_a_single_task_is_itself(method):
     given = {"compress": {"compressed_rank": 3}, "sce": {"density": 1.0}}.get(method, {})
     a, b = factors(0)
@@ -76,6 +76,32 @@ def test_pico_damps_what_all_share_and_keeps_the_mean_size():
     # shares 3/6 and 1/6 of the energy: factors 1 / (1 + 2 / 2) and 1 / (1 + 2 / 6)
     ratio = [np.linalg.norm(u @ calibrated) / np.linalg.norm(u @ plain) for u in (shared, *own)]
     np.testing.assert_allclose(np.asarray(ratio[1:]) / ratio[0], 0.75 / 0.5, rtol=1e-4)
+
+
+def test_do_merging_lets_no_task_drown_another():
+    """Columns get the mean of the tasks' lengths, and both directions count alike, whatever the lengths."""
+    (a, b), (c, d) = factors(0), factors(1)
+    x, y = b @ a, d @ c
+    tasks = {"x": {"enc.0.q": (a, b)}, "y": {"enc.0.q": (c, 100 * d)}}
+    found = merged(tasks, "do_merging", orthogonal_steps=0)[0]
+    lengths = (np.linalg.norm(x, axis=0) + 100 * np.linalg.norm(y, axis=0)) / 2
+    close(found, lengths * (x / np.linalg.norm(x, axis=0) + y / np.linalg.norm(y, axis=0)))
+
+
+def test_the_descent_of_do_merging_makes_factors_orthogonal_and_proximity_holds_them():
+    """Of two tasks with equal rows of A, what is left in common; columns of B are orthogonal already."""
+    shared = np.eye(IN)[0]
+    tasks = {
+        "x": {"enc.0.q": (np.stack([shared, np.eye(IN)[1]]), np.eye(OUT)[:, :2])},
+        "y": {"enc.0.q": (np.stack([shared, np.eye(IN)[2]]), np.eye(OUT)[:, 2:4])},
+    }
+    size = [
+        np.linalg.norm(merged(tasks, "do_merging", orthogonal_steps=steps, proximity=proximity)[0][:, 0])
+        for steps, proximity in ((0, 0), (20, 0), (500, 0), (500, 10))
+    ]
+    np.testing.assert_allclose(size[0], np.sqrt(2), rtol=1e-6)  # two columns of length one
+    assert size[2] < 0.5 * size[1] < 0.9 * 0.5 * size[0]  # shorter and shorter
+    assert size[3] > 0.9 * size[0]
 
 
 def test_compress_has_its_rank_and_leaves_low_ranks_alone():
@@ -108,7 +134,16 @@ def test_layer_scaling_is_linear_from_the_first_layer_to_the_last(method, space)
     np.testing.assert_allclose(scaled, plain * np.array([0.2, 0.6, 1.0])[:, None, None], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [(1.0,), (1.0, 2.0, 3.0), (0.1, float("nan")), "ab", 0.5, (True, 1)])
+def test_layer_scaling_by_one_factor_a_layer():
+    adapters = {f"t{i}": {f"enc.{layer}.q": factors(5 * i + layer) for layer in range(3)} for i in range(2)}
+    scaled = merged(adapters, "ties", layer_scaling=[0.2, 2.0, 0.5])
+    expected = merged(adapters, "ties") * np.array([0.2, 2.0, 0.5])[:, None, None]
+    np.testing.assert_allclose(scaled, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="one for each of the 3 layers, not 4"):
+        merged(adapters, "ties", layer_scaling=[1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("bad", [(1.0,), (0.1, float("nan")), "ab", 0.5, (True, 1)])
 def test_layer_scaling_that_is_no_pair_of_numbers(bad):
     with pytest.raises(UserError, match="layer_scaling must be two numbers"):
         merges.make("sum", layer_scaling=bad)

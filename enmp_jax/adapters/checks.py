@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from enmp_jax.adapters.lora_factors import squared_norm
+from enmp_jax.adapters.lora_factors import layer_factors, squared_norm
 from enmp_jax.adapters.matching import examples
 from enmp_jax.adapters.peft_files import Modules
 from enmp_jax.adapters.peft_import import Adapter
@@ -81,10 +81,34 @@ def check_deltas(
     if differing:
         return [names, Check(what, False, f"{examples(differing)} have other shapes")]
     lost = sum(norms[path] for path in needed if path not in found)
-    lost += sum(_squared_difference(found[path], wanted[path]) for path in shared)
+    lost += sum(_squared(_difference(found[path], wanted[path])) for path in shared)
     error = math.sqrt(lost / whole) if whole else math.sqrt(lost)
     ok = error <= tolerance + ROUNDING  # NaN is not
     return [names, Check(what, ok, f"relative error {error:.1e}" + ("" if ok else f", above {tolerance:g}"))]
+
+
+def check_added_lora(
+    found: Mapping[str, Parts], merged: Mapping[str, Parts], rank: int, tolerance: float
+) -> list[Check]:
+    """A merge and a LoRA trained from it: what the merge does not explain has the LoRA's rank at most.
+
+    Args:
+        found: of the export.
+        merged: of the merge that it claims to start from.
+        rank: of the LoRA.
+        tolerance: relative error of the export (Frobenius norm over all modules).
+    """
+    zero = [path for path, parts in merged.items() if not _squared(parts)]
+    names = check_names("modules", found, [path for path in merged if path in found or path not in zero])
+    shared = [path for path in found if path in merged]
+    if differing := [path for path in shared if _shape(found[path]) != _shape(merged[path])]:
+        return [names, Check("merge and LoRA", False, f"{examples(differing)} have other shapes")]
+    lost = sum(layer_factors(_difference(found[path], merged[path]), rank)[2] ** 2 for path in shared)
+    whole = sum(_squared(found[path]) for path in shared)
+    error = math.sqrt(lost / whole) if whole else math.sqrt(lost)
+    ok = error <= tolerance + ROUNDING
+    said = f"the merge and rank {rank}, relative error {error:.1e}"
+    return [names, Check("merge and LoRA", ok, said + ("" if ok else f", above {tolerance:g}"))]
 
 
 def check_not_zero(modules: Mapping[str, Parts]) -> Check:
@@ -138,13 +162,13 @@ def _squared(parts: Parts) -> float:
     return float(np.sum(np.square(parts[0], dtype=np.float64)))
 
 
-def _squared_difference(x: Parts, y: Parts) -> float:
+def _difference(x: Parts, y: Parts) -> Parts:
     if len(x) == len(y) == 2:
         # [L, -B] [R; A], without forming either product
         left = np.concatenate([x[0], -y[0].astype(np.float64)], axis=1)
-        return squared_norm(left, np.concatenate([x[1].astype(np.float64), y[1]], axis=0))
+        return left, np.concatenate([x[1].astype(np.float64), y[1]], axis=0)
     full = [p[0] if len(p) == 1 else p[0].astype(np.float32) @ p[1].astype(np.float32) for p in (x, y)]
-    return float(np.sum(np.square(full[0] - full[1], dtype=np.float64)))
+    return (full[0] - full[1],)
 
 
 def _shape(parts: Parts) -> tuple[int, int]:

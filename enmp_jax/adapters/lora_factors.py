@@ -64,7 +64,7 @@ def lora_factors(
     for template, delta in host.items():
         limit = rank if isinstance(delta, LowRank) else dense_rank
         for layer, path in enumerate(names[template]):
-            a, b, missing, norm = _layer_factors(one_layer(delta, layer), limit)
+            a, b, missing, norm = layer_factors(one_layer(delta, layer), limit)
             if not float(norm) <= _LARGEST:  # also where only the product of finite factors overflows
                 raise UserError(f"the merged delta of {path} has NaN or Inf in it")
             lost, whole = lost + missing**2, whole + norm**2
@@ -173,10 +173,10 @@ def squared_norm(left: Float[np.ndarray, "m k"], right: Float[np.ndarray, "k n"]
     return max(float(np.sum((left.T @ left) * (right @ right.T))), 0.0)
 
 
-def _layer_factors(
+def layer_factors(
     delta: tuple[np.ndarray, ...], rank: int | None
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """(A, B, norm of what is lost, norm of the whole)."""
+    """(A, B, norm of what is lost, norm of the whole) of one delta, as ``one_layer`` gives it."""
     if len(delta) == 1:
         (weight,) = delta
         norm = float(np.linalg.norm(weight.astype(np.float64)))

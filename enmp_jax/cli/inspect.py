@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from enmp_jax.adapters.peft_import import Adapter, one_base, read_adapter
 from enmp_jax.cli.output import Json
 from enmp_jax.errors import UserError
 from enmp_jax.module_paths import Group, lay_out
+from enmp_jax.runs.layer_scores import layer_scores
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,11 @@ class Args(Json):
     adapters: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER...")]
     """PEFT directories or hub ids (``name@revision``), or files of kohya's or diffusers'."""
     base_model: str | None = None
-    """Directory or hub id, for adapters that need it (DoRA, PiSSA, OLoRA)."""
+    """Directory or hub id, for adapters that need it (DoRA, PiSSA, OLoRA), and for --larv."""
+    larv: bool = False
+    """Also compare every layer with the base's weights (LARV), and give factors for layer_scaling."""
+    tiers: tuple[float, ...] = (0.8, 1.0, 1.2)
+    """--larv: factors, of the layers with the lowest scores first; layers are divided evenly among them."""
 
 
 def run(args: Args) -> None:
@@ -38,7 +44,15 @@ def run(args: Args) -> None:
     """
     if not args.adapters:
         raise UserError("give at least one adapter")
+    if args.larv and args.base_model is None:
+        raise UserError("--larv compares the adapters with the base model: give --base-model DIR")
+    if args.larv and not (len(args.tiers) > 1 and all(map(math.isfinite, args.tiers))):
+        raise UserError("--tiers: give two finite numbers or more")
     report = inspect(args.adapters, args.base_model)
+    mergeable = not report["together"] and all(entry["refused"] is None for entry in report["adapters"])
+    if args.larv and mergeable and args.base_model is not None:
+        sources = {f"{i}": source for i, source in enumerate(args.adapters)}
+        report["larv"] = layer_scores(sources, args.base_model, args.tiers)._asdict()
     print(json.dumps(report, indent=2) if args.json else render(report))
     refused = [entry["source"] for entry in report["adapters"] if entry["refused"]]
     if refused:
@@ -155,6 +169,11 @@ def render(report: Mapping[str, Any]) -> str:
         lines += [f"  norms      {norms}", f"  head       {heads or 'none'}", ""]
     if report["together"]:
         lines.append(f"not together: {report['together']}")
+    if larv := report.get("larv"):
+        lines.append(f"{'layer':>5} {'contrast':>9} {'conflict':>9} {'score':>9}")
+        columns = zip(larv["contrast"], larv["conflict"], larv["score"], strict=True)
+        lines += [f"{i:>5} {x:>9.4g} {y:>9.4g} {z:>9.4g}" for i, (x, y, z) in enumerate(columns)]
+        lines.append(f"layer_scaling: [{_join(larv['layer_scaling'])}]")
     return "\n".join(lines).rstrip()
 
 

@@ -64,8 +64,9 @@ class Options(Json):
     """One factor for each task's delta, in the order of --adapter."""
     statistics: str | None = None
     """regmean, fisher: a file of ``enmp statistics``."""
-    layer_scaling: tuple[float, float] | None = None
-    """Factors of the first and the last layer's merged delta, linear between (LiNeS)."""
+    layer_scaling: tuple[float, ...] | None = None
+    """Factors of the first and the last layer's merged delta, linear between (LiNeS), or one for every layer
+    (LARV: enmp inspect --larv)."""
     prune: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="LAYER[:PROJECTION]:TASK")
     ] = ()

@@ -22,6 +22,7 @@ from enmp_jax.merges.compress import compress as _compress
 from enmp_jax.merges.dare import dare as _dare
 from enmp_jax.merges.dare import dare_ties as _dare_ties
 from enmp_jax.merges.della import della as _della
+from enmp_jax.merges.do_merging import do_merging as _do_merging
 from enmp_jax.merges.fisher import fisher as _fisher
 from enmp_jax.merges.hyperparameters import check, check_seed, hyperparameters
 from enmp_jax.merges.iso import iso as _iso
@@ -56,6 +57,7 @@ METHODS: dict[str, Callable[..., LayerMethod]] = {
     "karcher": _karcher,
     "pico": _pico,
     "compress": _compress,
+    "do_merging": _do_merging,
 }
 
 WITH_STATISTICS: dict[str, Callable[..., LayerMethod]] = {"regmean": _regmean, "fisher": _fisher}
@@ -69,6 +71,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("karcher", "knots"): "it needs the angles between deltas, which KnOTS's coordinates change; use full",
     ("pico", "knots"): "it calibrates the adapters' own B; use full",
     ("compress", "knots"): "it finds bases of its own; use full",
+    ("do_merging", "knots"): "it changes the adapters' own factors; use full",
+    ("do_merging", "core"): "it looks at columns, which core space turns; use full",
 } | {
     (name, space): "its statistics are those of full matrices; use full"
     for name in WITH_STATISTICS
@@ -78,8 +82,8 @@ _ISOTROPIC = ("iso", "iso_cts")
 
 __all__ = [
     "METHODS", "REFUSED", "SPACES", "WITH_STATISTICS", "Merge", "breadcrumbs", "cart", "compress", "dare",
-    "dare_ties", "della", "fisher", "iso", "iso_cts", "karcher", "lego", "make", "mean", "merge_population",
-    "pico", "regmean", "sce", "sum", "ties", "tsv",
+    "dare_ties", "della", "do_merging", "fisher", "iso", "iso_cts", "karcher", "lego", "make", "mean",
+    "merge_population", "pico", "regmean", "sce", "sum", "ties", "tsv",
 ]  # fmt: skip
 
 _P = ParamSpec("_P")
@@ -95,8 +99,8 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
         given: hyperparameters: those of the method (see its factory); ``task_weights`` for all: each task's
             delta is multiplied by its weight before anything else (a weight of 0 is not pruning: the
             task still counts); ``layer_scaling``: factors of the first and the last layer's merged delta
-            (LiNeS, see ``lines``); ``seed`` for random methods; ``statistics``: the path of a file that
-            ``enmp statistics`` wrote, for methods that need it.
+            (LiNeS), or of every layer's (see ``lines``); ``seed`` for random methods; ``statistics``: the
+            path of a file that ``enmp statistics`` wrote, for methods that need it.
 
     Raises:
         UserError: an unknown method, space, pair of them or hyperparameter, or a value out of range.
@@ -209,5 +213,6 @@ lego = public("lego", _lego)
 karcher = public("karcher", _karcher)
 pico = public("pico", _pico)
 compress = public("compress", _compress)
+do_merging = public("do_merging", _do_merging)
 regmean = public("regmean", _regmean)
 fisher = public("fisher", _fisher)

@@ -17,6 +17,7 @@ from enmp_jax.adapters.checkpoint_checks import check_checkpoint, types
 from enmp_jax.adapters.checks import (
     Check,
     Parts,
+    check_added_lora,
     check_deltas,
     check_names,
     check_not_zero,
@@ -141,8 +142,6 @@ def _export(directory: Path, sources: _Sources) -> Report:
     recipe = Recipe(data["merge"], data["pruned"], weights=data.get("weights") or ())
     _, keep = mask_of(loaded, recipe)
     what = f"{kind} export"
-    if data.get("refined"):
-        return Report(str(directory), what, _refined(directory, data))
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.merge.items()}
     scale = given.pop("scale", None)
     method = merges.make(**given)
@@ -150,6 +149,8 @@ def _export(directory: Path, sources: _Sources) -> Report:
     def deltas() -> Deltas:
         return merge_stack(method, loaded.stack, jnp.asarray(keep), 1.0 if scale is None else scale)
 
+    if data.get("refined"):
+        return Report(str(directory), what, _refined(directory, data, delta_parts(deltas(), loaded.names)))
     if kind == "adapters":
         return Report(str(directory), what, _pruned(directory, loaded, keep))
     if kind == "checkpoint":
@@ -219,13 +220,21 @@ def _gguf(
     return [*check_deltas(found, meant, error + rounding), check_not_zero(found)]
 
 
-def _refined(directory: Path, data: Mapping[str, Any]) -> list[Check]:
-    """A merge and a LoRA trained from it: no recipe makes its weights again, but it must load."""
+def _refined(directory: Path, data: Mapping[str, Any], merged: Mapping[str, Parts]) -> list[Check]:
+    """A merge and a LoRA trained from it, whose weights no recipe makes again: its rank is known."""
     adapter, reads = _read(directory)
     if adapter is None:
         return [reads]
-    modules = parts_of(adapter.modules)
-    return [reads, check_not_zero(modules), *check_peft(adapter, modules, 0.0), *check_vllm(adapter)]
+    modules, rank = parts_of(adapter.modules), data["refined"].get("rank")
+    if not isinstance(rank, int) or rank < 1:
+        raise UserError(f"{directory / RECIPE} is damaged: refined has no rank")
+    return [
+        reads,
+        *check_added_lora(modules, merged, rank, (data.get("error") or 0.0) * 1.001),
+        check_not_zero(modules),
+        *check_peft(adapter, modules, 0.0),
+        *check_vllm(adapter),
+    ]
 
 
 def _pruned(directory: Path, loaded: LoadedAdapters, keep: np.ndarray) -> list[Check]:
