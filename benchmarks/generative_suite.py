@@ -1,7 +1,7 @@
 """Searches on llm-small, over methods and seeds that draw other data; everything in one process.
 
     python benchmarks/generative_suite.py --out FILE.jsonl [--methods tsv ties] [--columns weights paper ...]
-        [--seeds 3] [--examples 8] [--test 32] [--steps 6] [--generations 2]
+        [--seeds 3] [--examples 8] [--test 32] [--steps 6] [--generations 2] [--dtype float32]
     python benchmarks/generative_suite.py --table FILE.jsonl
 
 One line of JSON a row: seed x method x column; rows that are there are not made again. A seed draws its own
@@ -65,7 +65,8 @@ class Bench:
     """The suite, loaded once, under every method and on every draw."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, run = args, run_file.load(args.suite)
+        over = {"base": {"dtype": args.dtype}, "evaluation": {"batch_size": args.batch_size}}
+        self.args, run = args, run_file.load(args.suite, over)
         evaluation = dataclasses.replace(
             run.evaluation, search_examples=None, selection_examples=None, test_examples=args.test
         )
@@ -220,7 +221,8 @@ def planned(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def run(args: argparse.Namespace) -> None:
     """Do what is not done."""
     keys = ("seed", "method", "column")
-    settings = {name: getattr(args, name) for name in ("suite", "examples", "test", "steps", "generations")}
+    named = ("suite", "dtype", "examples", "test", "steps", "generations")
+    settings = {name: getattr(args, name) for name in named}
     done = read(args.out) if args.out.exists() else []
     if any(row["settings"] != settings for row in done):
         raise SystemExit(f"generative_suite: {args.out} has rows of other settings: write to another file")
@@ -282,6 +284,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--suite", default="llm-small")
+    parser.add_argument("--dtype", default="bfloat16", help="of the base; float32 on CPUs that lack bfloat16")
+    parser.add_argument("--batch-size", type=int, default=16, help="of evaluation: memory")
     parser.add_argument("--methods", nargs="+", default=["tsv", "ties"])
     columns = ["plain", "weights", "paper", "random", "weights, probability", "weights, no labels"]
     parser.add_argument("--columns", nargs="+", choices=columns, default=columns[:4])

@@ -238,7 +238,7 @@ def test_refining_starts_at_the_merge_and_keeps_the_best(demo_loaded, gradient_r
 
 
 def refined_is_the_merge_and_a_lora(export):
-    """What ``enmp verify`` proves of it: true as it is; not of a lower rank, another scale or other weights."""
+    """``enmp verify`` proves it; not with a lower rank, another scale or other weights."""
 
     def added():
         (report,) = verify(str(export), {})

@@ -29,8 +29,6 @@ from enmp_jax.merges.base import merge_stack
 from enmp_jax.merges.hyperparameters import Hyperparameter, hyperparameters
 from enmp_jax.runs import mask_file
 
-_METHODS = merges.METHODS | merges.WITH_STATISTICS
-
 
 @dataclass(frozen=True)
 class Options(Json):
@@ -49,7 +47,7 @@ class Options(Json):
     base model with everything merged in, exact but for the rounding of its type; ``gguf``: as ``peft``, for
     llama.cpp."""
     method: Annotated[
-        str | None, tyro.conf.arg(help=f"One of {', '.join(_METHODS)}; default: the mask's, else ties.")
+        str | None, tyro.conf.arg(help=f"One of {', '.join(merges.ALL)}; default: the mask's, else ties.")
     ] = None
     space: Annotated[
         str | None, tyro.conf.arg(help=f"One of {', '.join(merges.SPACES)}; default: the mask's, else full.")
@@ -95,7 +93,7 @@ class Options(Json):
 def _hyperparameters() -> dict[str, dict[str, Hyperparameter]]:
     """Name -> method -> hyperparameter, over all methods."""
     found: dict[str, dict[str, Hyperparameter]] = {}
-    for method, factory in _METHODS.items():
+    for method, factory in merges.ALL.items():
         for name, hyperparameter in hyperparameters(factory).items():
             found.setdefault(name, {})[method] = hyperparameter
     return found

@@ -63,6 +63,8 @@ METHODS: dict[str, Callable[..., LayerMethod]] = {
 WITH_STATISTICS: dict[str, Callable[..., LayerMethod]] = {"regmean": _regmean, "fisher": _fisher}
 """Methods that need to know something of the tasks' data: see ``statistics``."""
 
+ALL = METHODS | WITH_STATISTICS
+
 REFUSED: dict[tuple[str, str], str] = {
     ("iso_cts", "knots"): "the singular values of KnOTS undo the isotropy; use full",
     ("lego", "knots"): "it clusters the adapters' own factors; use full",
@@ -81,8 +83,8 @@ REFUSED: dict[tuple[str, str], str] = {
 _ISOTROPIC = ("iso", "iso_cts")
 
 __all__ = [
-    "METHODS", "REFUSED", "SPACES", "WITH_STATISTICS", "Merge", "breadcrumbs", "cart", "compress", "dare",
-    "dare_ties", "della", "do_merging", "fisher", "iso", "iso_cts", "karcher", "lego", "make", "mean",
+    "ALL", "METHODS", "REFUSED", "SPACES", "WITH_STATISTICS", "Merge", "breadcrumbs", "cart", "compress",
+    "dare", "dare_ties", "della", "do_merging", "fisher", "iso", "iso_cts", "karcher", "lego", "make", "mean",
     "merge_population", "pico", "regmean", "sce", "sum", "ties", "tsv",
 ]  # fmt: skip
 
@@ -93,7 +95,7 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
     """Build a merge method by name.
 
     Args:
-        method: a key of ``METHODS`` or ``WITH_STATISTICS`` (``-`` and ``_`` are the same).
+        method: a key of ``ALL`` (``-`` and ``_`` are the same).
         space: one of ``SPACES``.
         isotropize: make the merged delta isotropic afterwards (Iso-C after any method).
         given: hyperparameters: those of the method (see its factory); ``task_weights`` for all: each task's
@@ -110,9 +112,8 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
         >>> method = enmp.merges.make("ties", space="knots", density=0.4)
     """
     name = method.replace("-", "_")
-    known = METHODS | WITH_STATISTICS
-    if name not in known:
-        raise UserError(f"unknown merge method {method!r}: {suggestion(name, known)}")
+    if name not in ALL:
+        raise UserError(f"unknown merge method {method!r}: {suggestion(name, ALL)}")
     if space not in SPACES:
         raise UserError(f"unknown merge space {space!r}: {suggestion(space, SPACES)}")
     if (name, space) in REFUSED:
@@ -123,7 +124,7 @@ def make(method: str, space: str = "full", isotropize: bool = False, **given: An
     # random methods alone use the seed; others accept it, as run files set it for a whole run
     seed = check_seed(given.pop("seed", 0))
     statistics = given.pop("statistics", None)
-    built = known[name](space, **check(name, known[name], given))
+    built = ALL[name](space, **check(name, ALL[name], given))
     if built.statistics and statistics is None:
         raise UserError(
             f"{name} needs statistics of the tasks' data: enmp statistics RUN.yaml --kind {built.statistics} "

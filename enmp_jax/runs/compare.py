@@ -174,7 +174,7 @@ def method_space_pairs(
 
 def candidates(run: RunConfig, method: str, space: str) -> list[MergeConfig]:
     """A method in a space with each value of its first hyperparameter, the default or the run's own first."""
-    merge, known = run.merge, hyperparameters((merges.METHODS | merges.WITH_STATISTICS)[method])
+    merge, known = run.merge, hyperparameters(merges.ALL[method])
     own = merge.method.replace("-", "_") == method
     given = dict(merge.hyperparameters) if own else {}
     first = next(iter(known), None)
