@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, Protocol, cast, overload, runtime_checkable
 
 import jax.numpy as jnp
@@ -63,7 +64,8 @@ METHODS: dict[str, Callable[..., LayerMethod]] = {
 WITH_STATISTICS: dict[str, Callable[..., LayerMethod]] = {"regmean": _regmean, "fisher": _fisher}
 """Methods that need to know something of the tasks' data: see ``statistics``."""
 
-ALL = METHODS | WITH_STATISTICS
+ALL: Mapping[str, Callable[..., LayerMethod]] = ChainMap(WITH_STATISTICS, METHODS)
+"""Both, those of ``METHODS`` first."""
 
 REFUSED: dict[tuple[str, str], str] = {
     ("iso_cts", "knots"): "the singular values of KnOTS undo the isotropy; use full",
