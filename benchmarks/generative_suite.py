@@ -4,8 +4,9 @@
         [--seeds 3] [--examples 8] [--test 32] [--steps 6] [--generations 2] [--dtype float32]
     python benchmarks/generative_suite.py --table FILE.jsonl
 
-One line of JSON a row: seed x method x column; rows that are there are not made again. A seed draws its own
-search and selection splits; the test split is the same for all, and read once a row. Columns:
+One line of JSON a row: seed x method x column; rows that are there are not made again, and rows of other
+experts are refused. A seed draws its own search and selection splits; the test split is the same for all, and
+read once a row. Columns:
 
     plain    the merge as it is, at the scale of the run file's grid that is best on the search split
     paper    CMA-ES, 16 masks of layers a generation, by accuracy (of a completion: the likelihood), with
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ import numpy as np
 from evidence_report import read
 from scipy import stats
 
+from enmp_jax.adapters.recipe import sha256
 from enmp_jax.config import run_file
 from enmp_jax.config.schema import parse
 from enmp_jax.config.sections import MergeConfig, SearchConfig
@@ -76,6 +79,11 @@ class Bench:
             MaskSpec.of(stack, granularity, share) for granularity in ("layer", "projection")
         )
         self.gradients: dict[Any, gradient.Ascent] = {}
+
+    def adapters(self) -> str:
+        """A hash of the experts: trained again elsewhere they are others."""
+        known = self.loaded.adapters.adapters
+        return hashlib.sha256("".join(sha256(known[task]) for task in self.loaded.tasks).encode()).hexdigest()
 
     @functools.cache  # noqa: B019 (lives as long as the process)
     def whole(self, method: str, fitness: str) -> Evaluator:
@@ -223,10 +231,12 @@ def run(args: argparse.Namespace) -> None:
     keys = ("seed", "method", "column")
     named = ("suite", "dtype", "examples", "test", "steps", "generations")
     settings = {name: getattr(args, name) for name in named}
-    done = read(args.out) if args.out.exists() else []
+    bench, done = Bench(args), read(args.out) if args.out.exists() else []
+    settings["adapters"] = bench.adapters()
     if any(row["settings"] != settings for row in done):
-        raise SystemExit(f"generative_suite: {args.out} has rows of other settings: write to another file")
-    bench = Bench(args)
+        raise SystemExit(
+            f"generative_suite: {args.out} has rows of other settings or adapters: write to another file"
+        )
     made = {name: environment()[name] for name in ("date", "commit", "python", "packages")}
     for row in planned(args):
         if any(all(old[k] == row[k] for k in keys) for old in done):
