@@ -43,7 +43,8 @@ def layer_scaled(merge: Merge, scaling: Any) -> Merge:
 
     def every(layers: int) -> Float[Array, " layer"]:
         if len(scaling) == 2:
-            return jnp.linspace(*scaling, layers)
+            first, last = scaling
+            return jnp.linspace(first, last, layers)
         if len(scaling) != layers:
             raise UserError(
                 f"layer_scaling: give two numbers, or one for each of the {layers} layers, not {len(scaling)}"
