@@ -178,7 +178,9 @@ def test_rewrite_works_in_pieces_of_any_size(tmp_path, monkeypatch):
         )
         found = safetensors.numpy.load_file(tmp_path / "y.safetensors")
         assert sizes == {key: value.nbytes for key, value in found.items()}
-        np.testing.assert_allclose(found["a"], tensors["a"].astype(np.float32) + left @ right, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            found["a"], tensors["a"].astype(np.float32) + left @ right, rtol=1e-6, atol=1e-6
+        )
         for key in ("b", "empty", "scalar"):
             np.testing.assert_array_equal(found[key], tensors[key].astype(np.float32))
     assert read_header(tmp_path / "y.safetensors").metadata == {"format": "pt"}
