@@ -179,8 +179,8 @@ def test_rewrite_works_in_pieces_of_any_size(tmp_path, monkeypatch):
         found = safetensors.numpy.load_file(tmp_path / "y.safetensors")
         assert sizes == {key: value.nbytes for key, value in found.items()}
         np.testing.assert_allclose(
-            found["a"], tensors["a"].astype(np.float32) + left @ right, rtol=1e-6, atol=1e-6
-        )
+            found["a"], tensors["a"].astype(np.float32) + left @ right, rtol=1e-6, atol=3e-7
+        )  # where terms of about one cancel, a few of their roundings
         for key in ("b", "empty", "scalar"):
             np.testing.assert_array_equal(found[key], tensors[key].astype(np.float32))
     assert read_header(tmp_path / "y.safetensors").metadata == {"format": "pt"}

@@ -29,15 +29,17 @@ def oracle(weight, delta):
 def test_alignment_is_what_whole_matrices_give(out, inner, rank):
     random = np.random.default_rng(out)
     weight, a, b = (random.normal(size=s) for s in ((out, inner), (rank, inner), (out, rank)))
-    found = larv.alignment(*(x.astype(np.float32) for x in (weight, a, b)))
-    np.testing.assert_allclose(found, oracle(weight, b @ a), rtol=2e-5)
+    tasks = (np.stack([a, -3 * a[::-1]]), np.stack([b, b]))  # of two tasks
+    found = larv.alignment(*(x.astype(np.float32) for x in (weight, *tasks)))
+    expected = [oracle(weight, d) for d in np.matmul(tasks[1], tasks[0])]
+    np.testing.assert_allclose(np.transpose(found), expected, rtol=2e-5)
 
 
 def test_a_delta_that_commutes_has_no_conflict():
     """Symmetric matrices with the same eigenvectors."""
     q = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0].astype(np.float32)
     weight = q @ np.diag(np.arange(1, 7, dtype=np.float32)) @ q.T
-    contrast, conflict = larv.alignment(weight, q[:, :2].T, q[:, :2])
+    contrast, conflict = larv.alignment(weight, q[None, :, :2].mT, q[None, :, :2])
     assert conflict < 1e-3  # the root of rounding
     np.testing.assert_allclose(contrast, effective_rank(weight) / 2, rtol=1e-5)
 

@@ -73,18 +73,12 @@ def check_deltas(
     Modules whose wanted delta is zero may be missing.
     """
     norms = {path: _squared(parts) for path, parts in wanted.items()}
-    whole = sum(norms.values())
-    needed = [path for path in wanted if norms[path] or path in found]
-    names = check_names("modules", found, needed)
-    shared = [path for path in needed if path in found]
-    differing = [path for path in shared if _shape(found[path]) != _shape(wanted[path])]
-    if differing:
-        return [names, Check(what, False, f"{examples(differing)} have other shapes")]
-    lost = sum(norms[path] for path in needed if path not in found)
+    names, shared, shapes = _shared(found, wanted, norms, what)
+    if shapes is not None:
+        return [names, shapes]
+    lost = sum(norms[path] for path in wanted if path not in found)
     lost += sum(_squared(_difference(found[path], wanted[path])) for path in shared)
-    error = math.sqrt(lost / whole) if whole else math.sqrt(lost)
-    ok = error <= tolerance + ROUNDING  # NaN is not
-    return [names, Check(what, ok, f"relative error {error:.1e}" + ("" if ok else f", above {tolerance:g}"))]
+    return [names, _within(what, "", lost, sum(norms.values()), tolerance)]
 
 
 def check_added_lora(
@@ -98,17 +92,13 @@ def check_added_lora(
         rank: of the LoRA.
         tolerance: relative error of the export (Frobenius norm over all modules).
     """
-    zero = [path for path, parts in merged.items() if not _squared(parts)]
-    names = check_names("modules", found, [path for path in merged if path in found or path not in zero])
-    shared = [path for path in found if path in merged]
-    if differing := [path for path in shared if _shape(found[path]) != _shape(merged[path])]:
-        return [names, Check("merge and LoRA", False, f"{examples(differing)} have other shapes")]
+    what, norms = "merge and LoRA", {path: _squared(parts) for path, parts in merged.items()}
+    names, shared, shapes = _shared(found, merged, norms, what)
+    if shapes is not None:
+        return [names, shapes]
     lost = sum(layer_factors(_difference(found[path], merged[path]), rank)[2] ** 2 for path in shared)
     whole = sum(_squared(found[path]) for path in shared)
-    error = math.sqrt(lost / whole) if whole else math.sqrt(lost)
-    ok = error <= tolerance + ROUNDING
-    said = f"the merge and rank {rank}, relative error {error:.1e}"
-    return [names, Check("merge and LoRA", ok, said + ("" if ok else f", above {tolerance:g}"))]
+    return [names, _within(what, f"the merge and rank {rank}, ", lost, whole, tolerance)]
 
 
 def check_not_zero(modules: Mapping[str, Parts]) -> Check:
@@ -154,6 +144,24 @@ def tensor_names(directory: Path) -> dict[str, Path]:
         with open_tensors(directory / shard) as handle:
             found |= dict.fromkeys(handle.keys(), directory / shard)
     return found
+
+
+def _shared(
+    found: Mapping[str, Parts], wanted: Mapping[str, Parts], norms: Mapping[str, float], what: str
+) -> tuple[Check, list[str], Check | None]:
+    """Whether the modules are the same, those that both have, and a failure where their shapes differ."""
+    needed = [path for path in wanted if norms[path] or path in found]
+    shared = [path for path in needed if path in found]
+    differing = [path for path in shared if _shape(found[path]) != _shape(wanted[path])]
+    shapes = Check(what, False, f"{examples(differing)} have other shapes") if differing else None
+    return check_names("modules", found, needed), shared, shapes
+
+
+def _within(what: str, said: str, lost: float, whole: float, tolerance: float) -> Check:
+    """Whether a relative error, of squared norms, is small enough."""
+    error = math.sqrt(lost / whole) if whole else math.sqrt(lost)
+    ok = error <= tolerance + ROUNDING  # NaN is not
+    return Check(what, ok, f"{said}relative error {error:.1e}" + ("" if ok else f", above {tolerance:g}"))
 
 
 def _squared(parts: Parts) -> float:

@@ -49,12 +49,11 @@ def run(args: Args) -> None:
     if args.larv and not (len(args.tiers) > 1 and all(map(math.isfinite, args.tiers))):
         raise UserError("--tiers: give two finite numbers or more")
     report = inspect(args.adapters, args.base_model)
-    mergeable = not report["together"] and all(entry["refused"] is None for entry in report["adapters"])
-    if args.larv and mergeable and args.base_model is not None:
+    refused = [entry["source"] for entry in report["adapters"] if entry["refused"]]
+    if args.larv and args.base_model is not None and not (refused or report["together"]):
         sources = {f"{i}": source for i, source in enumerate(args.adapters)}
         report["larv"] = layer_scores(sources, args.base_model, args.tiers)._asdict()
     print(json.dumps(report, indent=2) if args.json else render(report))
-    refused = [entry["source"] for entry in report["adapters"] if entry["refused"]]
     if refused:
         raise UserError(
             f"{len(refused)} of {len(args.adapters)} adapters cannot be merged: {', '.join(refused)}"

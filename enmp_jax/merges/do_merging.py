@@ -11,21 +11,16 @@ open. Here both sides are divided by the root mean square of the kept tasks' nor
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from enmp_jax.deltas import LowRank
-from enmp_jax.merges.base import LayerInputs, LayerMethod
+from enmp_jax.merges.base import LayerMethod
 from enmp_jax.merges.hyperparameters import Range
 from enmp_jax.merges.spaces import QrFactors, qr_factors
-
-
-class _Ingredients(NamedTuple):
-    factors: QrFactors
-    a: Float[Array, "task rank in"]
 
 
 def do_merging(
@@ -43,11 +38,7 @@ def do_merging(
         proximity: how strongly the factors are held where they were.
     """
 
-    def prepare(inputs: LayerInputs) -> _Ingredients:
-        return _Ingredients(qr_factors(inputs), inputs.a)
-
-    def merge(x: _Ingredients, weights: Float[Array, " task"]) -> LowRank:
-        factors = x.factors
+    def merge(factors: QrFactors, weights: Float[Array, " task"]) -> LowRank:
         # in coordinates of the bases: [task, rank, side]
         left = jnp.swapaxes(factors.r_b, 1, 2)
         right = jnp.swapaxes(factors.r_a, 1, 2)
@@ -63,7 +54,7 @@ def do_merging(
         core = jnp.einsum("trp,trn->pn", left, a * directions[:, None]) * mean
         return LowRank(factors.q_b, core, None)
 
-    return LayerMethod(prepare, merge)
+    return LayerMethod(qr_factors, merge)
 
 
 def _orthogonal(

@@ -28,26 +28,25 @@ _DEPTH = 0.5  # the paper's rho; its eta is 1
 
 
 class Alignment(NamedTuple):
-    """A delta against the base weight that it changes."""
+    """The tasks' deltas against the base weight that they change."""
 
-    contrast: Float[Array, ""]
-    conflict: Float[Array, ""]
+    contrast: Float[Array, " task"]
+    conflict: Float[Array, " task"]
 
 
 @jax.jit
 def alignment(
-    weight: Float[Array, "out in"], a: Float[Array, "rank in"], b: Float[Array, "out rank"]
+    weight: Float[Array, "out in"], a: Float[Array, "task rank in"], b: Float[Array, "task out rank"]
 ) -> Alignment:
-    """Contrast and conflict of ``b @ a``, which must not be zero, with a base weight.
+    """Contrast and conflict of each ``b @ a``, none of which may be zero, with a base weight.
 
     Args:
         weight: of the base.
-        a: LoRA's A.
+        a: LoRA's A of every task.
         b: LoRA's B, alpha / r in it or not.
     """
-    with jax.default_matmul_precision("highest"):
-        narrow = weight if weight.shape[0] < weight.shape[1] else weight.T
-        energies = jnp.linalg.eigvalsh(narrow @ narrow.T)
+
+    def one(a: Float[Array, "rank in"], b: Float[Array, "out rank"]) -> tuple[Array, Array]:
         # singular values of b a are those of the product of two triangles of side r
         own = jnp.linalg.svd(jnp.linalg.qr(b)[1] @ jnp.linalg.qr(a.T)[1].T, compute_uv=False)
         gram_a, gram_b = a @ a.T, b.T @ b
@@ -57,7 +56,13 @@ def alignment(
         second = jnp.sum((right @ right.T) * gram_a) - _trace_of_square(right @ a.T)
         sizes = jnp.sum(weight**2) * jnp.sum(own**2)
         conflict = sum(jnp.sqrt(2 * jnp.maximum(x, 0) / sizes) for x in (first, second)) / 2
-    return Alignment(_effective_rank(energies) / _effective_rank(own**2), jnp.asarray(conflict))
+        return _effective_rank(own**2), jnp.asarray(conflict)
+
+    with jax.default_matmul_precision("highest"):
+        narrow = weight if weight.shape[0] < weight.shape[1] else weight.T
+        base = _effective_rank(jnp.linalg.eigvalsh(narrow @ narrow.T))
+        ranks, conflict = jax.vmap(one)(a, b)
+    return Alignment(base / ranks, conflict)
 
 
 def scores(

@@ -44,16 +44,17 @@ def layer_scores(sources: Mapping[str, str], base: str, tiers: Sequence[float]) 
     where = weights.find([path for paths in loaded.names.values() for path in paths], stored)
     found: list[list[larv.Alignment]] = [[] for _ in range(stack.n_layers)]
     for name, pair in stack.pairs.items():
+        a, b = np.asarray(pair.a), np.asarray(pair.b)
+        living = np.any(a, axis=(2, 3)) & np.any(b, axis=(2, 3))
         for i, (row, path) in enumerate(zip(stack.rows(name), loaded.names[name], strict=True)):
-            weight = weights.matrix(where[path], stored.get(path), pair.shape)
-            for task in np.flatnonzero(pair.present[i]):
-                a, b = pair.a[i, task], pair.b[i, task]
-                if a.any() and b.any():
-                    found[row].append(larv.alignment(weight, a, b))
+            if living[i].any():
+                weight = weights.matrix(where[path], stored.get(path), pair.shape)
+                found[row].append(larv.alignment(weight, a[i, living[i]], b[i, living[i]]))
     if empty := [row for row, own in enumerate(found) if not own]:
         raise UserError(f"--larv compares all layers, and no adapter changes layer {empty[0]}")
     contrast, conflict = (
-        np.asarray([np.mean([float(one[k]) for one in own]) for own in found]) for k in (0, 1)
+        np.asarray([np.concatenate([one[k] for one in own]).mean(dtype=np.float64) for own in found])
+        for k in (0, 1)
     )
     score = larv.scores(contrast, conflict)
     return LayerScores(contrast.tolist(), conflict.tolist(), score.tolist(), larv.tiered(score, tiers))

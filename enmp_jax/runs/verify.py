@@ -149,8 +149,6 @@ def _export(directory: Path, sources: _Sources) -> Report:
     def deltas() -> Deltas:
         return merge_stack(method, loaded.stack, jnp.asarray(keep), 1.0 if scale is None else scale)
 
-    if data.get("refined"):
-        return Report(str(directory), what, _refined(directory, data, delta_parts(deltas(), loaded.names)))
     if kind == "adapters":
         return Report(str(directory), what, _pruned(directory, loaded, keep))
     if kind == "checkpoint":
@@ -167,6 +165,8 @@ def _export(directory: Path, sources: _Sources) -> Report:
         checks += check_outputs(base, delta_parts(merged, loaded.names), directory, rounding)
         return Report(str(directory), what, [*checks, *check_transformers(directory)])
     wanted = delta_parts(deltas(), loaded.names)
+    if data.get("refined"):
+        return Report(str(directory), what, _refined(directory, data, wanted))
     if kind == "gguf":
         return Report(str(directory), what, _gguf(directory, data, wanted, base))
     if kind == "delta":
