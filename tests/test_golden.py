@@ -29,6 +29,9 @@ CASES = json.loads((GOLDEN / "cases.json").read_text())
 EXPECTED = safetensors.numpy.load_file(GOLDEN / "expected.safetensors")
 ORDER = json.loads((GOLDEN / "order.json").read_text())
 GROUPS = sorted({(c["suite"], c["space"], c["method"]) for c in CASES})
+# CART in KnOTS' space truncates between nearly equal singular values, which magnifies rounding about 1000
+# times: the largest error was 1.8e-4 on a CPU without AVX-512. In float64 every case meets one tolerance.
+FLOAT32_TOLERANCE = {("knots", "cart"): 3e-4}
 
 
 @functools.cache
@@ -96,7 +99,8 @@ def test_float32(suite: str, space: str, method: str) -> None:
         expected = expected_of(case)
         assert expected
         for (layer, projection), matrix in expected.items():
-            close(whole[projection][layer], matrix, 1e-4, (case["id"], layer, projection))
+            tolerance = FLOAT32_TOLERANCE.get((space, method), 1e-4)
+            close(whole[projection][layer], matrix, tolerance, (case["id"], layer, projection))
 
 
 def kept_factors(case: dict, layer: int, projection: str) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -112,7 +112,7 @@ def test_members_batch_weights_have_a_gradient_and_one_task_alone_is_itself(stac
 
     together = jax.vmap(whole)(keeps)
     for one, keep in zip(together, keeps, strict=True):
-        np.testing.assert_allclose(one, whole(keep), atol=1e-12)
+        np.testing.assert_allclose(one, whole(keep), rtol=1e-5, atol=1e-6)  # entries up to 6, some cancel
     pair = stack.pairs[NAME]
     alone = whole(jnp.asarray([[0, 1, 0], [0, 1, 0]], jnp.float32))
     if method == "fisher":
