@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from enmp_jax.evaluation.evaluator import Evaluator
-from enmp_jax.runs.evolve import MemberScores, make_score
+from enmp_jax.runs.evolve import make_score
+from enmp_jax.runs.evolve_record import MemberScores
 from enmp_jax.search import device_memo, loop, strategies
 from enmp_jax.search.device_memo import Remembered, Scored
 
