@@ -1,10 +1,15 @@
 """Fixtures that several rooms share; every test process has its own cache."""
 
+import gc
 import os
 import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["ENMP_CACHE"] = tempfile.mkdtemp(prefix="enmp-test-cache-")
+# Most of the time goes into compiling programs that run once: LLVM need not optimise them. (Benchmarks, the
+# wheel's check and the notebook run what users run.) And tracing allocates much that is no garbage.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+gc.set_threshold(200_000, 20, 50)
 
 import dataclasses
 import getpass
@@ -24,7 +29,7 @@ from adapter_files import keep, loaded  # noqa: F401 (fixtures of the tests of a
 from enmp_jax.config import run_file
 from enmp_jax.config.sections import MergeConfig
 
-# Compiled programs are shared by the test processes and kept between runs: most of the time goes there.
+# Compiled programs are shared by the test processes and kept between runs.
 _XLA = Path(tempfile.gettempdir()) / f"enmp-test-xla-{getpass.getuser()}-{version('jaxlib')}"
 jax.config.update("jax_compilation_cache_dir", str(_XLA))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
