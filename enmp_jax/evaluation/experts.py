@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -85,15 +84,12 @@ def hidden_states(loaded: LoadedRun, split: Split) -> list[Float[np.ndarray, "_ 
     """Pooled hidden states of every task's own adapter on its examples (``kinds.pooled_states``), from the
     cache or computed as ``answers`` are."""
 
-    def read(params: Any, heads: Any, batch: Batches, deltas: Deltas) -> Array:
-        return pooled_states(loaded.backbone, params, batch, deltas)
-
     if jax.process_count() > 1:
-        return _compute(loaded, split, read)
+        return _compute(loaded, split, _read_states)
     entry, names = key(loaded, split) + "-states", [str(i) for i in range(len(loaded.tasks))]
     cached = cache.read("experts", entry)
     if cached is None:
-        cached = cache.Entry(dict(zip(names, _compute(loaded, split, read), strict=True)), {})
+        cached = cache.Entry(dict(zip(names, _compute(loaded, split, _read_states), strict=True)), {})
         cache.write("experts", entry, cached.arrays, {})
     return [cached.arrays[name] for name in names]
 
@@ -129,31 +125,33 @@ def _packed_tokens(logits: Array, target: Array, _: None) -> Float[Array, "token
     return jnp.concatenate(columns, axis=1)
 
 
-def _read_answers(backbone: Backbone) -> Callable[..., Array]:
+Read = Callable[[Backbone, Any, Any, Batches, Deltas], Array]
+"""``read(backbone, params, heads, batch, deltas) -> [row, ...]``"""
+
+
+def _read_answers(backbone: Backbone, params: Any, heads: Any, batch: Batches, deltas: Deltas) -> Array:
     """[row, option], or [row, target, column] (see ``_packed_tokens``)."""
-
-    def read(params: Any, heads: Any, batch: Batches, deltas: Deltas) -> Array:
-        if kind_of(batch.inputs) == "completion":
-            return at_targets(backbone, params, batch, deltas, _packed_tokens)
-        return option_log_probabilities(backbone, params, heads, batch, deltas)
-
-    return read
+    if kind_of(batch.inputs) == "completion":
+        return at_targets(backbone, params, batch, deltas, _packed_tokens)
+    return option_log_probabilities(backbone, params, heads, batch, deltas)
 
 
-def _compute(loaded: LoadedRun, split: Split, read: Callable[..., Array] | None = None) -> list[np.ndarray]:
-    """What ``read(params, heads, batch, deltas) -> [row, ...]`` says of every task's examples; default: its
-    answers."""
-    read = read or _read_answers(loaded.backbone)
+def _read_states(backbone: Backbone, params: Any, heads: Any, batch: Batches, deltas: Deltas) -> Array:
+    return pooled_states(backbone, params, batch, deltas)
+
+
+def _compute(loaded: LoadedRun, split: Split, read: Read = _read_answers) -> list[np.ndarray]:
+    """What is read of every task's own examples."""
     merge, stack = merges.make("sum"), loaded.stack  # the sum of one adapter is that adapter
     ingredients = replicate(merge.prepare(stack), loaded.mesh)
     heads = replicate(loaded.heads, loaded.mesh)
-
     whole, divided = (NamedSharding(loaded.mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
-    @partial(jax.jit, out_shardings=whole)
-    def answer(params: Any, ingredients: Any, heads: Any, keep: Any, batch: Batches) -> jax.Array:
-        return read(params, heads, batch, merge.merge(ingredients, keep, 1.0))
+    def of_one(params: Any, ingredients: Any, heads: Any, keep: Any, batch: Batches) -> jax.Array:
+        return read(loaded.backbone, params, heads, batch, merge.merge(ingredients, keep, 1.0))
 
+    # compiled once for all splits
+    answer = loaded.programs.setdefault(read.__name__, jax.jit(of_one, out_shardings=whole))
     found: list[np.ndarray] = []
     for i, examples in enumerate(loaded.examples[split]):
         keep = put(np.eye(stack.n_tasks, dtype=np.float32)[[i] * stack.n_layers], whole)

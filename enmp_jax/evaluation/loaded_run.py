@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -58,6 +58,7 @@ class LoadedRun:
         adapters: the LoRA adapters, as imported.
         heads: the tasks' classification heads (of generative tasks a row of zeros).
         examples: split -> examples of every task, in the order of the tasks.
+        programs: compiled functions that depend on base and mesh alone, by name; copies share them.
     """
 
     run: RunConfig
@@ -68,6 +69,7 @@ class LoadedRun:
     adapters: LoadedAdapters
     heads: Heads
     examples: Mapping[Split, list[Examples]]
+    programs: dict[str, Callable[..., Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def stack(self) -> LoraStack:

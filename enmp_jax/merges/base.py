@@ -81,6 +81,10 @@ def lift(method: LayerMethod, seed: int = 0, statistics: str | None = None) -> M
             return jax.lax.map(lambda xs: function(*xs), arguments)
         return jax.vmap(function)(*arguments)
 
+    @jax.jit  # traced once for all projections of a shape
+    def merge_layers(prepared: Ingredients, weights: Array, scale: Array | float) -> Delta:
+        return over_layers(lambda x, w: scale_delta(method.merge(x, w), scale), prepared, weights)
+
     # layer by layer: the temporaries of one layer at a time
     prepare_layers = jax.jit(lambda inputs: jax.lax.map(method.prepare, inputs))
 
@@ -107,9 +111,7 @@ def lift(method: LayerMethod, seed: int = 0, statistics: str | None = None) -> M
                 kept = keep if keep.ndim == 2 else keep[:, j]
                 kept = kept if rows is None else kept[rows]
                 weights = kept.astype(present.dtype) * present
-                deltas[name] = over_layers(
-                    lambda x, w: scale_delta(method.merge(x, w), scale), prepared, weights
-                )
+                deltas[name] = merge_layers(prepared, weights, scale)
         return deltas
 
     return Merge(prepare, merge)
