@@ -9,7 +9,7 @@ os.environ["ENMP_CACHE"] = tempfile.mkdtemp(prefix="enmp-test-cache-")
 # Most of the time goes into compiling programs that run once: LLVM need not optimise them. (Benchmarks, the
 # wheel's check and the notebook run what users run.) And tracing allocates much that is no garbage.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
-gc.set_threshold(200_000, 20, 50)
+gc.set_threshold(10_000, 10, 10)
 
 import dataclasses
 import getpass
