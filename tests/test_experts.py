@@ -47,6 +47,18 @@ def test_computed_once_and_the_same_when_read(cache, demo_loaded, computed):
     assert computed == ["search", "test"]
 
 
+def test_answers_of_all_splits_are_one_program(cache, demo_loaded, compilations):
+    """Splits of the same size, of copies of a run."""
+    few = [e._replace(labels=e.labels[:8], inputs={k: x[:8] for k, x in e.inputs.items()})
+           for e in demo_loaded.examples["test"]]  # fmt: skip
+    turned = [e._replace(inputs={"image": 255 - e.inputs["image"]}) for e in few]
+    loaded = dataclasses.replace(demo_loaded, examples={"search": few, "test": turned}, programs={})
+    experts.answers(loaded, "search")
+    experts.answers(dataclasses.replace(loaded), "test")
+    assert len(list(cache.iterdir())) == 2
+    assert compilations("of_one") == 1
+
+
 def test_the_key_follows_every_ingredient(demo_loaded, monkeypatch):
     """Adapters, heads, examples, compute type and code each make another key; labels and merge do not."""
     key = experts.key(demo_loaded, "search")

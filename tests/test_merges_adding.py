@@ -9,6 +9,7 @@ import sys
 from typing import Annotated
 
 import adapter_files
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from enmp_jax.adapters.peft_import import load_adapters
 from enmp_jax.cli import main as cli
 from enmp_jax.cli.run_option import load_run_file
 from enmp_jax.errors import UserError
-from enmp_jax.merges.base import LayerMethod
+from enmp_jax.lora import stack_adapters
+from enmp_jax.merges.base import LayerMethod, lift
 from enmp_jax.merges.hyperparameters import Range, hyperparameters
 from enmp_jax.merges.sum import sum_
 
@@ -142,3 +144,21 @@ def untyped(space: str = "full", loudness=1.0) -> LayerMethod:
 def test_a_factory_that_leaves_something_out_is_a_fault(factory):
     with pytest.raises(TypeError, match=f"{factory.__name__}.*loudness"):
         hyperparameters(factory)
+
+
+def test_a_merge_is_traced_once_for_all_projections_of_a_shape():
+    traced = []
+
+    def merge(x, weights):
+        traced.append(weights.shape)
+        return plain.merge(x, weights)
+
+    plain = sum_("full")
+    random = np.random.default_rng(0)
+    one = {f"layers.{i}.{p}": (random.normal(size=(2, 6)), random.normal(size=(5, 2)))
+           for i in range(2) for p in "qkv"}  # fmt: skip
+    wide = {f"layers.{i}.o": (random.normal(size=(2, 9)), random.normal(size=(5, 2))) for i in range(2)}
+    stack = stack_adapters({"a": one | wide, "b": one | wide})
+    whole = lift(LayerMethod(plain.prepare, merge))
+    jax.jit(whole.merge)(whole.prepare(stack), jnp.ones((2, 2)), 0.5)
+    assert len(traced) == 2  # three projections of one shape, and one of another

@@ -143,12 +143,13 @@ def _read_states(backbone: Backbone, params: Any, heads: Any, batch: Batches, de
 def _compute(loaded: LoadedRun, split: Split, read: Read = _read_answers) -> list[np.ndarray]:
     """What is read of every task's own examples."""
     merge, stack = merges.make("sum"), loaded.stack  # the sum of one adapter is that adapter
+    backbone = loaded.backbone  # the program below outlives this split's examples
     ingredients = replicate(merge.prepare(stack), loaded.mesh)
     heads = replicate(loaded.heads, loaded.mesh)
     whole, divided = (NamedSharding(loaded.mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
     def of_one(params: Any, ingredients: Any, heads: Any, keep: Any, batch: Batches) -> jax.Array:
-        return read(loaded.backbone, params, heads, batch, merge.merge(ingredients, keep, 1.0))
+        return read(backbone, params, heads, batch, merge.merge(ingredients, keep, 1.0))
 
     # compiled once for all splits
     answer = loaded.programs.setdefault(read.__name__, jax.jit(of_one, out_shardings=whole))

@@ -15,7 +15,7 @@ from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.io.checkpoints import Checkpoints
 from enmp_jax.io.progress import Progress, Reporter
 from enmp_jax.runs.directory import RunDirectory
-from enmp_jax.runs.finalists import Finalist, Searched
+from enmp_jax.runs.finalists import Finalist, Searched, finite_or_none
 from enmp_jax.search import device_memo, loop
 from enmp_jax.search.device_memo import DeviceMemo
 from enmp_jax.search.memo import Candidate, Memo, front
@@ -175,9 +175,9 @@ class Record:
             self.directory.append_history({
                 "seed": seed, "generation": generation, "masks_evaluated": memo.evaluated,
                 "distinct_masks": len(memo), "example_evaluations": self._spent(i),
-                "best": memo.best if np.isfinite(memo.best) else None,
+                "best": finite_or_none(memo.best),
                 "mean": float(fitness[some].mean()) if some.any() else None,
-                "fitness": [float(f) if np.isfinite(f) else None for f in fitness],
+                "fitness": [finite_or_none(f) for f in fitness.tolist()],
                 "pruned": [self.spec.n_pruned(mask) for mask in scores.keep[rows]],
                 "scale": [float(s) for s in scores.scale[rows]],
             })  # fmt: skip
