@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from evidence_columns import COLUMNS, METHODS, NO_METHOD, SETS, Group, measure
+from evidence_columns import COLUMNS, METHODS, NO_METHOD, SETS
 from evidence_figures import figures
+from evidence_kinds import Group, measure
 from evidence_report import read, table
 from evidence_suite import Suite
 

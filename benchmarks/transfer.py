@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence_columns import Group
+from evidence_kinds import Group
 from evidence_report import Row, interval, read
 from evidence_suite import Suite
 

@@ -17,7 +17,7 @@ from enmp_jax.evaluation.loaded_run import load
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import evidence
-import evidence_columns
+import evidence_kinds
 import evidence_report
 
 
@@ -152,14 +152,14 @@ def test_a_row_of_other_settings_is_refused(counted, tmp_path):
 def test_rows_count_their_budget_and_read_the_test_split_once(tmp_path, monkeypatch):
     """For real, on the demo: a search of weights, a mask, and masks that prune as many modules."""
     looks = []
-    counts = evidence_columns.Data.counts
+    counts = evidence_kinds.Data.counts
 
     def counting(self, keep, scale):
         if self.examples == 6 * 5:
             looks.append(len(keep))
         return counts(self, keep, scale)
 
-    monkeypatch.setattr(evidence_columns.Data, "counts", counting)
+    monkeypatch.setattr(evidence_kinds.Data, "counts", counting)
     short = {**evidence.COLUMNS["ours, continuous"], "passes": 12, "curve": True}
     monkeypatch.setitem(evidence.COLUMNS, "ours, continuous", short)
     out = tmp_path / "rows.jsonl"
