@@ -16,7 +16,7 @@ from enmp_jax.errors import UserError
 from enmp_jax.evaluation.correctness import Correctness
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.io.progress import SILENT
-from enmp_jax.runs import control_rows, controls
+from enmp_jax.runs import control_bench, control_rows, controls
 from enmp_jax.runs.controls import controls_run, make_bench, with_differences
 from enmp_jax.runs.evaluate import evaluate_run
 from enmp_jax.runs.finalists import Finalist
@@ -138,9 +138,9 @@ def test_rows_of_other_settings_are_refused(searched, monkeypatch):
 def test_random_and_shuffled_rows_prune_as_much(bench, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        control_rows.Bench,
+        control_bench.Bench,
         "score",
-        lambda self, keep, **details: seen.append(keep) or control_rows.Scored(np.zeros((1, 1))),
+        lambda self, keep, **details: seen.append(keep) or control_bench.Scored(np.zeros((1, 1))),
     )
     make(bench, "random")
     assert control_rows.KINDS["shuffled"].rows(bench) == {}, "the same as random masks"
@@ -156,7 +156,7 @@ def test_random_and_shuffled_rows_prune_as_much(bench, monkeypatch):
 
 @pytest.mark.parametrize("wins", [0, 1])
 def test_one_shot_rows_choose_their_end_on_the_search_split(bench, monkeypatch, wins):
-    monkeypatch.setattr(control_rows.Bench, "fitness", lambda self, keep: np.eye(2)[wins])
+    monkeypatch.setattr(control_bench.Bench, "fitness", lambda self, keep: np.eye(2)[wins])
     seen = []
     monkeypatch.setattr(bench.test, "of_masks", lambda keep, scale: seen.append(keep[0]) or np.zeros((1, 54)))
     scored = make(bench, "norm")
@@ -220,7 +220,13 @@ def test_random_adapters_take_the_place_of_the_adapters(bench, monkeypatch):
     plain = bench.test.of_masks(bench.plain[None], scale)
     np.testing.assert_array_equal(scored.correct, plain[[0, 0]])
     monkeypatch.undo()
-    assert (make(bench, "random_adapters").correct != scored.correct).any()
+    scored, merge = make(bench, "random_adapters"), bench.evaluator.merge
+    scales = scored.details["note"].removeprefix("scale ").split(", ")
+    for seed, (scale, correct) in enumerate(zip(scales, scored.correct, strict=True)):
+        ingredients = merge.prepare(geometry.random_like(bench.evaluator.loaded.stack, seed))
+        known = bench.test.of_masks(bench.plain[None], float(scale), ingredients=ingredients)[0]
+        np.testing.assert_array_equal(correct, known)
+        assert (correct != bench.test.of_masks(bench.plain[None], float(scale))[0]).any()
 
 
 def test_sensitivity_changes_one_setting_at_a_time(bench, monkeypatch):

@@ -22,7 +22,8 @@ from enmp_jax.io.files import read_json
 from enmp_jax.io.progress import Reporter
 from enmp_jax.runs import mask_file
 from enmp_jax.runs.compare import in_directory, of_files, table_head
-from enmp_jax.runs.control_rows import KINDS, Bench, Scored
+from enmp_jax.runs.control_bench import Bench, Scored
+from enmp_jax.runs.control_rows import KINDS
 from enmp_jax.runs.directory import finished
 from enmp_jax.runs.finalists import Finalist
 from enmp_jax.runs.rows import Row, Rows
