@@ -21,8 +21,7 @@ import numpy as np
 from random_problem import CONFIGS, random_problem, searched_chunk, searched_form
 
 from enmp_jax import merges
-from enmp_jax.evaluation.evaluator import in_chunks
-from enmp_jax.evaluation.population import make_evaluate
+from enmp_jax.evaluation.population import make_evaluate, score_in_chunks
 from enmp_jax.evaluation.prefix import in_calls, make_evaluate_from
 
 
@@ -52,7 +51,7 @@ def main() -> None:
     shared = jax.jit(make_evaluate_from(backbone, merge, args.tasks, member_chunk=chunk))
     whole = jax.jit(make_evaluate(backbone, merge, args.tasks, member_chunk=chunk))
     sides = {
-        "whole passes": lambda masks: in_chunks(functools.partial(whole, inputs), masks, scale, chunk),
+        "whole passes": lambda masks: score_in_chunks(functools.partial(whole, inputs), masks, scale, chunk),
         "reused hidden states": lambda masks: in_calls(
             functools.partial(shared, inputs, parent, 0.5), parent, masks, 64
         ),

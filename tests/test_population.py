@@ -12,8 +12,8 @@ from enmp_jax import merges
 from enmp_jax.deltas import Dense
 from enmp_jax.devices.mesh import make_mesh
 from enmp_jax.errors import UserError
-from enmp_jax.evaluation.evaluator import Evaluator, in_chunks
-from enmp_jax.evaluation.population import make_evaluate
+from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.population import make_evaluate, score_in_chunks
 from enmp_jax.evaluation.scoring import class_log_probabilities, count
 
 
@@ -88,7 +88,7 @@ def test_chunks_and_padding_change_nothing(setting):
         evaluate_chunks = make_evaluate(evaluator.loaded.backbone, evaluator.merge, 6, member_chunk=chunk)
         parts = jax.jit(evaluate_chunks)(inputs, keep, scale)
         np.testing.assert_allclose(parts.log_likelihood, whole.log_likelihood, rtol=1e-5)
-    host = in_chunks(partial(evaluate, inputs), np.asarray(keep), np.asarray(scale), size=3)
+    host = score_in_chunks(partial(evaluate, inputs), np.asarray(keep), np.asarray(scale), size=3)
     np.testing.assert_allclose(host.log_likelihood, whole.log_likelihood, rtol=1e-5)
     assert host.correct.shape == (5, 6)
 

@@ -23,7 +23,14 @@ from enmp_jax.errors import UserError
 from enmp_jax.evaluation import budget, delta_format, experts, fitness, prefix
 from enmp_jax.evaluation.kinds import LIKELIEST
 from enmp_jax.evaluation.loaded_run import LoadedRun, Split, make_merge
-from enmp_jax.evaluation.population import EvalInputs, EvaluateMasks, count_all, make_evaluate, place
+from enmp_jax.evaluation.population import (
+    EvalInputs,
+    EvaluateMasks,
+    count_all,
+    make_evaluate,
+    place,
+    score_in_chunks,
+)
 from enmp_jax.evaluation.scoring import Counts, Scoring
 from enmp_jax.merges.base import Ingredients, Merge
 
@@ -208,7 +215,7 @@ class Evaluator:
             if plan not in self._compiled:
                 self._compiled[plan] = jax.jit(self.evaluate(plan))
             together = self.mesh.shape["population"] * plan.member_chunk
-            return in_chunks(functools.partial(self._compiled[plan], inputs), keep, scale, together)
+            return score_in_chunks(functools.partial(self._compiled[plan], inputs), keep, scale, together)
 
         return self.bearing(plan or self.plan(inputs), scored)
 
@@ -354,22 +361,3 @@ class Evaluator:
         parts = loaded.units(split), reference, own, self.importance
         made = Scoring(*(jnp.asarray(x, jnp.float32) for x in parts))
         return made._replace(likelihood=jnp.asarray(likelihood)) if likelihood.any() else made
-
-
-def in_chunks(
-    evaluate: Callable[[Any, Any], Counts],
-    keep: Shaped[np.ndarray, "member ..."],
-    scale: Float[np.ndarray, " member"],
-    size: int,
-) -> Counts:
-    """Call a compiled evaluation ``size`` masks at a time: one shape, so one compilation.
-
-    The last chunk is filled up with copies; fewer masks than ``size`` are a chunk of their own.
-    """
-    size = min(size, len(keep))
-    parts: list[Counts] = []
-    for start in range(0, len(keep), size):
-        rows = np.minimum(np.arange(start, start + size), len(keep) - 1)
-        counts = evaluate(keep[rows], scale[rows])  # numpy: every process gives the same
-        parts.append(Counts(*(np.asarray(x)[: len(keep) - start] for x in counts)))
-    return Counts(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
@@ -166,3 +167,22 @@ def place(inputs: EvalInputs, mesh: Mesh, backbone: Backbone) -> EvalInputs:
 
 def _pad(x: Array, extra: int) -> Array:
     return jnp.concatenate([x, jnp.repeat(x[-1:], extra, axis=0)]) if extra else x
+
+
+def score_in_chunks(
+    evaluate: Callable[[Any, Any], Counts],
+    keep: Shaped[np.ndarray, "member ..."],
+    scale: Float[np.ndarray, " member"],
+    size: int,
+) -> Counts:
+    """Call a compiled evaluation ``size`` masks at a time: one shape, so one compilation.
+
+    The last chunk is filled up with copies; fewer masks than ``size`` are a chunk of their own.
+    """
+    size = min(size, len(keep))
+    parts: list[Counts] = []
+    for start in range(0, len(keep), size):
+        rows = np.minimum(np.arange(start, start + size), len(keep) - 1)
+        counts = evaluate(keep[rows], scale[rows])  # numpy: every process gives the same
+        parts.append(Counts(*(np.asarray(x)[: len(keep) - start] for x in counts)))
+    return Counts(*(np.concatenate(column) for column in zip(*parts, strict=True)))
