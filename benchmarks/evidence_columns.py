@@ -34,6 +34,7 @@ PAPER = {
     "generations": 60,
 }  # fmt: skip
 WEIGHTS = {"kind": "weights", "fitness": "margin", "learning_rate": 0.08, "passes": TENTH}
+CROSS_FIT = WEIGHTS | {"cross_fit": True}
 ADAMERGING = WEIGHTS | {"fitness": "entropy"}  # layer-wise there is by weight matrix: our projections
 NO_LABELS = {"fitness": "expert_margin"}
 
@@ -49,6 +50,8 @@ COLUMNS: dict[str, Setting] = {
     "first-order": {"kind": "one-shot", "fitness": "margin"},
     "ours, continuous": WEIGHTS,
     "ours, continuous, no labels": WEIGHTS | NO_LABELS,
+    "ours, cross-fit": CROSS_FIT,
+    "ours, cross-fit, no labels": CROSS_FIT | NO_LABELS,
     # learning rate and start as published (0.3 each), but full batches, and the budget of the other columns
     "AdaMerging": ADAMERGING | {"learning_rate": 1e-3, "scale": 0.3},
     # learning rate of our own searches, from the tuned plain merge

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -191,7 +192,10 @@ def weights(group: Group, column: Setting, rows: Rows) -> Found:
     """Gradient ascent on weights of modules."""
     data, selection, scale = group.start(column)
     fitness, present = column["fitness"], group.suite.projections.present()
-    look = lambda w: float(selection.score(w[None], scale, fitness)[0])  # noqa: E731
+
+    def look(w: np.ndarray, judge: Data) -> float:
+        return float(judge.score(w[None], scale, fitness)[0])
+
     best, found = climb(group, column, (data, selection), present, "modules", scale, look)
     return found._replace(keep=best[None])
 
@@ -204,9 +208,9 @@ def components(group: Group, column: Setting, rows: Rows) -> Found:
     present = np.repeat(modules[..., None], rank + 1, axis=-1)
     merged = jax.jit(lambda w: dense(merge_components(ingredients, w, scale)))
 
-    def look(w: np.ndarray) -> float:
-        counts = group.suite.count_deltas(selection.inputs, merged(w))
-        return float(selection.fitness(counts, column["fitness"]))
+    def look(w: np.ndarray, judge: Data) -> float:
+        counts = group.suite.count_deltas(judge.inputs, merged(w))
+        return float(judge.fitness(counts, column["fitness"]))
 
     best, found = climb(group, column, (data, selection), present, "components", scale, look)
     kept = float((best[..., :-1] > 0.9)[modules].mean())
@@ -217,40 +221,53 @@ def components(group: Group, column: Setting, rows: Rows) -> Found:
 
 def climb(
     group: Group, column: Setting, data: tuple[Data, Data], present: np.ndarray, merge: str, scale: float,
-    look: Callable[[np.ndarray], float],
+    look: Callable[[np.ndarray, Data], float],
 ) -> tuple[np.ndarray, Found]:  # fmt: skip
-    """Gradient ascent stopped by the selection split or the budget: the best weights, and what it cost."""
-    following, selection = data
-    settings = gradient.Settings(steps=column["passes"], learning_rate=column["learning_rate"])
+    """Gradient ascent stopped by the selection split or the budget: the best weights, and what it cost.
+
+    With ``cross_fit`` a second one follows the selection split, stopped by the search split.
+    """
+    folds = [data, data[::-1]][: 1 + column.get("cross_fit", False)]
+    followed, judging = (sum(fold[i].examples for fold in folds) for i in (0, 1))
+    settings = gradient.Settings(
+        column["passes"], column["learning_rate"], check_every=column.get("check_every", 2)
+    )
     incumbents: Incumbents = []
     looks: list[gradient.Look] = []
 
     def cost(steps: int, looks: int) -> float:
-        return STEP_COST * steps * following.examples + looks * selection.examples
+        return STEP_COST * steps * followed + looks * judging
 
-    def on_look(_: gradient.State, seen: list[gradient.Look]) -> None:
+    def on_look(_: Any, seen: list[gradient.Look]) -> None:
         looks[:] = seen
         if len(seen) == 2 and (seen[0].weights == seen[1].weights).all():
             raise Skipped("the fitness does not change with the weights")
         incumbents.append((cost(seen[-1].step, len(seen)), gradient.best(seen).weights))
 
     def may_go_on() -> bool:
-        most = column["passes"] * following.examples
+        most = column["passes"] * data[0].examples
         return cost(looks[-1].step + settings.check_every, len(looks) + 1) <= most
 
-    ascent = stepwise(lambda w: following.gradient(w, scale, column["fitness"], merge), settings)
-    state = ascent.init(jax.random.key(group.seed), present)
-    gradient.run(ascent, state, present, (), look, [], on_look, may_go_on)
+    ascent = stepwise(lambda w, split: split.gradient(w, scale, column["fitness"], merge), settings)
+    keys = [jax.random.key(group.seed), jax.random.fold_in(jax.random.key(group.seed), 1)]
+    states = [ascent.init(key, present) for key in keys[: len(folds)]]
+    made = [
+        gradient.Fold((split,), functools.partial(lambda judge, w: look(w, judge), judge))
+        for split, judge in folds
+    ]
+    gradient.run(ascent, states, present, made, [], on_look, may_go_on)
     best = gradient.best(looks)
     extra = {
         "steps": looks[-1].step, "best_step": best.step, "selection": best.value,
         "fitness": max((x.fitness for x in looks[1:]), default=math.nan),
     }  # fmt: skip
-    passes = STEP_COST * looks[-1].step, len(looks)
+    steps, judged = STEP_COST * looks[-1].step, len(looks)
+    # a split that is followed and judged by is paid for twice
+    passes = (steps, judged) if len(folds) == 1 else (steps + judged, steps + judged)
     return best.weights, Found(None, scale, passes, incumbents, extra)
 
 
-def stepwise(value_and_gradient: Callable[[np.ndarray], tuple[float, np.ndarray]], settings: Any) -> Any:
+def stepwise(value_and_gradient: Callable[..., tuple[float, np.ndarray]], settings: Any) -> Any:
     """The search of ``gradient.make_ascent`` on a gradient that is compiled already: one step a call."""
     adam = optax.adam(settings.learning_rate)
 
@@ -261,10 +278,10 @@ def stepwise(value_and_gradient: Callable[[np.ndarray], tuple[float, np.ndarray]
         moved = jnp.clip(state.weights + jnp.asarray(updates), 0.0, settings.highest)
         return gradient.State(jnp.where(present, moved, 1.0), optimizer, state.step + 1)
 
-    def advance(state: gradient.State, present: np.ndarray) -> tuple[gradient.State, float]:
+    def advance(state: gradient.State, present: np.ndarray, split: Data) -> tuple[gradient.State, float]:
         fitness = math.nan
         for _ in range(min(settings.check_every, settings.steps - int(state.step))):
-            fitness, found = value_and_gradient(np.asarray(state.weights))
+            fitness, found = value_and_gradient(np.asarray(state.weights), split)
             state = step(state, jnp.asarray(found), jnp.asarray(present))
         return state, fitness
 

@@ -173,7 +173,8 @@ class Bench:
             evaluator.scoring("search"),
             np.float32(scale),
         )
-        looks = gradient.run(ascent, ascent.init(jax.random.key(seed), present), present, operands, look, [])
+        state, fold = ascent.init(jax.random.key(seed), present), gradient.Fold(operands, look)
+        looks = gradient.run(ascent, [state], present, [fold], [])
         best, sizes = gradient.best(looks), evaluator.loaded.sizes
         cost = STEP_COST * looks[-1].step * sizes("search").sum() + len(looks) * sizes("selection").sum()
         extra = {

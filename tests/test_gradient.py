@@ -84,7 +84,8 @@ def climb_toy(target, look, **settings):
     present[2] = False
     ascent = gradient.make_ascent(toy, gradient.Settings(**settings))
     state = ascent.init(jax.random.key(0), present)
-    return ascent, gradient.run(ascent, state, present, (jnp.asarray(target),), look, [])
+    fold = gradient.Fold((jnp.asarray(target),), look)
+    return ascent, gradient.run(ascent, [state], present, [fold], [])
 
 
 def test_weights_stay_in_their_range_and_missing_modules_at_one():
@@ -102,6 +103,30 @@ def test_the_other_data_stop_the_search_and_choose_its_weights():
     best = gradient.best(looks)
     assert best.weights[0] == pytest.approx(1.5, abs=0.1)
     assert looks[-1].step == best.step + 3 * 2 < 100
+
+
+def test_folds_stop_together_and_their_mean_is_found():
+    """One half wants 3, the other 0; each is judged by the other's wish: nothing is better than the start."""
+    present, wishes = np.ones(3, bool), [[3.0] * 3, [0.0] * 3]
+    ascent = gradient.make_ascent(toy, gradient.Settings(40, learning_rate=0.1, patience=3, jitter=0.0))
+    states = [ascent.init(jax.random.key(0), present)] * 2
+
+    def climbed(judges):
+        folds = [
+            gradient.Fold((jnp.asarray(wish),), lambda w, judge=judge: float(toy(w, np.asarray(judge))))
+            for wish, judge in zip(wishes, judges, strict=True)
+        ]
+        return gradient.run(ascent, states, present, folds, [])
+
+    looks = climbed(wishes[::-1])
+    assert gradient.best(looks).step == 0 and looks[-1].step == 3 * 2
+    # what one gains by this judge, the other loses
+    assert gradient.best(climbed([wishes[0]] * 2)).step == 0
+    # judged by what they follow, both arrive; the other fold has nearer to go and waits for the first
+    looks = climbed(wishes)
+    best = gradient.best(looks)
+    np.testing.assert_allclose(best.weights, 1.5, atol=0.1)
+    assert best.value == pytest.approx(0.0, abs=0.1) and best.step > 12
 
 
 def test_a_penalty_keeps_weights_near_the_plain_merge():
@@ -157,6 +182,22 @@ def test_a_killed_search_of_weights_goes_on_to_the_same_result(finished, gradien
     resumed = search_run(gradient_run, killed, SILENT, resume=True)
     assert history(killed) == history(out)
     assert resumed["enmp"] == scores["enmp"] and resumed["weighted"] == scores["weighted"]
+
+
+def test_a_cross_fitted_search_pays_for_both_splits_and_goes_on(gradient_run, finished, tmp_path):
+    out, search = tmp_path / "run", dataclasses.replace(gradient_run.search, cross_fit=True)
+    run = dataclasses.replace(gradient_run, search=search)
+    scores, lines = search_run(run, out, SILENT), history(out)
+    examples = sum(sum(scores["splits"][split].values()) for split in ("search", "selection"))
+    assert scores["example_evaluations"] == (3.5 * 4 + 3) * examples
+    alone = history(finished[0])
+    assert lines[-1]["step"] == 4 and lines[-1]["selection"] != alone[-1]["selection"]
+    for name in ("mask.json", "scores.json", "report.html"):
+        (out / name).unlink()
+    for name in ("plots", "adapters", "merged", "checkpoints/seed-0/3"):
+        shutil.rmtree(out / name)
+    resumed = search_run(run, out, SILENT, resume=True)
+    assert history(out) == lines and resumed["enmp"] == scores["enmp"]
 
 
 def test_a_budget_bounds_steps_and_looks(gradient_run, demo_loaded, tmp_path):

@@ -208,6 +208,9 @@ class SearchConfig:
     """gradient: times the mean squared distance of the weights from 1 is subtracted from the fitness."""
     check_every: int = 2
     """gradient: steps between looks at the selection split."""
+    cross_fit: bool = False
+    """gradient: a second search follows the selection split and is judged by the search split; the mean of
+    both is found. Better on few examples, for twice the price."""
     harden: Literal["none", "prune"] = "none"
     """gradient: leave the weights as they are, or make a mask of them (with a short local search)."""
     refine: RefineConfig | None = None

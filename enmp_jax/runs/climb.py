@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -58,7 +58,8 @@ def climb(
             "another strategy than gradient"
         )
     examples = {split: int(evaluator.loaded.sizes(split).sum()) for split in ("search", "selection")}
-    dispatch = price(search.check_every, 1, examples)
+    cost = Cost.of(examples, search.cross_fit)
+    dispatch = cost.of_steps(search.check_every, 1)
     if search.budget is not None and search.budget < dispatch:
         raise UserError(
             f"search.budget is {search.budget} example-evaluations, but {search.check_every} steps and a "
@@ -71,18 +72,20 @@ def climb(
     ascent = gradient.make_ascent(evaluator.relaxed_fitness(), settings)
     whole = NamedSharding(evaluator.mesh, PartitionSpec())
     present = put(spec.present(), whole)
-    operands = (evaluator.spread(inputs), *put((scoring, np.float32(scale)), whole))
-    value = _selection_value(evaluator, scale)
+    other = evaluator.inputs("selection"), evaluator.scoring("selection")
+    halves = [((inputs, scoring), other), (other, (inputs, scoring))]
+    folds = [
+        _fold(evaluator, followed, judge, scale, whole) for followed, judge in halves[: 1 + search.cross_fit]
+    ]
     finalists, spent = [], 0
     for seed in range(search.seed, search.seed + search.seeds):
-        state = ascent.init(put(jax.random.key(seed), whole), present)
+        keys = [jax.random.key(seed), jax.random.fold_in(jax.random.key(seed), 1)]
+        states = [ascent.init(put(key, whole), present) for key, _ in zip(keys, folds, strict=False)]
         path = directory.path / "checkpoints" / f"seed-{seed}"
         with Checkpoints(path, directory.fingerprint, say=reporter.say) as checkpoints, signals.saving():
-            record = _Record(evaluator, directory, reporter, checkpoints, seed, examples)
-            state, looks = record.restore(state)
-            looks = gradient.run(
-                ascent, state, present, operands, value, looks, record.on_look, record.may_go_on
-            )
+            record = _Record(evaluator, directory, reporter, checkpoints, seed, cost)
+            states, looks = record.restore(states)
+            looks = gradient.run(ascent, states, present, folds, looks, record.on_look, record.may_go_on)
         if len(looks) > 1 and (looks[1].weights == looks[0].weights).all():
             merge = evaluator.loaded.run.merge
             raise UserError(
@@ -92,17 +95,34 @@ def climb(
         best = gradient.best(looks)
         spent += record.spent(looks)
         if search.harden == "prune":
-            masks, cost = harden(evaluator, inputs, scoring, scale, best.weights, seed)
+            masks, scored = harden(evaluator, inputs, scoring, scale, best.weights, seed)
             finalists += masks
-            spent += cost * examples["search"]
+            spent += scored * examples["search"]
         else:
             finalists.append(Finalist(seed, best.weights, scale, None))
     return Searched(finalists, {"example_evaluations": spent})
 
 
-def price(steps: int, looks: int, examples: Mapping[str, int]) -> int:
-    """Example-evaluations of steps of the gradient and looks at the selection split."""
-    return math.ceil(STEP_COST * steps * examples["search"]) + looks * examples["selection"]
+class Cost(NamedTuple):
+    """What a search pays for, in example-evaluations.
+
+    Attributes:
+        step: examples that a step of the gradient follows.
+        look: examples that a look judges by.
+    """
+
+    step: int
+    look: int
+
+    @classmethod
+    def of(cls, examples: Mapping[str, int], cross_fit: bool) -> Cost:
+        """Of a run: examples of its ``search`` and ``selection`` splits."""
+        both = sum(examples.values())
+        return cls(both, both) if cross_fit else cls(examples["search"], examples["selection"])
+
+    def of_steps(self, steps: int, looks: int) -> int:
+        """The price of steps and looks."""
+        return math.ceil(STEP_COST * steps * self.step) + looks * self.look
 
 
 def harden(
@@ -144,14 +164,20 @@ def harden(
     return [Finalist(seed, masks[i], scale, float(fitness[i])) for i in chosen], len(masks)
 
 
-def _selection_value(evaluator: Evaluator, scale: float) -> Any:
-    """The fitness of weights on the selection split."""
-    inputs, scoring = evaluator.inputs("selection"), evaluator.scoring("selection")
+def _fold(
+    evaluator: Evaluator,
+    followed: tuple[EvalInputs, Scoring],
+    judge: tuple[EvalInputs, Scoring],
+    scale: float,
+    whole: NamedSharding,
+) -> gradient.Fold:
+    """A search that follows the fitness on one split and is judged by that on another."""
 
     def value(weights: Float[np.ndarray, "*module"]) -> float:
-        return float(evaluator.fitness_of(inputs, scoring, weights[None], scale)[0])
+        return float(evaluator.fitness_of(*judge, weights[None], scale)[0])
 
-    return value
+    inputs, scoring = followed
+    return gradient.Fold((evaluator.spread(inputs), *put((scoring, np.float32(scale)), whole)), value)
 
 
 class _Record:
@@ -164,31 +190,31 @@ class _Record:
         reporter: Reporter,
         checkpoints: Checkpoints,
         seed: int,
-        examples: dict[str, int],
+        cost: Cost,
     ):
         self.search, self.spec = evaluator.loaded.run.search, evaluator.loaded.mask_spec
         self.directory, self.reporter, self.checkpoints = directory, reporter, checkpoints
-        self.seed, self.examples = seed, examples
+        self.seed, self.cost = seed, cost
         most = 1 + math.ceil(self.search.generations / self.search.check_every)
         self.weights = np.ones((most, *self.spec.shape), np.float32)
         self.rows = np.zeros((most, 3), np.float64)  # step, fitness, value
         self.looks: list[gradient.Look] = []
 
-    def restore(self, state: gradient.State) -> tuple[gradient.State, list[gradient.Look]]:
-        found = self.checkpoints.latest({"state": state, "weights": self.weights, "rows": self.rows})
+    def restore(self, states: list[gradient.State]) -> tuple[list[gradient.State], list[gradient.Look]]:
+        found = self.checkpoints.latest({"states": states, "weights": self.weights, "rows": self.rows})
         done = found.step if found else 0
         self.directory.keep_history(done, self.seed)
         if found is None:
-            return state, []
+            return states, []
         self.weights, self.rows = (np.array(found.tree[name]) for name in ("weights", "rows"))
         self.looks = [
             gradient.Look(int(step), self.weights[i], float(fitness), float(value))
             for i, (step, fitness, value) in enumerate(self.rows[:done])
         ]
         self.reporter.say(f"seed {self.seed}: goes on after step {self.looks[-1].step}")
-        return found.tree["state"], self.looks
+        return found.tree["states"], self.looks
 
-    def on_look(self, state: gradient.State, looks: list[gradient.Look]) -> None:
+    def on_look(self, states: Sequence[gradient.State], looks: list[gradient.Look]) -> None:
         self.looks, done, look = looks, len(looks), looks[-1]
         self.weights[done - 1] = look.weights
         self.rows[done - 1] = look.step, look.fitness, look.value
@@ -210,18 +236,18 @@ class _Record:
         told = told_to_end(done)
         if done % self.search.checkpoint_every == 0 or look.step >= self.search.generations or told:
             self.directory.flush_history()
-            tree = {"state": state, "weights": self.weights, "rows": self.rows}
+            tree = {"states": list(states), "weights": self.weights, "rows": self.rows}
             self.checkpoints.save(done, tree, {}, best)
         if told:
             raise Stopped(told)
 
     def spent(self, looks: list[gradient.Look]) -> int:
         """Example-evaluations so far."""
-        return price(looks[-1].step, len(looks), self.examples)
+        return self.cost.of_steps(looks[-1].step, len(looks))
 
     def may_go_on(self) -> bool:
         """Whether the budget bears another dispatch."""
         if self.search.budget is None:
             return True
-        more = price(self.search.check_every, 1, self.examples)
+        more = self.cost.of_steps(self.search.check_every, 1)
         return self.spent(self.looks) + more <= self.search.budget

@@ -87,7 +87,8 @@ def _plan(run: RunConfig, inputs: EvalInputs) -> list[str]:
     data = f"{batches} batch{'es' * (batches != 1)} of {run.evaluation.batch_size}"
     seeds = f"{search.seeds} seed{'s' * (search.seeds != 1)}"
     if search.strategy == "gradient":
-        work = f"{search.generations} steps, {seeds}: the price of {STEP_COST} masks a step x {data}"
+        cost = STEP_COST * (1 + search.cross_fit)
+        work = f"{search.generations} steps, {seeds}: the price of {cost:g} masks a step x {data}"
     else:
         masks = search.population * search.generations * search.seeds
         work = f"{search.population} x {search.generations} masks, {seeds}: {masks} masks x {data}"

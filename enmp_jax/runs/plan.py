@@ -93,7 +93,7 @@ def make_plan(evaluator: Evaluator, rate: float | None = None) -> Plan:
     if gradient:  # one merged model, its deltas as the method makes them, and their derivatives
         merge, chunk = evaluator.merge, 1
         activations = backward_bytes(backbone, evaluator.spread(inputs).batches)
-        masks = math.ceil(STEP_COST * search.generations) * search.seeds
+        masks = math.ceil(STEP_COST * search.generations * (1 + search.cross_fit)) * search.seeds
     else:
         activations = chunk * largest_activations(backbone, inputs.batches)
         masks = search.population * search.generations * search.seeds

@@ -8,7 +8,8 @@ functions of weights, nothing of merges or models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,15 +58,28 @@ class Look(NamedTuple):
 
     Attributes:
         step: steps done.
-        weights: at that point.
-        fitness: of the data that the search follows, at the last step (before its update); NaN at the start.
-        value: of the other data.
+        weights: at that point; of several folds the mean.
+        fitness: of the data that the search follows, at the last step (before its update); NaN at the start;
+            of several folds the mean.
+        value: of the other data, of each fold's own weights; of several folds the mean.
     """
 
     step: int
     weights: Float[np.ndarray, "*module"]
     fitness: float
     value: float
+
+
+class Fold(NamedTuple):
+    """What one search follows, and what judges it.
+
+    Attributes:
+        operands: of the objective.
+        look: the value of weights on other data, higher is better.
+    """
+
+    operands: tuple[Any, ...]
+    look: Callable[[Float[np.ndarray, "*module"]], float]
 
 
 class Ascent(NamedTuple):
@@ -129,22 +143,24 @@ def straight_through(logits: Float[Array, "*module"], temperature: float = 1.0) 
 
 def run(
     ascent: Ascent,
-    state: State,
+    states: Sequence[State],
     present: Bool[Array | np.ndarray, "*module"],
-    operands: tuple[Any, ...],
-    look: Callable[[Float[np.ndarray, "*module"]], float],
+    folds: Sequence[Fold],
     looks: list[Look],
-    on_look: Callable[[State, list[Look]], None] | None = None,
+    on_look: Callable[[Sequence[State], list[Look]], None] | None = None,
     may_go_on: Callable[[], bool] = lambda: True,
 ) -> list[Look]:
     """Climb until the steps are done, or the other data say that nothing better comes.
 
+    Several folds climb side by side, each with weights of its own, and stop together at the step where the
+    mean of what their own judges say is best. The mean of their weights is the result (cross-fitting): it
+    has seen all the data, while no look has judged weights by data that they followed.
+
     Args:
         ascent: see ``make_ascent``.
-        state: where to begin.
+        states: where to begin, one for each fold.
         present: which modules exist.
-        operands: of the objective.
-        look: the value of weights on the other data, higher is better.
+        folds: what to follow, and what judges.
         looks: those of an earlier call that this one goes on with; empty for a new search.
         on_look: called after each look; the place for checkpoints and history.
         may_go_on: asked before every dispatch of steps (budgets).
@@ -152,18 +168,24 @@ def run(
     Returns:
         All looks, the start among them; the best of them is the result.
     """
-    settings, looks = ascent.settings, list(looks)
+    settings, looks, states = ascent.settings, list(looks), list(states)
+
+    def look(fitness: Sequence[float]) -> None:
+        weights = [np.asarray(state.weights) for state in states]
+        values = [fold.look(own) for fold, own in zip(folds, weights, strict=True)]
+        mean = weights[0] if len(weights) == 1 else np.mean(weights, axis=0)
+        looks.append(Look(int(states[0].step), mean, float(np.mean(fitness)), float(np.mean(values))))
+        if on_look is not None:
+            on_look(states, looks)
+
     if not looks:
-        start = np.asarray(state.weights)
-        looks.append(Look(0, start, float("nan"), look(start)))
-        if on_look is not None:
-            on_look(state, looks)
-    while int(state.step) < settings.steps and not _exhausted(looks, settings.patience) and may_go_on():
-        state, fitness = ascent.advance(state, present, *operands)
-        weights = np.asarray(state.weights)
-        looks.append(Look(int(state.step), weights, float(fitness), look(weights)))
-        if on_look is not None:
-            on_look(state, looks)
+        look([math.nan])
+    while int(states[0].step) < settings.steps and not _exhausted(looks, settings.patience) and may_go_on():
+        found = [
+            ascent.advance(state, present, *fold.operands) for state, fold in zip(states, folds, strict=True)
+        ]
+        states[:] = [state for state, _ in found]
+        look([float(fitness) for _, fitness in found])
     return looks
 
 
