@@ -34,7 +34,8 @@ PAPER = {
     "generations": 60,
 }  # fmt: skip
 WEIGHTS = {"kind": "weights", "fitness": "margin", "learning_rate": 0.08, "passes": TENTH}
-CROSS_FIT = WEIGHTS | {"cross_fit": True}
+# twelve steps of both halves and five looks are a tenth of the paper's budget
+CROSS_FIT = WEIGHTS | {"cross_fit": True, "learning_rate": 0.12, "check_every": 3}
 ADAMERGING = WEIGHTS | {"fitness": "entropy"}  # layer-wise there is by weight matrix: our projections
 NO_LABELS = {"fitness": "expert_margin"}
 

@@ -61,7 +61,8 @@ class Look(NamedTuple):
         weights: at that point; of several folds the mean.
         fitness: of the data that the search follows, at the last step (before its update); NaN at the start;
             of several folds the mean.
-        value: of the other data, of each fold's own weights; of several folds the mean.
+        value: of the other data; of several folds the mean of what they say to each one's weights (see
+            ``run``).
     """
 
     step: int
@@ -153,8 +154,10 @@ def run(
     """Climb until the steps are done, or the other data say that nothing better comes.
 
     Several folds climb side by side, each with weights of its own, and stop together at the step where the
-    mean of what their own judges say is best. The mean of their weights is the result (cross-fitting): it
-    has seen all the data, while no look has judged weights by data that they followed.
+    mean of what their judges say is best. The mean of their weights is the result (cross-fitting): it has
+    seen all the data, while no look has judged weights by data that they followed. The mean of K has a K-th
+    of the variance of each, so that the best step of each comes too early for it: judges see distances from
+    the plain merge divided by the root of K, as far as that noise goes.
 
     Args:
         ascent: see ``make_ascent``.
@@ -172,7 +175,8 @@ def run(
 
     def look(fitness: Sequence[float]) -> None:
         weights = [np.asarray(state.weights) for state in states]
-        values = [fold.look(own) for fold, own in zip(folds, weights, strict=True)]
+        judged = weights if len(folds) == 1 else [1 + (own - 1) / math.sqrt(len(folds)) for own in weights]
+        values = [fold.look(own) for fold, own in zip(folds, judged, strict=True)]
         mean = weights[0] if len(weights) == 1 else np.mean(weights, axis=0)
         looks.append(Look(int(states[0].step), mean, float(np.mean(fitness)), float(np.mean(values))))
         if on_look is not None:
