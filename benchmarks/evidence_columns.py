@@ -96,7 +96,7 @@ SETS = {
     "rungs": [
         f"{rung}{labels}"
         for labels in ("", ", no labels")
-        for rung in ("plain", "ours, binary", "ours, continuous", "refined", "joint LoRA")
+        for rung in ("plain", "ours, binary", "ours, continuous", "ours, cross-fit", "refined", "joint LoRA")
     ],
 }  # fmt: skip
 NO_METHOD = ("joint", "components")
