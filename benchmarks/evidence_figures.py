@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 RUNG_NAMES = {
     "plain": "plain", "ours, binary": "pruned", "ours, continuous": "weighted",
-    "ours, cross-fit": "weighted, cross-fitted", "refined": "refined", "joint LoRA": "joint LoRA from the base",
+    "ours, cross-fit": "weighted, cross-fitted", "refined": "refined",
+    "joint LoRA": "joint LoRA from the base",
 }  # fmt: skip
 COLOURS = ("#667085", "#4a7fc1", "#2a9d8f", "#d95f02", "#8e5ea2", "#b8860b", "#c0392b", "#16a085", "#34495e")
 
