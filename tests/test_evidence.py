@@ -150,7 +150,7 @@ def test_a_row_of_other_settings_is_refused(counted, tmp_path):
 
 
 def test_rows_count_their_budget_and_read_the_test_split_once(tmp_path, monkeypatch):
-    """For real, on the demo: a search of weights, a mask, and masks that prune as many modules."""
+    """For real, on the demo: a mask, a search of weights, and one that follows both splits."""
     looks = []
     counts = evidence_kinds.Data.counts
 
@@ -162,15 +162,19 @@ def test_rows_count_their_budget_and_read_the_test_split_once(tmp_path, monkeypa
     monkeypatch.setattr(evidence_kinds.Data, "counts", counting)
     short = {**evidence.COLUMNS["ours, continuous"], "passes": 12, "curve": True}
     monkeypatch.setitem(evidence.COLUMNS, "ours, continuous", short)
+    monkeypatch.setitem(
+        evidence.COLUMNS, "ours, cross-fit", {**evidence.COLUMNS["ours, cross-fit"], "passes": 30}
+    )
     out = tmp_path / "rows.jsonl"
-    columns = ["plain", "first-order", "ours, continuous"]
+    columns = ["plain", "first-order", "ours, continuous", "ours, cross-fit"]
     evidence.run(arguments(out, columns=columns, seeds=1))
-    plain, mask, weights = rows(out)
-    assert len(looks) == 3 and looks[:2] == [1, 1]
+    plain, mask, weights, both = rows(out)
+    assert len(looks) == 4 and looks[:2] == [1, 1] and looks[3] == 1
     assert plain["example_evaluations"] == 0 and plain["pruned"] == []
     assert mask["example_evaluations"] == np.ceil(3.5 * 24)
     assert weights["steps"] == 2  # two more, and a look, would cost 17 passes
     assert weights["example_evaluations"] == (3.5 * 2 + 2) * 24
-    assert np.asarray(weights["keep"]).shape == (6, 4, 6)
+    assert both["steps"] == 3 and both["example_evaluations"] == (3.5 * 3 + 2) * 2 * 24
+    assert np.asarray(weights["keep"]).shape == np.asarray(both["keep"]).shape == (6, 4, 6)
     assert all(cost <= weights["example_evaluations"] for cost, _ in weights["curve"])
     assert {row["scale"] for row in (plain, mask, weights)} == {plain["scale"]}

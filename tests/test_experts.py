@@ -8,6 +8,7 @@ import pytest
 from enmp_jax.cli import main as cli
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation import experts
+from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.io import progress
 from enmp_jax.io.progress import SILENT, Reporter
 from enmp_jax.models import checkpoint
@@ -164,3 +165,22 @@ def test_texts_of_different_lengths_train_together():
     np.testing.assert_array_equal(inputs["input_ids"][0, :, :4], np.arange(1, 13).reshape(3, 4))
     np.testing.assert_array_equal(inputs["attention_mask"].sum(2), [[4, 4, 4], [6, 6, 0]])
     np.testing.assert_array_equal(labels, [[1, 1, 1], [1, 1, 0]])
+
+
+def test_an_expert_that_gets_nothing_right_is_refused_where_scores_are_divided_by_it(
+    demo_run, demo_evaluator, monkeypatch
+):
+    """Few examples of a hard task may be all wrong; a smooth fitness does not ask for their accuracy."""
+    monkeypatch.setattr(Evaluator, "expert_scores", lambda self, split: np.float32([1, 0, 1, 1, 1, 1]))
+    margin = dataclasses.replace(demo_run, search=dataclasses.replace(demo_run.search, fitness="margin"))
+    smooth = demo_evaluator.under(margin)
+    scoring = smooth.scoring("search")
+    assert np.isfinite(scoring.expert).all() and scoring.reference[1] == 0
+    nothing = "adapter of 'mirrored' alone gets nothing right on"
+    with pytest.raises(UserError, match=f"{nothing} test"):
+        smooth.scoring("test")
+    with pytest.raises(UserError, match=f"{nothing} search"):
+        smooth.scoring("search", normalises=True)
+    accuracy = dataclasses.replace(demo_run, search=dataclasses.replace(demo_run.search, fitness="accuracy"))
+    with pytest.raises(UserError, match=f"{nothing} search"):
+        demo_evaluator.under(accuracy).scoring("search")

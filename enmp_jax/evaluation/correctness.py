@@ -58,7 +58,7 @@ class Correctness:
         tasks = [np.asarray(task)[real] for (task, _), real in zip(everywhere, self._real, strict=True)]
         self._order = np.argsort(np.concatenate(tasks), kind="stable")
         self.task = np.concatenate(tasks)[self._order]
-        scoring = evaluator.scoring(split)
+        scoring = evaluator.scoring(split, normalises=True)
         self.reference = np.asarray(scoring.reference, float)
         self.weight = 1 / (len(self.reference) * self.reference)
         backbone = evaluator.loaded.backbone

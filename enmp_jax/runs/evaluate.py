@@ -61,7 +61,7 @@ def evaluate_run(
     }
     if experts:
         return result
-    scoring = evaluator.scoring(split)
+    scoring = evaluator.scoring(split, normalises=True)
     result["reference"] = by_task(tasks, np.asarray(scoring.reference))
     value = scale if scale is not None else saved.scale if saved else None
     if value is None:
