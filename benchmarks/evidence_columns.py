@@ -62,6 +62,11 @@ COLUMNS: dict[str, Setting] = {
     | {"kind": "components", "fitness": "entropy", "learning_rate": 0.02, "scale": 0.3},
     "refined": {"kind": "refined", "fitness": "probability", "from": "ours, continuous"},
     "refined, no labels": {"kind": "refined", "fitness": "expert_kl", "from": "ours, continuous, no labels"},
+    "refined from cross-fit, no labels": {
+        "kind": "refined",
+        "fitness": "expert_kl",
+        "from": "ours, cross-fit, no labels",
+    },
     "joint LoRA": {"kind": "joint", "fitness": "probability"},
     "joint LoRA, no labels": {"kind": "joint", "fitness": "expert_kl"},
 }
