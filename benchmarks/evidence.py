@@ -4,6 +4,7 @@
         [--set main | rungs | strategies | fitness] [--columns NAME ...] [--methods tsv ...] [--seeds 5]
         [--examples 200 ...] [--test 600]
     python benchmarks/evidence.py --table FILE.jsonl
+    python benchmarks/evidence.py --overview FILE.jsonl
     python benchmarks/evidence.py --figures DIR FILE.jsonl
 
 One line of JSON a row: suite x method x seed x column x examples. What is there already is not run again, so
@@ -31,7 +32,7 @@ import jax
 from evidence_columns import COLUMNS, METHODS, NO_METHOD, SETS
 from evidence_figures import figures
 from evidence_kinds import Group, measure
-from evidence_report import read, table
+from evidence_report import overview, read, table
 from evidence_suite import Suite
 
 from enmp_jax.errors import UserError
@@ -119,6 +120,7 @@ def main(description: str | None = __doc__, default: str = "main") -> None:
     parser.add_argument("suite", nargs="?", default="demo")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--overview", type=Path, help="gains over the plain merge, methods side by side")
     parser.add_argument("--figures", nargs=2, type=Path, metavar=("DIR", "FILE"))
     parser.add_argument("--set", choices=list(SETS), default=default)
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS))
@@ -134,6 +136,8 @@ def main(description: str | None = __doc__, default: str = "main") -> None:
     try:
         if args.table:
             print(table(read(args.table)))
+        elif args.overview:
+            print(overview(read(args.overview)))
         elif args.figures:
             print(*figures(read(args.figures[1]), args.figures[0]), sep="\n")
         elif args.out is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence_columns import COLUMNS, METHODS
 from scipy import stats
 
 Row = dict[str, Any]
@@ -60,6 +61,47 @@ def table(rows: list[Row]) -> str:
             f"| {_number(gain_half)} | {cost:,.0f} | {seconds:.0f} |"
         )
     return "\n".join(lines)
+
+
+def overview(rows: list[Row]) -> str:
+    """Gains over the plain merge in points, one row a column of ``table``, one table a suite and size.
+
+    Columns without labels are compared with the plain merge that was tuned without. The last two cells are
+    means over merge methods: of the gains, and of what a column is ahead of the paper's search.
+    """
+    rows = [row for row in rows if "skipped" not in row and row["method"] != "-"]
+    tests = {_cell(row): row["test"] for row in rows}
+    parts = []
+    for suite, n in dict.fromkeys((row["suite"], row["examples"]) for row in rows):
+        own = [row for row in rows if (row["suite"], row["examples"]) == (suite, n)]
+        methods = [m for m in METHODS if any(row["method"] == m for row in own)]
+        lines = [f"| {suite}, {n} examples a task | {' | '.join(methods)} | mean | ahead of paper |"]
+        lines.append("|" + "---|" * (len(methods) + 3))
+        for column in (c for c in COLUMNS if any(row["column"] == c for row in own)):
+            same = [row for row in own if row["column"] == column]
+            if column.startswith("plain"):
+                found = {m: [row["test"] for row in same if row["method"] == m] for m in methods}
+                cells = [f"{np.mean(found[m]):.3f} ({len(found[m])})" if found[m] else "" for m in methods]
+                lines.append(f"| {column} | {' | '.join(cells)} | | |")
+                continue
+            plain = "plain, no labels" if column.endswith(", no labels") else "plain"
+            gains, ahead = (
+                {m: _differences(same, tests, m, other) for m in methods} for other in (plain, "paper")
+            )
+            cells = [f"{np.mean(gains[m]):+.1f} ({len(gains[m])})" if gains[m] else "" for m in methods]
+            means = [np.mean([np.mean(v) for v in d.values() if v] or [math.nan]) for d in (gains, ahead)]
+            last = " | ".join(_number(float(mean), "+.1f") for mean in means)
+            lines.append(f"| {column} | {' | '.join(cells)} | {last} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _differences(same: list[Row], tests: dict[Any, float], method: str, other: str) -> list[float]:
+    """Of a column from another one of the same seeds, in points."""
+    pairs = [
+        (row["test"], tests.get(_cell(row | {"column": other}))) for row in same if row["method"] == method
+    ]
+    return [100 * (value - known) for value, known in pairs if known is not None]
 
 
 def _cell(row: Row, column: bool = True) -> tuple[Any, ...]:

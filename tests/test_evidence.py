@@ -178,3 +178,25 @@ def test_rows_count_their_budget_and_read_the_test_split_once(tmp_path, monkeypa
     assert np.asarray(weights["keep"]).shape == np.asarray(both["keep"]).shape == (6, 4, 6)
     assert all(cost <= weights["example_evaluations"] for cost, _ in weights["curve"])
     assert {row["scale"] for row in (plain, mask, weights)} == {plain["scale"]}
+
+
+def test_an_overview_compares_equal_seeds():
+    def row(method, seed, column, test):
+        return {"suite": "s", "examples": 4, "method": method, "seed": seed, "column": column, "test": test}
+
+    made = [
+        row("sum", 0, "plain", 0.5), row("sum", 1, "plain", 0.6), row("sum", 1, "plain, no labels", 0.55),
+        row("tsv", 0, "plain", 0.5), row("sum", 0, "paper", 0.52), row("tsv", 0, "paper", 0.51),
+        row("sum", 0, "ours, continuous", 0.54), row("sum", 1, "ours, continuous", 0.66),
+        row("tsv", 0, "ours, continuous", 0.52), row("sum", 1, "ours, continuous, no labels", 0.56),
+        row("-", 0, "joint LoRA", 0.9),
+    ]  # fmt: skip
+    lines = evidence_report.overview(made).splitlines()
+    assert lines[0] == "| s, 4 examples a task | sum | tsv | mean | ahead of paper |"
+    assert lines[2:] == [
+        "| plain | 0.550 (2) | 0.500 (1) | | |",
+        "| plain, no labels | 0.550 (1) |  | | |",
+        "| paper | +2.0 (1) | +1.0 (1) | +1.5 | +0.0 |",
+        "| ours, continuous | +5.0 (2) | +2.0 (1) | +3.5 | +1.5 |",
+        "| ours, continuous, no labels | +1.0 (1) |  | +1.0 |  |",
+    ]
