@@ -210,7 +210,8 @@ class SearchConfig:
     """gradient: steps between looks at the selection split."""
     cross_fit: bool = False
     """gradient: a second search follows the selection split and is judged by the search split; the mean of
-    both is found. Better on few examples, for twice the price."""
+    both is found. For few examples; a step costs twice as much, and ``refine`` has no split left that was
+    not followed, so that it may stop too early."""
     harden: Literal["none", "prune"] = "none"
     """gradient: leave the weights as they are, or make a mask of them (with a short local search)."""
     refine: RefineConfig | None = None
