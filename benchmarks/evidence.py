@@ -39,7 +39,7 @@ from enmp_jax.errors import UserError
 from enmp_jax.runs.directory import environment
 
 KEYS = ("suite", "method", "seed", "column", "examples")
-RUNGS = (4, 16, 50, 200, 500)
+SIZES = (4, 16, 50, 200, 500)
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -49,7 +49,7 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def planned(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows that are asked for, group by group: those of a group share their data."""
-    examples = args.examples or (RUNGS if args.set == "rungs" else (200,))
+    examples = args.examples or (SIZES if args.set == "rungs" else (200,))
     # those of no method last: a group that is left and entered again would tune its plain merge twice
     columns = sorted(args.columns or SETS[args.set], key=lambda name: COLUMNS[name]["kind"] in NO_METHOD)
     groups = [

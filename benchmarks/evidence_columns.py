@@ -94,15 +94,17 @@ def _more() -> dict[str, Setting]:
 
 
 COLUMNS |= _more()
+RUNGS = {
+    "plain": "plain", "ours, binary": "pruned", "ours, continuous": "weighted",
+    "ours, cross-fit": "weighted, cross-fitted", "refined": "refined",
+    "joint LoRA": "joint LoRA from the base",
+}  # fmt: skip
+"""What one may do with examples, by columns, and what figures call it."""
 SETS = {
     "main": [name for name in COLUMNS if not name.startswith(("strategy ", "masks by ", "weights by "))],
     "strategies": [name for name in COLUMNS if name.startswith("strategy ")],
     "fitness": [name for name in COLUMNS if name.startswith(("masks by ", "weights by "))],
-    "rungs": [
-        f"{rung}{labels}"
-        for labels in ("", ", no labels")
-        for rung in ("plain", "ours, binary", "ours, continuous", "ours, cross-fit", "refined", "joint LoRA")
-    ],
+    "rungs": [f"{rung}{labels}" for labels in ("", ", no labels") for rung in RUNGS],
 }  # fmt: skip
 NO_METHOD = ("joint", "components")
 """Kinds of columns that no merge method changes; one row a seed, whose method is ``-``."""

@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence_columns import RUNGS
 from evidence_report import Row, interval
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-RUNG_NAMES = {
-    "plain": "plain", "ours, binary": "pruned", "ours, continuous": "weighted",
-    "ours, cross-fit": "weighted, cross-fitted", "refined": "refined",
-    "joint LoRA": "joint LoRA from the base",
-}  # fmt: skip
 COLOURS = ("#667085", "#4a7fc1", "#2a9d8f", "#d95f02", "#8e5ea2", "#b8860b", "#c0392b", "#16a085", "#34495e")
 
 
@@ -53,7 +49,7 @@ def rungs(rows: list[Row]) -> Figure | None:
         return None
     figure, axes = _panels(2)
     for ax, labels, title in zip(axes, ("", ", no labels"), ("with labels", "without labels"), strict=True):
-        for colour, (column, name) in zip(COLOURS, RUNG_NAMES.items(), strict=False):
+        for colour, (column, name) in zip(COLOURS, RUNGS.items(), strict=False):
             found = _by(rows, column + labels, lambda row: row["examples"], lambda row: row["test"])
             _line(ax, found, name, colour)
         ax.set_xscale("log")

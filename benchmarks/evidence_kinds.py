@@ -193,7 +193,7 @@ def weights(group: Group, column: Setting, rows: Rows) -> Found:
     data, selection, scale = group.start(column)
     fitness, present = column["fitness"], group.suite.projections.present()
 
-    def look(w: np.ndarray, judge: Data) -> float:
+    def look(judge: Data, w: np.ndarray) -> float:
         return float(judge.score(w[None], scale, fitness)[0])
 
     best, found = climb(group, column, (data, selection), present, "modules", scale, look)
@@ -208,7 +208,7 @@ def components(group: Group, column: Setting, rows: Rows) -> Found:
     present = np.repeat(modules[..., None], rank + 1, axis=-1)
     merged = jax.jit(lambda w: dense(merge_components(ingredients, w, scale)))
 
-    def look(w: np.ndarray, judge: Data) -> float:
+    def look(judge: Data, w: np.ndarray) -> float:
         counts = group.suite.count_deltas(judge.inputs, merged(w))
         return float(judge.fitness(counts, column["fitness"]))
 
@@ -221,7 +221,7 @@ def components(group: Group, column: Setting, rows: Rows) -> Found:
 
 def climb(
     group: Group, column: Setting, data: tuple[Data, Data], present: np.ndarray, merge: str, scale: float,
-    look: Callable[[np.ndarray, Data], float],
+    look: Callable[[Data, np.ndarray], float],
 ) -> tuple[np.ndarray, Found]:  # fmt: skip
     """Gradient ascent stopped by the selection split or the budget: the best weights, and what it cost.
 
@@ -249,12 +249,9 @@ def climb(
         return cost(looks[-1].step + settings.check_every, len(looks) + 1) <= most
 
     ascent = stepwise(lambda w, split: split.gradient(w, scale, column["fitness"], merge), settings)
-    keys = [jax.random.key(group.seed), jax.random.fold_in(jax.random.key(group.seed), 1)]
-    states = [ascent.init(key, present) for key in keys[: len(folds)]]
-    made = [
-        gradient.Fold((split,), functools.partial(lambda judge, w: look(w, judge), judge))
-        for split, judge in folds
-    ]
+    keys = gradient.fold_keys(jax.random.key(group.seed), len(folds))
+    states = [ascent.init(key, present) for key in keys]
+    made = [gradient.Fold((split,), functools.partial(look, judge)) for split, judge in folds]
     gradient.run(ascent, states, present, made, [], on_look, may_go_on)
     best = gradient.best(looks)
     extra = {
@@ -295,7 +292,7 @@ def refined(group: Group, column: Setting, rows: Rows) -> Found:
     if column["kind"] == "refined":
         row = rows[column["from"]]
         if "skipped" in row:
-            row = rows[column["from"].replace("continuous", "binary")]
+            row = rows[column["from"].replace("continuous", "binary").replace("cross-fit", "binary")]
         before, data = tuple(row["passes"]), group.data("search", row["merge"])
         keep = data.written_out(np.asarray(row["keep"])[None])[0]
         merged = jax.jit(data.evaluator.merge.merge)(data.evaluator.ingredients, keep, row["scale"])

@@ -109,6 +109,19 @@ def test_the_plan_of_the_demo(demo_evaluator):
     assert "MORE THAN THERE IS" in "\n".join(dataclasses.replace(made, memory=1).lines())
 
 
+def test_a_plan_pays_for_both_searches_of_a_cross_fit(demo_run, demo_evaluator):
+    search = dataclasses.replace(demo_run.search, strategy="gradient", fitness="margin", generations=5)
+
+    def planned(cross_fit):
+        run = dataclasses.replace(demo_run, search=dataclasses.replace(search, cross_fit=cross_fit))
+        return make_plan(demo_evaluator.under(run), rate=1e12)
+
+    one, both = planned(False), planned(True)
+    assert (one.masks, both.masks) == (18, 35)
+    for plan, said in ((one, "18 masks (3.5 a step"), (both, "35 masks (7 a step")):
+        assert said in "\n".join(plan.lines())
+
+
 def test_low_rank_deltas_take_cores_alone():
     _, merge, _, inputs = make_inputs("mean")
     own, dense = budget.delta_bytes(merge, inputs.ingredients, (2, len(TASKS)))

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
+from enmp_jax.config.sections import SearchConfig
 from enmp_jax.devices.distributed import put, told_to_end
 from enmp_jax.errors import Stopped, UserError
 from enmp_jax.evaluation.evaluator import Evaluator
@@ -79,8 +80,8 @@ def climb(
     ]
     finalists, spent = [], 0
     for seed in range(search.seed, search.seed + search.seeds):
-        keys = [jax.random.key(seed), jax.random.fold_in(jax.random.key(seed), 1)]
-        states = [ascent.init(put(key, whole), present) for key, _ in zip(keys, folds, strict=False)]
+        keys = gradient.fold_keys(jax.random.key(seed), len(folds))
+        states = [ascent.init(put(key, whole), present) for key in keys]
         path = directory.path / "checkpoints" / f"seed-{seed}"
         with Checkpoints(path, directory.fingerprint, say=reporter.say) as checkpoints, signals.saving():
             record = _Record(evaluator, directory, reporter, checkpoints, seed, cost)
@@ -101,6 +102,12 @@ def climb(
         else:
             finalists.append(Finalist(seed, best.weights, scale, None))
     return Searched(finalists, {"example_evaluations": spent})
+
+
+def step_cost(search: SearchConfig) -> float:
+    """What a step costs in forward passes of the search split; the selection split, where ``cross_fit``
+    follows it too, is taken to be as large."""
+    return STEP_COST * (1 + search.cross_fit)
 
 
 class Cost(NamedTuple):

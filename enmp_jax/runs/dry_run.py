@@ -15,7 +15,7 @@ from enmp_jax.evaluation.loaded_run import LoadedRun, load
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.io.progress import Reporter
 from enmp_jax.masks import MaskSpec
-from enmp_jax.runs.climb import STEP_COST
+from enmp_jax.runs.climb import step_cost
 from enmp_jax.runs.search import check_search
 
 
@@ -87,8 +87,9 @@ def _plan(run: RunConfig, inputs: EvalInputs) -> list[str]:
     data = f"{batches} batch{'es' * (batches != 1)} of {run.evaluation.batch_size}"
     seeds = f"{search.seeds} seed{'s' * (search.seeds != 1)}"
     if search.strategy == "gradient":
-        cost = STEP_COST * (1 + search.cross_fit)
-        work = f"{search.generations} steps, {seeds}: the price of {cost:g} masks a step x {data}"
+        work = (
+            f"{search.generations} steps, {seeds}: the price of {step_cost(search):g} masks a step x {data}"
+        )
     else:
         masks = search.population * search.generations * search.seeds
         work = f"{search.population} x {search.generations} masks, {seeds}: {masks} masks x {data}"

@@ -16,7 +16,7 @@ from enmp_jax.evaluation.budget import (
     n_bytes,
 )
 from enmp_jax.evaluation.evaluator import Evaluator
-from enmp_jax.runs.climb import STEP_COST
+from enmp_jax.runs.climb import step_cost
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Plan:
     matmul_rate: float
     devices: int
     gradient: bool = False
+    step_cost: float = 0.0
 
     @property
     def total(self) -> int:
@@ -56,7 +57,7 @@ class Plan:
             f"deltas of {of}": self.deltas, f"activations of {of}": self.activations, "total": self.total,
         }  # fmt: skip
         work = (
-            f"the price of at most {self.masks} masks ({STEP_COST} a step of the gradient)"
+            f"the price of at most {self.masks} masks ({self.step_cost:g} a step of the gradient)"
             if self.gradient
             else f"at most {self.masks} masks (repeated ones cost nothing)"
         )
@@ -93,7 +94,7 @@ def make_plan(evaluator: Evaluator, rate: float | None = None) -> Plan:
     if gradient:  # one merged model, its deltas as the method makes them, and their derivatives
         merge, chunk = evaluator.merge, 1
         activations = backward_bytes(backbone, evaluator.spread(inputs).batches)
-        masks = math.ceil(STEP_COST * search.generations * (1 + search.cross_fit)) * search.seeds
+        masks = math.ceil(step_cost(search) * search.generations) * search.seeds
     else:
         activations = chunk * largest_activations(backbone, inputs.batches)
         masks = search.population * search.generations * search.seeds
@@ -112,6 +113,7 @@ def make_plan(evaluator: Evaluator, rate: float | None = None) -> Plan:
         matmul_rate=rate or matmul_rate(backbone.config.block.dtype),
         devices=evaluator.mesh.size,
         gradient=gradient,
+        step_cost=step_cost(search) if gradient else 0.0,
     )
 
 

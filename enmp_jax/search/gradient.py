@@ -132,6 +132,11 @@ def make_ascent(objective: Objective, settings: Settings) -> Ascent:
     return Ascent(jax.jit(init), jax.jit(advance), settings)
 
 
+def fold_keys(key: PRNGKeyArray, folds: int) -> list[PRNGKeyArray]:
+    """A key for every fold; the first is the key itself, so that a single fold is a search without folds."""
+    return [key, *(jax.random.fold_in(key, fold) for fold in range(1, folds))]
+
+
 def straight_through(logits: Float[Array, "*module"], temperature: float = 1.0) -> Float[Array, "*module"]:
     """A binary mask with a derivative: 1 where a logit is positive, else 0; derived as if it were
     ``sigmoid(logit / temperature)``.
@@ -177,7 +182,7 @@ def run(
         weights = [np.asarray(state.weights) for state in states]
         judged = weights if len(folds) == 1 else [1 + (own - 1) / math.sqrt(len(folds)) for own in weights]
         values = [fold.look(own) for fold, own in zip(folds, judged, strict=True)]
-        mean = weights[0] if len(weights) == 1 else np.mean(weights, axis=0)
+        mean = np.mean(weights, axis=0)
         looks.append(Look(int(states[0].step), mean, float(np.mean(fitness)), float(np.mean(values))))
         if on_look is not None:
             on_look(states, looks)
