@@ -67,6 +67,18 @@ COLUMNS: dict[str, Setting] = {
         "fitness": "expert_kl",
         "from": "ours, cross-fit, no labels",
     },
+    "refined, cross-fit": {
+        "kind": "refined",
+        "fitness": "probability",
+        "from": "ours, continuous",
+        "cross_fit": True,
+    },
+    "refined, cross-fit, no labels": {
+        "kind": "refined",
+        "fitness": "expert_kl",
+        "from": "ours, continuous, no labels",
+        "cross_fit": True,
+    },
     "joint LoRA": {"kind": "joint", "fitness": "probability"},
     "joint LoRA, no labels": {"kind": "joint", "fitness": "expert_kl"},
 }
@@ -97,6 +109,7 @@ COLUMNS |= _more()
 RUNGS = {
     "plain": "plain", "ours, binary": "pruned", "ours, continuous": "weighted",
     "ours, cross-fit": "weighted, cross-fitted", "refined": "refined",
+    "refined, cross-fit": "refined, cross-fitted",
     "joint LoRA": "joint LoRA from the base",
 }  # fmt: skip
 """What one may do with examples, by columns, and what figures call it."""

@@ -258,10 +258,14 @@ def climb(
         "steps": looks[-1].step, "best_step": best.step, "selection": best.value,
         "fitness": max((x.fitness for x in looks[1:]), default=math.nan),
     }  # fmt: skip
-    steps, judged = STEP_COST * looks[-1].step, len(looks)
-    # a split that is followed and judged by is paid for twice
-    passes = (steps, judged) if len(folds) == 1 else (steps + judged, steps + judged)
+    passes = paid(looks[-1].step, len(looks), len(folds) > 1)
     return best.weights, Found(None, scale, passes, incumbents, extra)
+
+
+def paid(steps: int, looks: int, cross_fit: bool) -> tuple[float, float]:
+    """Forward passes of the search split and of the selection split; cross-fitted, both do both."""
+    cost = STEP_COST * steps
+    return (cost + looks, cost + looks) if cross_fit else (cost, float(looks))
 
 
 def stepwise(value_and_gradient: Callable[..., tuple[float, np.ndarray]], settings: Any) -> Any:
@@ -288,7 +292,8 @@ def stepwise(value_and_gradient: Callable[..., tuple[float, np.ndarray]], settin
 
 def refined(group: Group, column: Setting, rows: Rows) -> Found:
     """One LoRA trained from what another column found, or (``joint``) from the base."""
-    config, start, before = RefineConfig(fitness=column["fitness"]), {}, (0.0, 0.0)
+    config = RefineConfig(fitness=column["fitness"], cross_fit=column.get("cross_fit", False))
+    start, before = {}, (0.0, 0.0)
     if column["kind"] == "refined":
         row = rows[column["from"]]
         if "skipped" in row:
@@ -300,7 +305,8 @@ def refined(group: Group, column: Setting, rows: Rows) -> Found:
     trainer = group.suite.evaluator(SUM, column["fitness"]).on(group.examples)
     found = refine(trainer, start, config, group.seed)
     looks = len(found.fitness)
-    passes = STEP_COST * config.check_every * (looks - 1) + before[0], looks + before[1]
+    passes = paid(config.check_every * (looks - 1), looks, config.cross_fit)
+    passes = passes[0] + before[0], passes[1] + before[1]
     extra = {"steps": found.step, "selection": max(found.fitness)}
     return Found(None, math.nan, passes, extra=extra, deltas=dense(found.deltas))
 

@@ -224,6 +224,7 @@ def refine(
     steps: int | None = None,
     learning_rate: float | None = None,
     fitness: str | None = None,
+    cross_fit: bool | None = None,
 ) -> dict[str, Any]:
     """Train one LoRA for all tasks from the merge that a finished search found (as ``enmp refine`` does).
 
@@ -234,6 +235,7 @@ def refine(
         steps: of training.
         learning_rate: of Adam.
         fitness: what it maximises; those of the experts (``expert_kl``, ...) need no labels.
+        cross_fit: train a second LoRA with search and selection split exchanged, and add half of each.
 
     Returns:
         The scores, with those of the refined merge.
@@ -255,6 +257,7 @@ def refine(
     """
     config = finished(Path(run_dir))[0].search.refine or RefineConfig()
     settings = {"rank": rank, "steps": steps, "learning_rate": learning_rate, "fitness": fitness}
+    settings |= {"cross_fit": cross_fit}
     given = {name: value for name, value in settings.items() if value is not None}
     return refine_run(Path(run_dir), dataclasses.replace(config, **given), _reporter(on_progress))
 

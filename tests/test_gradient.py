@@ -26,6 +26,7 @@ from enmp_jax.runs.refine import refine_run
 from enmp_jax.runs.search import search_run
 from enmp_jax.runs.verify import verify
 from enmp_jax.search import gradient
+from enmp_jax.training.experts import init_factors
 from enmp_jax.training.refine import refine
 
 SMOOTH = [name for name, kind in FITNESS.items() if kind.has_gradient and not kind.hidden]
@@ -280,6 +281,43 @@ def test_refining_starts_at_the_merge_and_keeps_the_best(demo_loaded, gradient_r
     assert delta.max_rank == start[name].max_rank + 2  # ranks add up
 
 
+def test_cross_fitted_refining_adds_half_of_two_loras(demo_loaded, gradient_run, monkeypatch):
+    """Each is the LoRA that its split trains alone; the other split judges the half that is added."""
+    search = dataclasses.replace(gradient_run.search, fitness="probability")
+    loaded = dataclasses.replace(demo_loaded, run=dataclasses.replace(gradient_run, search=search))
+    fewer = [e.take(np.arange(6)) for e in loaded.examples["selection"]]  # splits of different sizes
+    splits = {"search": loaded.examples["search"], "selection": fewer}
+    evaluator = Evaluator(dataclasses.replace(loaded, examples={**loaded.examples, **splits}))
+    keep = jnp.ones((loaded.stack.n_layers, len(loaded.tasks)))
+    start = evaluator.merge.merge(evaluator.ingredients, keep, 0.5)
+    config = RefineConfig(rank=2, steps=8, check_every=4, learning_rate=5e-3, cross_fit=True)
+    both = refine(evaluator, start, config)
+    assert both.step == 8 and len(both.fitness) == 3
+
+    factors = init_factors(loaded.backbone, sorted(loaded.stack.pairs), 2, 2, jax.random.key(0))
+    alone, judged = [], {"full": [], "half": []}
+    for i, (split, judge) in enumerate((("search", "selection"), ("selection", "search"))):
+        own = jax.tree.map(lambda x, i=i: x[i : i + 1], factors)
+        monkeypatch.setattr("enmp_jax.training.refine.init_factors", lambda *_, own=own: own)
+        # judged by what it follows, so that the last step is its best
+        same = evaluator.on({**loaded.examples, "search": splits[split], "selection": splits[split]})
+        one = refine(same, start, dataclasses.replace(config, cross_fit=False))
+        assert one.step == 8
+        alone.append({name: delta.materialise() for name, delta in one.deltas.items()})
+        for name, divisor in (("full", 1), ("half", 2)):
+            seen = {
+                key: Dense(delta.materialise() + (alone[i][key] - delta.materialise()) / divisor)
+                for key, delta in start.items()
+            }
+            counts = evaluator.score_deltas(evaluator.inputs(judge), seen)
+            judged[name].append(float(evaluator.scoring(judge).fitness(counts, evaluator.kind)))
+    for name, delta in both.deltas.items():
+        np.testing.assert_allclose(delta.materialise(), (alone[0][name] + alone[1][name]) / 2, atol=2e-6)
+        assert delta.max_rank == start[name].max_rank + 4
+    assert both.fitness[-1] == pytest.approx(np.mean(judged["half"]), abs=1e-5)
+    assert both.fitness[-1] != pytest.approx(np.mean(judged["full"]), abs=1e-4)
+
+
 def refined_is_the_merge_and_a_lora(export):
     """``enmp verify`` proves it; not with a lower rank, another scale or other weights."""
 
@@ -318,6 +356,8 @@ def test_a_finished_search_is_refined_once(finished, tmp_path):
     assert refined["enmp"] == scores["enmp"]
     assert (run / "refined" / "adapter_model.safetensors").exists()
     refined_is_the_merge_and_a_lora(run / "refined")
+    refine_run(run, dataclasses.replace(config, cross_fit=True), SILENT, run / "twice")
+    refined_is_the_merge_and_a_lora(run / "twice")  # a LoRA of rank 4
     with pytest.raises(UserError, match="already there"):
         refine_run(run, config, SILENT)
     with pytest.raises(UserError, match="no directory of a finished search"):

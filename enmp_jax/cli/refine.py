@@ -29,6 +29,9 @@ class Args(Output):
     learning_rate: float | None = None
     fitness: str | None = None
     """What is maximised: expert_kl, expert_probability, expert_margin, probability, margin, ..."""
+    cross_fit: bool = False
+    """Train a second LoRA on the selection split, judged by the search split, and add half of each: twice the
+    rank and the price of a step, better with few examples; default: the run file's ``search.refine``."""
     out: Path | None = None
     """Write the adapter here instead, and leave the run as it is."""
 
@@ -49,6 +52,7 @@ def run(args: Args) -> None:
     config = finished(args.run_dir)[0].search.refine or RefineConfig()
     names = ("rank", "steps", "learning_rate", "fitness")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given |= {"cross_fit": True} if args.cross_fit else {}
     alone = occupied(args.run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
     with reporting(args) as reporter, alone:
         scores = refine_run(args.run_dir, dataclasses.replace(config, **given), reporter, args.out)

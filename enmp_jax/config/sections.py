@@ -161,6 +161,9 @@ class RefineConfig:
     """Steps between looks at the selection split, whose best point is kept."""
     patience: int = 4
     """Looks without a better value after which it stops."""
+    cross_fit: bool = False
+    """A second LoRA follows the selection split and is judged by the search split; half of each is added, as
+    one of twice the rank. A step costs twice as much."""
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,8 @@ def _refined(directory: Path, data: Mapping[str, Any], merged: Mapping[str, Part
     modules, rank = parts_of(adapter.modules), data["refined"].get("rank")
     if not isinstance(rank, int) or rank < 1:
         raise UserError(f"{directory / RECIPE} is damaged: refined has no rank")
+    if data["refined"].get("cross_fit") is True:
+        rank *= 2  # half of each of two LoRAs
     return [
         reads,
         *check_added_lora(modules, merged, rank, (data.get("error") or 0.0) * 1.001),

@@ -3,6 +3,9 @@
 A merge is a far better start than the base model, and the experts' own answers on unlabelled inputs are
 better teachers than labels on few examples (benchmarks/results/search.md). From the base alone this is
 the joint LoRA that sceptics of merging ask about (arXiv 2602.12323).
+
+Cross-fitted, it is two of them: one follows the search split and is judged by the selection split, the other
+the reverse, and their mean has seen all the data while no look has judged by data that were followed.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -30,7 +34,8 @@ class Refined(NamedTuple):
     Attributes:
         deltas: those of the start and of the LoRA, added up.
         step: steps of the LoRA, the best on the selection split; 0: nothing was better than the start.
-        fitness: on the selection split, of the start and after every check.
+        fitness: on the selection split, of the start and after every check; cross-fitted: the mean of what
+            both judges see.
     """
 
     deltas: Deltas
@@ -54,7 +59,10 @@ def refine(
 ) -> Refined:
     """Train a LoRA of rank ``config.rank`` on the modules that the adapters have, full batches at a time.
 
-    Maximises the evaluator's fitness on the search split; the selection split says when to stop.
+    Maximises the evaluator's fitness on the search split; the selection split says when to stop. With
+    ``config.cross_fit`` a second LoRA does so with the splits exchanged, both stop together where the mean of
+    what their judges say is best, and half of each is added: as one LoRA, of twice the rank. The judges see
+    the half that is added: what a whole LoRA has learnt by heart costs more than its half does in the mean.
 
     Args:
         evaluator: of a run whose fitness has a gradient.
@@ -77,29 +85,50 @@ def refine(
         counts = count_all(backbone, data.inputs, deltas, n_tasks, kind, remat)
         return data.scoring.fitness(counts, kind, objective)
 
-    def loss(factors: Any, data: _Data, key: Array) -> Float[Array, ""]:
-        return -fitness(factors, data, remat=True)
+    def loss(factors: Any, data: list[_Data], key: Array) -> Float[Array, ""]:
+        # a sum: every fold has the gradient that it would have alone
+        return -sum(fitness(_fold(factors, i), own, remat=True) for i, own in enumerate(data))
 
     def data(split: Any) -> _Data:
         return _Data(evaluator.spread(evaluator.inputs(split)), evaluator.scoring(split), start)
 
-    selection, looks = data("selection"), []
+    splits = [data("search"), data("selection")]
+    folds = 1 + config.cross_fit
+    followed, judging, looks = splits[:folds], splits[::-1][:folds], []
     value = jax.jit(lambda factors, data: fitness(factors, data, remat=False))
 
     def score(step: int, factors: Any) -> float:
-        looks.append(float(value(factors, selection)))
+        judged = {name: (a, b / folds) for name, (a, b) in factors.items()}
+        looks.append(float(np.mean([value(_fold(judged, i), own) for i, own in enumerate(judging)])))
         return looks[-1]
 
+    def told(step: int, total: float) -> None:
+        if on_progress:
+            on_progress(step, total / folds)
+
     key = jax.random.key(seed)
-    factors = init_factors(backbone, sorted(loaded.stack.pairs), config.rank, 1, key)
-    factors = jax.tree.map(lambda x: x[0], factors)
     trained = train(
-        loss, factors, data("search"),
+        loss, init_factors(backbone, sorted(loaded.stack.pairs), config.rank, folds, key), followed,
         Schedule(config.steps, config.learning_rate, weight_decay=0.0), jax.random.fold_in(key, 1),
-        steps_per_dispatch=config.check_every, on_progress=on_progress, checkpoints=checkpoints,
+        independent=True, steps_per_dispatch=config.check_every, on_progress=told, checkpoints=checkpoints,
         early_stopping=EarlyStopping(score, config.check_every, config.patience),
     )  # fmt: skip
     if trained.step == 0:
         return Refined(start, 0, looks)
-    deltas = add_deltas(start, expert_deltas(jax.tree.map(np.asarray, trained.weights), 1.0))
-    return Refined(deltas, trained.step, looks)
+    added = expert_deltas(jax.tree.map(np.asarray, _side_by_side(trained.weights)), 1.0 / folds)
+    return Refined(add_deltas(start, added), trained.step, looks)
+
+
+def _fold(factors: Any, i: int) -> Any:
+    return jax.tree.map(lambda x: x[i], factors)
+
+
+def _side_by_side(factors: Any) -> Any:
+    """The factors of the sum of all folds' LoRAs: their ranks one after the other.
+
+    A is [fold, layer, rank, in], B [fold, layer, out, rank]; the results have no fold axis.
+    """
+    return {
+        name: (jnp.concatenate(list(a), axis=-2), jnp.concatenate(list(b), axis=-1))
+        for name, (a, b) in factors.items()
+    }
