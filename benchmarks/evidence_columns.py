@@ -81,6 +81,7 @@ COLUMNS: dict[str, Setting] = {
     },
     "joint LoRA": {"kind": "joint", "fitness": "probability"},
     "joint LoRA, no labels": {"kind": "joint", "fitness": "expert_kl"},
+    "joint LoRA, cross-fit, no labels": {"kind": "joint", "fitness": "expert_kl", "cross_fit": True},
 }
 
 
