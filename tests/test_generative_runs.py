@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from generative_files import loaded_run, save_all
 from safetensors.numpy import load_file, save_file
 
 from enmp_jax import models
+from enmp_jax.adapters.recipe import RECIPE
 from enmp_jax.cli.main import main
 from enmp_jax.config import run_file
 from enmp_jax.io.progress import SILENT
@@ -75,10 +77,12 @@ def test_search_evaluate_and_refine(small, capsys):
     code, _, errors = enmp(capsys, "verify", exported, *given)
     assert code == 0, errors
 
-    assert enmp(capsys, "refine", small / "out", "--steps", "3")[0] == 0
+    assert enmp(capsys, "refine", small / "out", "--steps", "3", "--cross-fit")[0] == 0
     refined = json.loads((small / "out" / "scores.json").read_text())
     assert set(refined["loss"]["refined"]) == set(TASKS)
     assert (small / "out" / "refined" / "adapter_model.safetensors").exists()
+    recipe = yaml.safe_load((small / "out" / "refined" / RECIPE).read_text())
+    assert recipe["refined"]["cross_fit"] is True and recipe["refined"]["steps"] == 3
 
 
 def test_training_lowers_the_loss_and_reloads(small, capsys):
