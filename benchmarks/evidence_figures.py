@@ -59,7 +59,10 @@ def rungs(rows: list[Row]) -> Figure | None:
         ax.set_title(title, fontsize=8)
         ax.set_xlabel("examples a task to search, as many to select", fontsize=8)
     axes[0].set_ylabel("mean normalised test accuracy", fontsize=8)
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[1].sharey(axes[0])
+    axes[0].autoscale()
+    names = axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return figure
 
 
@@ -137,7 +140,9 @@ def _by(
     for row in rows:
         if row["column"] == column:
             found[x(row)].append(y(row))
-    return ((key, interval(found[key])) for key in sorted(found))
+    for key in sorted(found):
+        mean, deviation, half = interval(found[key])
+        yield key, (mean, deviation, half if len(found[key]) > 2 else 0.0)  # two seeds: wider than any figure
 
 
 def _line(ax: Axes, found: Iterator[tuple[Any, tuple[float, float, float]]], name: str, colour: str) -> None:
