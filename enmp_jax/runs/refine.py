@@ -30,7 +30,8 @@ from enmp_jax.training.refine import Refined, refine
 def refine_winner(
     evaluator: Evaluator, best: Finalist, config: RefineConfig, checkpoints: Path, reporter: Reporter
 ) -> Refined:
-    """Train from what a search found, on its search split, stopped by its selection split.
+    """Train from what a search found, on its search split, stopped by its selection split (cross-fitted: on
+    both, each the judge of the other).
 
     Args:
         evaluator: of the run.
@@ -54,9 +55,10 @@ def refine_winner(
 
     with Checkpoints(checkpoints, made_of, say=reporter.say) as saved, signals.saving():
         refined = refine(own, start, config, best.seed, advance, saved)
+    judges = "the splits that each half did not follow" if config.cross_fit else "the selection split"
     reporter.say(
         f"refined: {refined.step} of {config.steps} steps, {config.fitness} {refined.fitness[0]:.4f} -> "
-        f"{max(refined.fitness):.4f} on the selection split"
+        f"{max(refined.fitness):.4f} on {judges}"
     )
     return refined
 
