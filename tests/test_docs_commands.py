@@ -46,6 +46,7 @@ MEANT = {
     "enmp evaluate RUN.yaml [--mask mask.json]": "enmp evaluate run.yaml --mask runs/first/mask.json",
     "enmp evaluate --json": "enmp evaluate run.yaml --json",
     "enmp refine DIR": "enmp refine runs/mine",
+    "enmp refine DIR --cross-fit": "enmp refine runs/mine --cross-fit --out twice",
     "enmp merge --adapter A=DIR --adapter B=DIR --method ties --out DIR":
         "enmp merge --adapter A=adapters/reviews --adapter B=adapters/spam --method ties --out merged",
     "enmp merge --method tsv":
