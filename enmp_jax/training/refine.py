@@ -87,7 +87,7 @@ def refine(
 
     def loss(factors: Any, data: list[_Data], key: Array) -> Float[Array, ""]:
         # a sum: every fold has the gradient that it would have alone
-        return -sum(fitness(_fold(factors, i), own, remat=True) for i, own in enumerate(data))
+        return -jnp.stack([fitness(_fold(factors, i), own, remat=True) for i, own in enumerate(data)]).sum()
 
     def data(split: Any) -> _Data:
         return _Data(evaluator.spread(evaluator.inputs(split)), evaluator.scoring(split), start)
