@@ -228,7 +228,6 @@ def climb(
     With ``cross_fit`` a second one follows the selection split, stopped by the search split.
     """
     folds = [data, data[::-1]][: 1 + column.get("cross_fit", False)]
-    followed, judging = (sum(fold[i].examples for fold in folds) for i in (0, 1))
     settings = gradient.Settings(
         column["passes"], column["learning_rate"], check_every=column.get("check_every", 2)
     )
@@ -236,7 +235,8 @@ def climb(
     looks: list[gradient.Look] = []
 
     def cost(steps: int, looks: int) -> float:
-        return STEP_COST * steps * followed + looks * judging
+        passes = paid(steps, looks, len(folds) > 1)
+        return sum(n * split.examples for n, split in zip(passes, data, strict=True))
 
     def on_look(_: Any, seen: list[gradient.Look]) -> None:
         looks[:] = seen
