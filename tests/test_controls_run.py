@@ -259,6 +259,19 @@ def test_sensitivity_changes_one_setting_at_a_time(bench, monkeypatch):
     assert [size for _, size, _ in seen] == [10] * 7 + [5, 2] and len({name for *_, name in seen}) == 9
 
 
+def test_sigma0_changes_at_a_start_that_stays(bench):
+    """An automatic start moves along with sigma0: the search would be the same."""
+    run = bench.evaluator.loaded.run
+    search = dataclasses.replace(run.search, x0="auto", sigma0=0.6)
+    bench.evaluator = bench.evaluator.under(dataclasses.replace(run, search=search))
+    rows = control_rows.KINDS["sensitivity"].rows(bench)
+    # 7 of 36 modules may be pruned: 3.5 expected, 1.297 deviations of a normal distribution above its mean
+    for factor in (0.5, 2):
+        changes = rows[f"sensitivity, sigma0 {0.6 * factor:g}"].keywords["changes"]
+        assert changes == {"sigma0": 0.6 * factor, "x0": pytest.approx(-0.6 * 1.2967, rel=1e-3)}
+    assert rows["sensitivity, population 2"].keywords["changes"] == {"population": 2}
+
+
 def test_differences_are_to_the_own_plain_merge_and_corrected_over_rows():
     task, half = np.repeat([0, 1], 50), np.tile([1, 0], 50)
 

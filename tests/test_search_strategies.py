@@ -255,6 +255,22 @@ def test_auto_start_prunes_half_of_what_may_be_pruned(bits, limit):
     assert np.isfinite(start_mean(space._replace(max_count=0), "auto"))
 
 
+@pytest.mark.parametrize("name", ["cma_es", "sep_cma_es", "snes", "random"])
+def test_with_an_automatic_start_sigma_changes_no_mask(name):
+    """As the reference of run files says of sigma0: the start moves along with it."""
+
+    def agreement(sigma0, x0):
+        space = Space(SIZE, 8, sigma0, 0.0, 0, COUNT, None)
+        strategy = build(name, SIZE, 8, sigma0, max_count=COUNT)
+        mean = np.full(SIZE, start_mean(space, x0), np.float32)
+        step = make_step(strategy, evaluate, 60)
+        found = run(step, jax.random.key(0), mean, 12, operands=(jnp.asarray(NO_TROUBLE),))
+        return np.asarray(found.scores.fitness)
+
+    np.testing.assert_array_equal(agreement(0.25, "auto"), agreement(1.0, "auto"))
+    assert (agreement(0.25, -0.5) != agreement(1.0, -0.5)).any()
+
+
 @pytest.mark.parametrize("name", ["cma_es", "snes", "bit_flip", "greedy"], indirect=True, scope="module")
 def test_several_searches_at_once_are_the_separate_ones(name, strategy):
     keys = jax.random.split(jax.random.key(4), 3)

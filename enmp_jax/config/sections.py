@@ -176,6 +176,8 @@ class SearchConfig:
     generations: int = 30
     """With ``gradient``: steps."""
     sigma0: float = 0.5
+    """First standard deviation of the genes. An ``x0`` of auto moves along with it, and masks stay the same;
+    only a searched scale still depends on it."""
     x0: float | Literal["auto"] = "auto"
     """Start of every gene (the paper: -1); auto: so that about half of ``max_pruned`` are pruned at first."""
     threshold: float = 0.0

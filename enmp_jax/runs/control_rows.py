@@ -24,6 +24,7 @@ from enmp_jax.evaluation.fitness import get as fitness_kind
 from enmp_jax.evaluation.loaded_run import Split
 from enmp_jax.runs.compare import candidates, tune
 from enmp_jax.runs.control_bench import Bench, Scored
+from enmp_jax.runs.evolve import make_strategy
 from enmp_jax.runs.finalists import Finalist
 from enmp_jax.runs.refine import merged_deltas
 from enmp_jax.runs.search import choose_scale
@@ -172,7 +173,11 @@ def _random_adapters(bench: Bench) -> Scored:
 def _sensitivity(bench: Bench) -> dict[str, Make]:
     search = bench.evaluator.loaded.run.search
     names = ["learning_rate"] if search.strategy == "gradient" else ["population", "max_pruned"]
-    names += ["sigma0"] if search.strategy in ("cma_es", "sep_cma_es", "snes") else []
+    held: dict[str, Any] = {}
+    if search.strategy in ("cma_es", "sep_cma_es", "snes"):
+        names.append("sigma0")
+        # an automatic start moves along with sigma0, and the search would be the same
+        held = {"x0": float(make_strategy(bench.evaluator, bench.plain_scale)[1][0])}
     variants: list[tuple[str, dict[str, Any], float]] = [("as set", {}, 1.0)]
     for name in names:
         for factor in (0.5, 2):
@@ -181,7 +186,8 @@ def _sensitivity(bench: Bench) -> dict[str, Make]:
                 value = max(2, round(value))
             elif name == "max_pruned":
                 value = min(value, 1.0)
-            variants.append((f"{name} {value:g}", {name: value}, 1.0))
+            changes = {name: value} | (held if name == "sigma0" else {})
+            variants.append((f"{name} {value:g}", changes, 1.0))
     variants += [(f"{share:.0%} of the search examples", {}, share) for share in (0.5, 0.25)]
     return {
         f"sensitivity, {name}": functools.partial(_search, name=name, changes=changes, share=share)

@@ -179,7 +179,7 @@ def few_masks(spec: MaskSpec, distinct: int | None) -> str | None:
     masks = f"{distinct} distinct mask{'s'[: distinct != 1]}"
     return (
         f"the search saw {masks} only: {most} {spec.max_pruned:g}); raise it, "
-        "search.sigma0 or search.x0, or take granularity projection"
+        "or search.x0, or take granularity projection"
     )
 
 
