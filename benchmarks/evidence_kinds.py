@@ -299,9 +299,7 @@ def refined(group: Group, column: Setting, rows: Rows) -> Found:
         if "skipped" in row:
             row = rows[column["from"].replace("continuous", "binary").replace("cross-fit", "binary")]
         before, data = tuple(row["passes"]), group.data("search", row["merge"])
-        keep = data.written_out(np.asarray(row["keep"])[None])[0]
-        merged = jax.jit(data.evaluator.merge.merge)(data.evaluator.ingredients, keep, row["scale"])
-        start = dense(merged)
+        start = data.merged(np.asarray(row["keep"]), row["scale"])
     trainer = group.suite.evaluator(SUM, column["fitness"]).on(group.examples)
     found = refine(trainer, start, config, group.seed)
     looks = len(found.fitness)

@@ -71,6 +71,7 @@ class Suite:
         )
         self._evaluators: dict[str, Evaluator] = {}
         self._gradients: dict[str, Callable[..., Any]] = {}
+        self._merged: dict[str, Callable[..., Deltas]] = {}
         self.count_deltas = jax.jit(self._count_deltas)
 
     @functools.cached_property
@@ -126,6 +127,14 @@ class Suite:
 
             self._gradients[key] = jax.jit(jax.value_and_grad(value))
         return self._gradients[key]
+
+    def merged(self, setting: Setting) -> Callable[..., Deltas]:
+        """``(ingredients, weights, scale) -> deltas`` as full matrices, compiled."""
+        key = json.dumps(setting, sort_keys=True)
+        if key not in self._merged:
+            merge = self.evaluator(setting).merge.merge
+            self._merged[key] = jax.jit(lambda *operands: dense(merge(*operands)))
+        return self._merged[key]
 
     def _count_deltas(self, inputs: EvalInputs, deltas: Deltas) -> Counts:
         return count_all(self.loaded.backbone, inputs, deltas, len(self.tasks), ALL)
@@ -183,11 +192,19 @@ class Data(NamedTuple):
 
     def counts(self, keep: np.ndarray, scale: float | np.ndarray) -> Counts:
         """Of masks or weights [member, layer, task] or [member, layer, projection, task]."""
+        if len(keep) == 1 and HIDDEN not in self.kinds:  # a whole chunk of members would be scored for it
+            found = self.suite.count_deltas(self.inputs, self.merged(keep[0], float(np.ravel(scale)[0])))
+            return Counts(*(np.asarray(x)[None] for x in found))
         chunk, n = self.evaluator.plan(self.inputs).member_chunk, len(keep)
         rows = np.minimum(np.arange(-(-n // chunk) * chunk), n - 1)  # whole chunks: one compilation
         scales = np.broadcast_to(np.asarray(scale, np.float32), n)[rows]
         found = self.evaluator.score(self.inputs, self.written_out(keep)[rows], scales)
         return Counts(*(np.asarray(x)[:n] for x in found))
+
+    def merged(self, keep: np.ndarray, scale: float) -> Deltas:
+        """The merge under one mask or weights, as full matrices."""
+        keep = self.written_out(keep[None])[0]
+        return self.suite.merged(self.setting)(self.evaluator.ingredients, keep, np.float32(scale))
 
     def written_out(self, keep: np.ndarray) -> np.ndarray:
         """Masks or weights for every projection, as floats."""
