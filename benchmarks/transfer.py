@@ -60,24 +60,49 @@ def measure(groups: dict[Any, Group], suite: Suite, row: Row) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """Gains over the plain merge of what was found elsewhere and here, by kind of move."""
-    found: dict[Any, list[Row]] = defaultdict(list)
-    for row in rows:
-        methods = row["method"], row["used_method"]
-        found[row["suite"], row["column"], row["split"], *methods].append(row)
-    lines = [
-        "| suite | column | judged on | found with | used with | pairs | gain | 95 % | gain of its own |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (suite, column, split, a, b), same in found.items():
-        gain, _, half = interval([row["moved"] - row["plain"] for row in same])
-        own, *_ = interval([row["own"] - row["plain"] for row in same])
-        shown = "" if np.isnan(half) else f"{half:.3f}"
-        where = "test" if split == "test" else "another seed's search split"
-        lines.append(
-            f"| {suite} | {column} | {where} | {a} | {b} | {len(same)} | {gain:+.3f} | {shown} | {own:+.3f} |"
+    """Gains over the plain merge in points: method by method on test (own ones on the diagonal), by seed."""
+    return "\n\n".join(
+        part
+        for suite, column in dict.fromkeys((row["suite"], row["column"]) for row in rows)
+        for part in _tables(
+            f"{suite}, {column}", [r for r in rows if (r["suite"], r["column"]) == (suite, column)]
         )
-    return "\n".join(lines)
+    )
+
+
+def _tables(name: str, rows: list[Row]) -> Iterator[str]:
+    moved, own = defaultdict(list), defaultdict(list)
+    for row in rows:
+        where = row["split"], row["method"], row["used_method"]
+        moved[where].append(100 * (row["moved"] - row["plain"]))
+        own[row["split"], row["used_method"]].append(100 * (row["own"] - row["plain"]))
+    methods = list(dict.fromkeys(row["used_method"] for row in rows if row["split"] == "test"))
+    if methods:
+        lines = [f"| {name}: found with, used with | {' | '.join(methods)} |", _rule(len(methods) + 1)]
+        for a in methods:
+            cells = [
+                f"(own {np.mean(own['test', b]):+.1f})" if a == b
+                else f"{np.mean(found):+.1f}" if (found := moved["test", a, b]) else ""
+                for b in methods
+            ]  # fmt: skip
+            lines.append(f"| {a} | {' | '.join(cells)} |")
+        yield "\n".join(lines)
+    seeds = [(where, found) for where, found in moved.items() if where[0] == "search" and found]
+    if seeds:
+        lines = [
+            f"| {name}: on another seed's search split | pairs | gain | 95 % | gain of its own |",
+            _rule(5),
+        ]
+        for (_, method, _), found in seeds:
+            gain, _, half = interval(found)
+            shown = "" if np.isnan(half) else f"{half:.1f}"
+            home = np.mean(own["search", method])
+            lines.append(f"| {method} | {len(found)} | {gain:+.1f} | {shown} | {home:+.1f} |")
+        yield "\n".join(lines)
+
+
+def _rule(columns: int) -> str:
+    return "|" + "---|" * columns
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,8 +17,11 @@ from enmp_jax.evaluation.loaded_run import load
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import evidence
+import evidence_figures
 import evidence_kinds
 import evidence_report
+import evidence_suite
+import transfer
 
 
 def examples(contents):
@@ -178,6 +181,67 @@ def test_rows_count_their_budget_and_read_the_test_split_once(tmp_path, monkeypa
     assert np.asarray(weights["keep"]).shape == np.asarray(both["keep"]).shape == (6, 4, 6)
     assert all(cost <= weights["example_evaluations"] for cost, _ in weights["curve"])
     assert {row["scale"] for row in (plain, mask, weights)} == {plain["scale"]}
+
+
+def test_one_mask_scores_alone_as_among_others():
+    suite = evidence_suite.Suite("demo", 5)
+    group = evidence_kinds.Group(suite, "ties", 0, 4)
+    data = group.data("search", {"method": "ties", "density": 0.4})
+    keep = np.random.default_rng(0).random((2, *suite.layers.shape)) > 0.3
+    alone, among = data.counts(keep[1:], 0.7), data.counts(keep, 0.7)
+    np.testing.assert_array_equal(alone.correct[0], among.correct[1])
+    for one, many in zip(alone, among, strict=True):
+        np.testing.assert_allclose(one[0], many[1], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(among.value[0], among.value[1], atol=1e-3)
+
+
+def test_what_is_found_is_tried_by_the_other_methods_and_seeds():
+    def row(method, seed, column="ours, binary", **more):
+        return {"suite": "s", "column": column, "examples": 4, "method": method, "seed": seed, **more}
+
+    found = [
+        row("sum", 0, keep=[1]),
+        row("tsv", 0, keep=[0]),
+        row("sum", 1, keep=[0]),
+        row("sum", 0, "plain"),
+    ]
+    wanted = [
+        (r["method"], r["seed"], r["used_method"], r["used_seed"])
+        for r in transfer.pairs(found, ["ours, binary"])
+    ]
+    assert wanted == [("sum", 0, "tsv", 0), ("sum", 0, "sum", 1), ("tsv", 0, "sum", 0), ("sum", 1, "sum", 0)]
+    scores = [(0.52, 0.5, 0.54), (0.43, 0.4, 0.45), (0.61, 0.6, 0.6), (0.45, 0.4, 0.47)]
+    measured = [
+        row(method, seed, used_method=used, used_seed=other, moved=moved, plain=plain, own=own,
+            split="test" if method != used else "search")
+        for (method, seed, used, other), (moved, plain, own) in zip(wanted, scores, strict=True)
+    ]  # fmt: skip
+    matrix, seeds = (part.splitlines() for part in transfer.table(measured).split("\n\n"))
+    assert matrix[0] == "| s, ours, binary: found with, used with | tsv | sum |"
+    assert matrix[2:] == ["| tsv | (own +4.0) | +1.0 |", "| sum | +2.0 | (own +0.0) |"]
+    assert seeds[2:] == ["| sum | 2 | +4.0 | 12.7 | +6.0 |"]
+
+
+def test_figures_show_intervals_from_three_seeds_on_and_share_their_axis():
+    rows = [
+        {"column": column, "examples": n, "seed": seed, "test": 0.5 + 0.01 * seed + extra}
+        for n, seeds in ((4, 3), (50, 2))
+        for seed in range(seeds)
+        for column, extra in (("plain", 0.0), ("plain, no labels", 0.2))
+    ]
+    figure = evidence_figures.rungs(rows)
+    labelled, unlabelled = figure.axes
+    assert labelled.get_ylim() == unlabelled.get_ylim()
+    for ax, extra in ((labelled, 0.0), (unlabelled, 0.2)):
+        (line,) = ax.containers
+        (bars,) = line.lines[2]
+        lengths = [path.vertices[1, 1] - path.vertices[0, 1] for path in bars.get_paths()]
+        # Student's t of 2 degrees of freedom: 4.303; the deviation is 0.01
+        assert lengths == pytest.approx([2 * 4.303 * 0.01 / np.sqrt(3), 0], rel=1e-3)
+        np.testing.assert_allclose(
+            np.asarray(line.lines[0].get_ydata(), float), [0.51 + extra, 0.505 + extra]
+        )
+    assert len(figure.legends) == 1 and not any(ax.get_legend() for ax in figure.axes)
 
 
 def test_an_overview_compares_equal_seeds():
