@@ -57,6 +57,10 @@ BAD = {
     "bool for int": (change(["search"], {"population": True}), "expected int"),
     "population 0": (change(["search"], {"population": 0}), "search.population is 0"),
     "generations below 0": (change(["search"], {"generations": -1}), "search.generations"),
+    "cross_fit": (
+        change(["search"], {"cross_fit": True, "strategy": "greedy"}),
+        "follows a gradient, and search.strategy greedy has none: take strategy gradient",
+    ),
     "max_pruned": (change(["search"], {"max_pruned": 1.5}), "max_pruned is 1.5: it must lie in 0..1"),
     "granularity": (change(["search"], {"granularity": "head"}), "expected one of layer, projection"),
     "two tasks of one name": (change(["tasks", 1, "name"], "a"), "two tasks are named 'a'"),

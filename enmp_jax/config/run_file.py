@@ -110,6 +110,11 @@ def check(run: RunConfig) -> RunConfig:
     if not 0 <= search.max_pruned <= 1:
         raise UserError(f"search.max_pruned is {search.max_pruned}: it must lie in 0..1")
     _check_racing(search)
+    if search.cross_fit and search.strategy != "gradient":
+        raise UserError(
+            f"search.cross_fit follows a gradient, and search.strategy {search.strategy} has none: take "
+            "strategy gradient, or cross_fit false"
+        )
     if not 0 <= evaluation.seed < 2**32:
         raise UserError(
             f"evaluation.seed is {evaluation.seed}: it must be a whole number from 0 to {2**32 - 1}"
