@@ -32,7 +32,8 @@ import jax
 from evidence_columns import COLUMNS, METHODS, NO_METHOD, SETS
 from evidence_figures import figures
 from evidence_kinds import Group, measure
-from evidence_report import overview, read, table
+from evidence_overview import overview
+from evidence_report import read, table
 from evidence_suite import Suite
 
 from enmp_jax.errors import UserError
@@ -120,7 +121,7 @@ def main(description: str | None = __doc__, default: str = "main") -> None:
     parser.add_argument("suite", nargs="?", default="demo")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--overview", type=Path, help="gains over the plain merge, methods side by side")
+    parser.add_argument("--overview", type=Path, help="gains over the plain merge, side by side")
     parser.add_argument("--figures", nargs=2, type=Path, metavar=("DIR", "FILE"))
     parser.add_argument("--set", choices=list(SETS), default=default)
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS))

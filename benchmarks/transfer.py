@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from evidence_kinds import Group
-from evidence_report import Row, interval, read
+from evidence_report import Row, interval, read, rule
 from evidence_suite import Suite
 
 from enmp_jax.errors import UserError
@@ -78,7 +78,7 @@ def _tables(name: str, rows: list[Row]) -> Iterator[str]:
         own[row["split"], row["used_method"]].append(100 * (row["own"] - row["plain"]))
     methods = list(dict.fromkeys(row["used_method"] for row in rows if row["split"] == "test"))
     if methods:
-        lines = [f"| {name}: found with, used with | {' | '.join(methods)} |", _rule(len(methods) + 1)]
+        lines = [f"| {name}: found with, used with | {' | '.join(methods)} |", rule(len(methods) + 1)]
         for a in methods:
             cells = [
                 f"(own {np.mean(own['test', b]):+.1f})" if a == b
@@ -91,7 +91,7 @@ def _tables(name: str, rows: list[Row]) -> Iterator[str]:
     if seeds:
         lines = [
             f"| {name}: on another seed's search split | pairs | gain | 95 % | gain of its own |",
-            _rule(5),
+            rule(5),
         ]
         for (_, method, _), found in seeds:
             gain, _, half = interval(found)
@@ -99,10 +99,6 @@ def _tables(name: str, rows: list[Row]) -> Iterator[str]:
             home = np.mean(own["search", method])
             lines.append(f"| {method} | {len(found)} | {gain:+.1f} | {shown} | {home:+.1f} |")
         yield "\n".join(lines)
-
-
-def _rule(columns: int) -> str:
-    return "|" + "---|" * columns
 
 
 def run(args: argparse.Namespace) -> None:

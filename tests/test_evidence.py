@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import evidence
 import evidence_figures
 import evidence_kinds
+import evidence_overview
 import evidence_report
 import evidence_suite
 import transfer
@@ -253,9 +254,9 @@ def test_an_overview_compares_equal_seeds():
         row("tsv", 0, "plain", 0.5), row("sum", 0, "paper", 0.52), row("tsv", 0, "paper", 0.51),
         row("sum", 0, "ours, continuous", 0.54), row("sum", 1, "ours, continuous", 0.66),
         row("tsv", 0, "ours, continuous", 0.52), row("sum", 1, "ours, continuous, no labels", 0.56),
-        row("-", 0, "joint LoRA", 0.9),
+        row("-", 0, "joint LoRA", 0.9), row("sum", 0, "masks by margin", 0.1),
     ]  # fmt: skip
-    lines = evidence_report.overview(made).splitlines()
+    lines = evidence_overview.overview([r | {"search": 0.5} for r in made]).split("\n\n")[0].splitlines()
     assert lines[0] == "| s, 4 examples a task | sum | tsv | mean | ahead of paper |"
     assert lines[2:] == [
         "| plain | 0.550 (2) | 0.500 (1) | | |",
@@ -264,3 +265,29 @@ def test_an_overview_compares_equal_seeds():
         "| ours, continuous | +5.0 (2) | +2.0 (1) | +3.5 | +1.5 |",
         "| ours, continuous, no labels | +1.0 (1) |  | +1.0 |  |",
     ]
+
+
+def test_an_overview_has_sizes_fitnesses_and_strategies():
+    def row(column, test, seed=0, examples=4, search=0.0):
+        return {
+            "suite": "s", "method": "-" if "joint" in column else "tsv", "seed": seed, "column": column,
+            "examples": examples, "test": test, "search": search, "example_evaluations": 1000 + seed,
+        }  # fmt: skip
+
+    made = [
+        row("plain", 0.5, examples=50), row("plain", 0.5), row("plain", 0.6, seed=1),
+        row("refined, no labels", 0.7, examples=50), row("joint LoRA", 0.4), row("joint LoRA", 0.5, seed=1),
+        row("masks by margin", 0.51, search=0.1), row("masks by margin", 0.63, seed=1, search=0.2),
+        row("weights by margin", 0.54, search=0.3),
+        row("strategy de", 0.52), row("strategy de", 0.61, seed=1),
+        row("strategy swap", 0.53), row("strategy swap", 0.7, seed=1) | {"skipped": "no"},
+    ]  # fmt: skip
+    tables = evidence_overview.overview(made).split("\n\n")
+    first, second, sizes, kinds, strategies = (table.splitlines() for table in tables)
+    assert first[0].startswith("| s, 4 examples") and second[0].startswith("| s, 50 examples")
+    assert sizes[0] == "| s, tsv: examples a task | 4, labels | 50, labels | 4, none | 50, none |"
+    assert sizes[2] == "| plain | 0.550 (2) | 0.500 (1) |  |  |"
+    assert "| refined |  |  |  | 0.700 (1) |" in sizes
+    assert sizes[-1] == "| joint LoRA from the base | 0.450 (2) |  |  |  |"
+    assert kinds[2:] == ["| margin | +15.0 ± 7.1 | +2.0 ± 1.4 | +30.0 | +4.0 |"]
+    assert strategies[2:] == ["| swap | +3.0 | 1,000 |", "| de | +1.5 ± 0.7 | 1,000 |"]

@@ -1,0 +1,147 @@
+"""Tables of the rows of benchmarks/evidence.py that compare columns, sizes, fitness kinds and strategies."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+from evidence_columns import COLUMNS, METHODS, RUNGS
+from evidence_report import Row, cell, interval, number, rule
+
+
+def overview(rows: list[Row]) -> str:
+    """Every table that there are rows for.
+
+    Of every suite and size, gains of all columns by merge method; of suites with several sizes, tests by
+    size; gains by the fitness that was followed, and by strategy. Gains are over the plain merge in points.
+    """
+    rows = [row for row in rows if "skipped" not in row]
+    parts = [part for suite in _distinct(rows, "suite") for part in _suite(rows, suite)]
+    return "\n\n".join(parts)
+
+
+def _suite(rows: list[Row], suite: str) -> Iterator[str]:
+    rows = [row for row in rows if row["suite"] == suite]
+    for n in sorted(_distinct(rows, "examples")):
+        yield from gains(suite, n, [row for row in rows if row["examples"] == n and row["method"] != "-"])
+    for method in (m for m in _distinct(rows, "method") if m != "-"):
+        own = [row for row in rows if row["method"] in (method, "-")]
+        yield from rungs(f"{suite}, {method}", own)
+        for n in sorted(_distinct(own, "examples")):
+            sized = [row for row in own if row["examples"] == n]
+            name = f"{suite}, {method}, {n} examples a task"
+            yield from fitnesses(name, sized)
+            yield from strategies(name, sized)
+
+
+def gains(suite: str, n: int, rows: list[Row]) -> Iterator[str]:
+    """Gains of a suite and size by merge method, with the number of seeds.
+
+    Columns without labels are compared with the plain merge that was tuned without. The last two cells are
+    means over merge methods: of the gains, and of what a column is ahead of the paper's search.
+    """
+    tests = {cell(row): row["test"] for row in rows}
+    columns = [c for c in COLUMNS if not _apart(c) and any(row["column"] == c for row in rows)]
+    methods = [m for m in METHODS if any(r["method"] == m and r["column"] in columns for r in rows)]
+    if not columns:
+        return
+    lines = [f"| {suite}, {n} examples a task | {' | '.join(methods)} | mean | ahead of paper |"]
+    lines.append(rule(len(methods) + 3))
+    for column in columns:
+        same = [row for row in rows if row["column"] == column]
+        if column.startswith("plain"):
+            found = {m: [row["test"] for row in same if row["method"] == m] for m in methods}
+            cells = [f"{np.mean(found[m]):.3f} ({len(found[m])})" if found[m] else "" for m in methods]
+            lines.append(f"| {column} | {' | '.join(cells)} | | |")
+            continue
+        plain = "plain, no labels" if column.endswith(", no labels") else "plain"
+        over, ahead = (
+            {m: _differences(same, tests, m, other) for m in methods} for other in (plain, "paper")
+        )
+        cells = [f"{np.mean(over[m]):+.1f} ({len(over[m])})" if over[m] else "" for m in methods]
+        means = [np.mean([np.mean(v) for v in d.values() if v] or [math.nan]) for d in (over, ahead)]
+        last = " | ".join(number(float(mean), "+.1f") for mean in means)
+        lines.append(f"| {column} | {' | '.join(cells)} | {last} |")
+    yield "\n".join(lines)
+
+
+def rungs(name: str, rows: list[Row]) -> Iterator[str]:
+    """Mean test accuracy by examples a task, with labels and without, with the number of seeds."""
+    sizes = sorted({row["examples"] for row in rows if row["column"] == "plain"})
+    if len(sizes) < 2:
+        return
+    tests: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for row in rows:
+        tests[row["column"], row["examples"]].append(row["test"])
+    heads = [f"{n}, {which}" for which in ("labels", "none") for n in sizes]
+    lines = [f"| {name}: examples a task | {' | '.join(heads)} |", rule(len(heads) + 1)]
+    for column, called in RUNGS.items():
+        found = [tests[column + labels, n] for labels in ("", ", no labels") for n in sizes]
+        cells = [f"{np.mean(values):.3f} ({len(values)})" if values else "" for values in found]
+        lines.append(f"| {called} | {' | '.join(cells)} |")
+    yield "\n".join(lines)
+
+
+def fitnesses(name: str, rows: list[Row]) -> Iterator[str]:
+    """Gains on the search split and on test by the fitness that masks and weights followed, over seeds."""
+    kinds = list(dict.fromkeys(r["column"].split(" by ")[1] for r in rows if " by " in r["column"]))
+    if not kinds:
+        return
+    lines = [f"| {name}: fitness | masks: search | masks: test | weights: search | weights: test |", rule(5)]
+    for kind in kinds:
+        cells = [
+            _spread(_over_plain(rows, f"{what} by {kind}", split))
+            for what in ("masks", "weights")
+            for split in ("search", "test")
+        ]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    yield "\n".join(lines)
+
+
+def strategies(name: str, rows: list[Row]) -> Iterator[str]:
+    """Gains on test by strategy, the largest first, and what they cost."""
+    columns = [c for c in _distinct(rows, "column") if c.startswith("strategy ")]
+    if not columns:
+        return
+    found = {c: _over_plain(rows, c, "test") for c in columns}
+    lines = [f"| {name}: strategy | test | example-evaluations |", rule(3)]
+    for column in sorted(columns, key=lambda c: -np.mean(found[c])):
+        cost = np.mean([row["example_evaluations"] for row in rows if row["column"] == column])
+        lines.append(f"| {column.removeprefix('strategy ')} | {_spread(found[column])} | {cost:,.0f} |")
+    yield "\n".join(lines)
+
+
+def _apart(column: str) -> bool:
+    """Columns that have tables of their own."""
+    return " by " in column or column.startswith("strategy ")
+
+
+def _over_plain(rows: list[Row], column: str, split: str) -> list[float]:
+    plain = {row["seed"]: row[split] for row in rows if row["column"] == "plain"}
+    return [
+        100 * (row[split] - plain[row["seed"]])
+        for row in rows
+        if row["column"] == column and row["seed"] in plain
+    ]
+
+
+def _spread(values: list[float]) -> str:
+    """Mean ± deviation over seeds."""
+    if not values:
+        return ""
+    mean, deviation, _ = interval(values)
+    return f"{mean:+.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:.1f}")
+
+
+def _differences(same: list[Row], tests: dict[tuple, float], method: str, other: str) -> list[float]:
+    """Of a column from another one of the same seeds, in points."""
+    pairs = [
+        (row["test"], tests.get(cell(row | {"column": other}))) for row in same if row["method"] == method
+    ]
+    return [100 * (value - known) for value, known in pairs if known is not None]
+
+
+def _distinct(rows: list[Row], key: str) -> list:
+    return list(dict.fromkeys(row[key] for row in rows))
