@@ -14,8 +14,9 @@ from enmp_jax.config.sections import MergeConfig
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.io.progress import SILENT
-from enmp_jax.runs import compare
-from enmp_jax.runs.compare import candidates, compare_run
+from enmp_jax.report.terminal import print_comparison
+from enmp_jax.runs import compare, tuning
+from enmp_jax.runs.compare import compare_run
 from enmp_jax.runs.evaluate import evaluate_run
 
 
@@ -37,7 +38,7 @@ def few(run, *scales):
 def test_rows_are_what_separate_evaluations_say(one_load, demo_run, monkeypatch):
     read, test = [], []
     score, inputs = Evaluator.score, Evaluator.inputs
-    monkeypatch.setattr(compare, "GRIDS", {"density": (0.2,)})
+    monkeypatch.setattr(tuning, "GRIDS", {"density": (0.2,)})
 
     def remembered(self, split, *given):
         made = inputs(self, split, *given)
@@ -80,20 +81,49 @@ def test_what_is_best_on_the_search_split_is_chosen(one_load, demo_run, monkeypa
             raise UserError("no finite fitness")
         return 0.3, {0.3: value}
 
-    monkeypatch.setattr(compare, "choose_scale", choose)
+    monkeypatch.setattr(tuning, "choose_scale", choose)
     evaluator = Evaluator(dataclasses.replace(compare.load(demo_run)))
-    among = candidates(demo_run, "ties", "full")
+    among = tuning.candidates(demo_run, "ties", "full")
     assert [m.hyperparameters["density"] for m in among] == [0.4, 0.1, 0.2], "the run's own value comes first"
     inputs = evaluator.inputs("search")
-    assert compare.tune(evaluator, inputs, among).evaluator.loaded.run.merge.hyperparameters == {
+    assert tuning.tune(evaluator, inputs, among).evaluator.loaded.run.merge.hyperparameters == {
         "density": 0.1
     }
     fitness[0.4] = 0.7
-    assert compare.tune(evaluator, inputs, among).evaluator.loaded.run.merge.hyperparameters == {
+    assert tuning.tune(evaluator, inputs, among).evaluator.loaded.run.merge.hyperparameters == {
         "density": 0.4
     }
     with pytest.raises(UserError, match="no finite fitness"):
-        compare.tune(evaluator, inputs, among[2:])
+        tuning.tune(evaluator, inputs, among[2:])
+
+
+def test_a_value_that_a_method_refuses_is_passed_over(one_load, demo_run):
+    """DELLA's drop rate of the grid, 0.9, leaves no room for its own spread of rates."""
+    assert 0.9 in [m.hyperparameters["drop_rate"] for m in tuning.candidates(demo_run, "della", "full")]
+    (row,) = compare_run(few(demo_run, 0.3), None, SILENT, ["della"], ["full"])["rows"]
+    assert row["hyperparameters"]["drop_rate"] < 0.9
+
+
+def test_a_method_that_cannot_merge_is_left_out_unless_asked_for(one_load, demo_run, monkeypatch, capsys):
+    make = Evaluator.under
+
+    def under(self, run):
+        if run.merge.method == "ties":
+            raise UserError("ties: not these")
+        return make(self, run)
+
+    monkeypatch.setattr(Evaluator, "under", under)
+    monkeypatch.setattr(compare, "method_space_pairs", lambda *_: [("ties", "full"), ("sum", "full")])
+    result = compare_run(few(demo_run, 0.3), None, SILENT)
+    assert [row["method"] for row in result["rows"]] == ["sum"]
+    assert result["left_out"] == {"ties, full": "ties: not these"}
+    print_comparison(result)
+    assert "Left out: ties, full: ties: not these" in capsys.readouterr().out
+    with pytest.raises(UserError, match="ties: not these"):
+        compare_run(few(demo_run, 0.3), None, SILENT, ["ties", "sum"])
+    monkeypatch.setattr(compare, "method_space_pairs", lambda *_: [("ties", "full")])
+    with pytest.raises(UserError, match="no method can merge these adapters: ties: not these"):
+        compare_run(few(demo_run, 0.3), None, SILENT)
 
 
 def test_every_method_is_compared_in_every_space_that_it_has():
@@ -135,7 +165,7 @@ def test_an_interrupted_comparison_makes_no_row_twice(one_load, demo_run, monkey
     # one line where the settings are others
     with pytest.raises(UserError, match="other settings for merge"):
         compare_run(few(demo_run, 0.6), *arguments)
-    monkeypatch.setattr(compare, "GRIDS", {})
+    monkeypatch.setattr(tuning, "GRIDS", {})
     compare_run(run, *arguments)  # sum and mean have no hyperparameter
     with pytest.raises(UserError, match="row sum full was made with other settings for --search"):
         compare_run(run, *arguments, search=True)

@@ -178,7 +178,7 @@ def test_greedy_has_the_budget_of_the_search(bench):
 
 def test_a_mask_is_transferred_against_the_other_methods_own_plain_merge(searched, bench, monkeypatch):
     run, path = searched
-    monkeypatch.setattr("enmp_jax.runs.compare.GRIDS", {})
+    monkeypatch.setattr("enmp_jax.runs.tuning.GRIDS", {})
     rows = control_rows.KINDS["transfer"].rows(bench)
     assert list(rows) == ["transfer to sum", "transfer to tsv", "transfer to iso"]
     scored = rows["transfer to sum"](bench)

@@ -142,6 +142,7 @@ def _check_gain(content: Mapping[str, Any]) -> None:
 
 def _check_compare(content: Mapping[str, Any]) -> None:
     list(content["tasks"])
+    dict(content.get("left_out", {}))
     for row in content["rows"]:
         if not isinstance(row["method"], str) or not isinstance(row["space"], str):
             raise TypeError("method")

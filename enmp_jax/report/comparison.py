@@ -41,6 +41,11 @@ def comparison_rows(result: Result) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def refusals(result: Result) -> list[str]:
+    """What a comparison has no row of, and why."""
+    return [f"Left out: {name}: {why}" for name, why in result.get("left_out", {}).items()]
+
+
 def control_rows(result: Result) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of controls: the content of ``controls.json``."""
     header = ["row", "mean", "sd", "gain", "95 % interval", "p (Holm)", "found better by", "95 % interval",

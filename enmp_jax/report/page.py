@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from enmp_jax.report import figures, screen
-from enmp_jax.report.comparison import comparison_rows, control_rows, row_name
+from enmp_jax.report.comparison import comparison_rows, control_rows, refusals, row_name
 from enmp_jax.report.data import FITNESS_LABELS, RunData
 from enmp_jax.report.html import Html, el, join, pairs, table
 from enmp_jax.report.limits import PAGE, drawn, shortened
@@ -250,7 +250,7 @@ def _compare(data: RunData) -> Html | None:
     (_, _, *header), rows = comparison_rows(result)
     named = [[row_name(row), *cells[2:]] for row, cells in zip(result["rows"], rows, strict=True)]
     chart = screen.dots(figures.comparison(result), ["method, space", *header], named)
-    return section("Other merge methods", chart)
+    return section("Other merge methods", chart, *(el("p", sentence) for sentence in refusals(result)))
 
 
 def _exports(data: RunData) -> Html | None:

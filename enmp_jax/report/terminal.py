@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from enmp_jax.report.comparison import comparison_rows, control_rows
+from enmp_jax.report.comparison import comparison_rows, control_rows, refusals
 from enmp_jax.report.tables import (
     cost_lines,
     export_lines,
@@ -65,7 +65,10 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
 def print_comparison(result: Mapping[str, Any]) -> None:
     """Print the content of ``compare.json``, on standard output."""
     title = f"{measure(result)} on the test split, %; mean: {mean_measure(result)}"
-    _console().print(_table(title, *comparison_rows(result)))
+    console = _console()
+    console.print(_table(title, *comparison_rows(result)))
+    for sentence in refusals(result):
+        console.print(sentence)
 
 
 def print_controls(result: Mapping[str, Any]) -> None:

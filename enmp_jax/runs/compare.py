@@ -8,12 +8,11 @@ part of the compiled program, so that each of their few values is a call of its 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +22,6 @@ from enmp_jax.config.run_file import RunConfig
 from enmp_jax.config.schema import to_dict
 from enmp_jax.config.sections import MergeConfig
 from enmp_jax.devices.distributed import all_or_none
-from enmp_jax.devices.mesh import replicate
 from enmp_jax.errors import UserError, suggestion
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import LoadedRun, Split, load
@@ -31,22 +29,14 @@ from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import by_task
 from enmp_jax.io.checkpoints import fingerprint
 from enmp_jax.io.progress import Reporter
-from enmp_jax.merges.hyperparameters import hyperparameters
 from enmp_jax.runs.directory import RunDirectory
 from enmp_jax.runs.finalists import Finalist, finite_or_none, rank
 from enmp_jax.runs.provenance import fingerprints
 from enmp_jax.runs.rows import Row, Rows
-from enmp_jax.runs.search import check_search, choose_scale
+from enmp_jax.runs.search import check_search
 from enmp_jax.runs.subsearch import search_and_select
 from enmp_jax.runs.task_scores import metrics
-
-GRIDS: dict[str, tuple[float, ...]] = {
-    "density": (0.1, 0.2, 0.4),
-    "drop_rate": (0.5, 0.9),
-    "rank_fraction": (0.04, 0.16),
-    "common_fraction": (0.5, 0.8),
-}
-"""What the first hyperparameter of a method is tuned over, by its name, beside its default."""
+from enmp_jax.runs.tuning import NoMerge, candidates, tune, with_ingredients
 
 
 def compare_run(
@@ -70,7 +60,8 @@ def compare_run(
         search: also run the run file's search under every method.
 
     Raises:
-        UserError: an unknown method or space, a row that was made with other settings, or a bad run.
+        UserError: an unknown method or space, a row that was made with other settings, a bad run, or a method
+            asked for by name that cannot merge these adapters; others are left out, and the result says so.
     """
     pairs = method_space_pairs(methods, spaces, run.merge)
     if out is None and jax.process_count() > 1:
@@ -89,15 +80,27 @@ def compare_run(
         if directory is not None:
             all_or_none(lambda: directory.start(run))
         inputs: dict[Split, EvalInputs] = {split: evaluator.inputs(split) for split in ("search", "test")}
-        found = []
+        found: list[Row] = []
+        left_out: dict[str, str] = {}
         for (method, space), given in settings.items():
             folder = None if out is None else out / "searches" / f"{method}-{space}"
             among = candidates(run, method, space)
             make = functools.partial(_make_row, evaluator, inputs, among, search, folder, reporter)
-            found.append(rows.row(f"{method} {space}", given, make))
+            try:
+                found.append(rows.row(f"{method} {space}", given, make))
+            except NoMerge as error:
+                if methods:
+                    raise
+                left_out[f"{method}, {space}"] = str(error)
+                reporter.say(f"{method} in {space} space is left out: {error}")
+        if not found:
+            raise UserError(
+                f"no method can merge these adapters: {'; '.join(dict.fromkeys(left_out.values()))}"
+            )
         result = table_head(evaluator) | {
             "fitness": run.search.fitness,
             "rows": sorted(found, key=lambda row: -best_of(row)),
+            "left_out": left_out,
         }
         if directory is not None:
             directory.write_json("compare.json", result)
@@ -170,76 +173,6 @@ def method_space_pairs(
     if not pairs:
         raise UserError(f"{', '.join(methods)} in {', '.join(spaces)} space: nothing to compare")
     return list(dict.fromkeys(pairs))
-
-
-def candidates(run: RunConfig, method: str, space: str) -> list[MergeConfig]:
-    """A method in a space with each value of its first hyperparameter, the default or the run's own first."""
-    merge, known = run.merge, hyperparameters(merges.ALL[method])
-    own = merge.method.replace("-", "_") == method
-    given = dict(merge.hyperparameters) if own else {}
-    first = next(iter(known), None)
-    values = [given.get(first, known[first].default), *GRIDS.get(first, ())] if first else [None]
-    return [
-        dataclasses.replace(
-            merge,
-            method=method,
-            space=space,
-            isotropize=own and merge.isotropize,
-            statistics=merge.statistics if own else None,
-            scale="auto" if merge.scale_grid else merge.scale,
-            hyperparameters=given if value is None or first is None else given | {first: value},
-        )
-        for value in dict.fromkeys(values)
-    ]  # type: ignore[arg-type]
-
-
-class Tuned(NamedTuple):
-    """A merge with all that was chosen for it on the search split.
-
-    Attributes:
-        evaluator: under this merge.
-        inputs: of the search split, with the adapters as the method prepared them.
-        scale: merge coefficient.
-        fitness: on the search split.
-    """
-
-    evaluator: Evaluator
-    inputs: EvalInputs
-    scale: float
-    fitness: float
-
-
-def tune(evaluator: Evaluator, inputs: EvalInputs, among: Sequence[MergeConfig]) -> Tuned:
-    """The best of some merges on the search split, each at the best of its scales.
-
-    Args:
-        evaluator: of the run.
-        inputs: of the search split.
-        among: the merges; of equal ones the earlier wins.
-
-    Raises:
-        UserError: none has a finite fitness.
-    """
-    scoring, run, best, failed = evaluator.scoring("search"), evaluator.loaded.run, None, None
-    for merge in among:
-        under = evaluator.under(dataclasses.replace(run, merge=merge))
-        own = with_ingredients(under, inputs)
-        try:
-            scale, grid = choose_scale(under, own, scoring)
-        except UserError as error:
-            failed = error
-            continue
-        if best is None or grid[scale] > best.fitness:
-            best = Tuned(under, own, scale, grid[scale])
-    if best is None:
-        assert failed is not None
-        raise failed
-    return best
-
-
-def with_ingredients(evaluator: Evaluator, inputs: EvalInputs) -> EvalInputs:
-    """Inputs of a split with the adapters as an evaluator's method prepared them."""
-    return inputs._replace(ingredients=replicate(evaluator.ingredients, evaluator.mesh))
 
 
 def _make_row(

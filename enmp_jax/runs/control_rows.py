@@ -22,13 +22,13 @@ from enmp_jax.devices.mesh import replicate
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.fitness import get as fitness_kind
 from enmp_jax.evaluation.loaded_run import Split
-from enmp_jax.runs.compare import candidates, tune
 from enmp_jax.runs.control_bench import Bench, Scored
 from enmp_jax.runs.evolve import make_strategy
 from enmp_jax.runs.finalists import Finalist
 from enmp_jax.runs.refine import merged_deltas
 from enmp_jax.runs.search import choose_scale
 from enmp_jax.runs.subsearch import search_and_select
+from enmp_jax.runs.tuning import candidates, tune
 from enmp_jax.search import controls, geometry
 from enmp_jax.training.refine import refine
 
