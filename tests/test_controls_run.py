@@ -17,7 +17,7 @@ from enmp_jax.evaluation.correctness import Correctness
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.io.progress import SILENT
 from enmp_jax.runs import control_bench, control_rows, controls
-from enmp_jax.runs.controls import controls_run, make_bench, with_differences
+from enmp_jax.runs.controls import controls_run, make_bench, sentences, with_differences
 from enmp_jax.runs.evaluate import evaluate_run
 from enmp_jax.runs.finalists import Finalist
 from enmp_jax.search import geometry
@@ -292,6 +292,19 @@ def test_differences_are_to_the_own_plain_merge_and_corrected_over_rows():
     assert all(r["gain"]["p_holm"] == pytest.approx(3 * 2 / 10_001) for r in (found, random, transfer))
     assert random["found_better_by"]["p_holm"] == random["found_better_by"]["p"]
     assert not any("correct" in r or "baseline" in r for r in (plain, found, random, transfer))
+
+
+def test_the_verdict_on_a_control_is_that_of_the_corrected_test():
+    def row(name, difference, p):
+        found = {"difference": difference, "low": difference - 0.01, "high": difference + 0.01, "p_holm": p}
+        return {"row": name, "values": [0.5], "found_better_by": found}
+
+    found = {"row": "found", "gain": {"difference": 0.1, "low": 0.0, "high": 0.2}}
+    _, better, level = sentences(
+        [found, row("a", -0.02, 0.2), row("b", -0.02, 0.04), row("c", 0.02, 0.04), row("d", 0.02, 0.2)]
+    )
+    assert better == "Better than what was found (corrected p below 0.05): b."
+    assert level == "Not to be told from it: a; d."
 
 
 def test_the_command_takes_the_directory_of_a_search(searched, capsys):

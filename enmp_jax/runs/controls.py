@@ -233,10 +233,12 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         if name in by_name:
             row = by_name[name]
             said.append(f"{row['as_good_as_found']} of {len(row['values'])} {name} are as good.")
-    better = [row["row"] for row in rows if row.get("found_better_by", {}).get("high", 1) < 0]
-    level = [row["row"] for row in rows if (d := row.get("found_better_by")) and d["low"] <= 0 <= d["high"]]
+    # by the corrected tests: one of many intervals lies beside 0 by chance
+    compared = [(row["row"], d) for row in rows if (d := row.get("found_better_by"))]
+    level = [name for name, d in compared if d["p_holm"] >= 1 - LEVEL]
+    better = [name for name, d in compared if name not in level and d["difference"] < 0]
     if better:
-        said.append(f"Better than what was found, beyond the interval: {'; '.join(better)}.")
+        said.append(f"Better than what was found (corrected p below {1 - LEVEL:.2f}): {'; '.join(better)}.")
     if level:
         said.append(f"Not to be told from it: {'; '.join(level)}.")
     return said
