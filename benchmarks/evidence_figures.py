@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLOURS = ("#667085", "#4a7fc1", "#2a9d8f", "#d95f02", "#8e5ea2", "#b8860b", "#c0392b", "#16a085", "#34495e")
+COLOURS = ("#667085", "#4a7fc1", "#2a9d8f", "#d95f02", "#8e5ea2", "#b8860b", "#c0392b", "#e78ac3", "#34495e")
 
 
 def figures(rows: list[Row], folder: Path) -> list[Path]:
@@ -89,32 +89,40 @@ def strategies(rows: list[Row]) -> Figure | None:
     ax.set_xscale("log")
     ax.set_xlabel("example-evaluations", fontsize=8)
     ax.set_ylabel("mean normalised test accuracy", fontsize=8)
-    ax.legend(fontsize=7, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     return figure
 
 
 def gap(rows: list[Row]) -> Figure | None:
     """How much of what a search gains on its own examples is lost on the test split, by fitness."""
     plain = {row["seed"]: row for row in rows if row["column"] == "plain"}
-    columns = [c for c in dict.fromkeys(row["column"] for row in rows) if " by " in c]
-    if not columns or not plain:
+    kinds = list(dict.fromkeys(c.split(" by ")[1] for row in rows if " by " in (c := row["column"])))
+    if not kinds or not plain:
         return None
-    figure, (ax,) = _panels(1, width=6.5)
-    for i, (key, colour) in enumerate((("search", "#b8bfca"), ("test", "#d95f02"))):
-        gains = [
-            interval(
-                [r[key] - plain[r["seed"]][key] for r in rows if r["column"] == c and r["seed"] in plain]
-            )
-            for c in columns
-        ]
-        ax.barh(
-            np.arange(len(columns)) + 0.2 - 0.4 * i, [g[0] for g in gains], 0.4, color=colour,
-            xerr=np.nan_to_num([g[2] for g in gains]), label=f"gain on the {key} split",
-        )  # fmt: skip
-    ax.set_yticks(np.arange(len(columns)), columns, fontsize=7)
-    ax.axvline(0, color="#667085", linewidth=0.8)
-    ax.set_xlabel("mean normalised accuracy, less that of the plain merge", fontsize=8)
-    ax.legend(fontsize=7, frameon=False)
+    figure, axes = _panels(2)
+    for ax, what in zip(axes, ("masks", "weights"), strict=True):
+        for i, (split, colour) in enumerate((("search", "#b8bfca"), ("test", "#d95f02"))):
+            gains = [
+                [
+                    100 * (row[split] - plain[row["seed"]][split])
+                    for row in rows
+                    if row["column"] == f"{what} by {kind}" and row["seed"] in plain
+                ]
+                for kind in kinds
+            ]
+            found = [interval(values) if values else (0.0, 0.0, 0.0) for values in gains]
+            ax.barh(
+                np.arange(len(kinds)) - 0.2 + 0.4 * i, [mean for mean, *_ in found], 0.4, color=colour,
+                xerr=np.nan_to_num([deviation for _, deviation, _ in found]), label=f"{split} split",
+                error_kw={"lw": 0.8, "capsize": 2, "ecolor": "#475467"},
+            )  # fmt: skip
+        ax.set_yticks(np.arange(len(kinds)), kinds)
+        ax.invert_yaxis()
+        ax.axvline(0, color="#667085", linewidth=0.8)
+        ax.set_title(what, fontsize=8)
+        ax.set_xlabel("gain over the plain merge, points ± deviation", fontsize=8)
+    names = axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     return figure
 
 
