@@ -59,8 +59,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "weights, probability": WEIGHTS | {"fitness": "probability"},
     "weights, log_likelihood": WEIGHTS | {"fitness": "log_likelihood"},
     "weights, no labels": WEIGHTS | NO_LABELS,
-    "weights, refined": WEIGHTS | {"refine": {"fitness": "probability"}},
-    "weights, refined, no labels": WEIGHTS | NO_LABELS | {"refine": {"fitness": "expert_kl"}},
+    "weights, refined": WEIGHTS | {"refine": {"steps": 80, "fitness": "probability"}},
+    "weights, refined, no labels": WEIGHTS | NO_LABELS | {"refine": {"steps": 80, "fitness": "expert_kl"}},
 }
 
 

@@ -153,7 +153,8 @@ class RefineConfig:
     """The last rung: one LoRA for all tasks, trained from the merged model on the search split."""
 
     rank: int = 8
-    steps: int = 80
+    steps: int = 200
+    """At most: with few examples the selection split stops it long before."""
     learning_rate: float = 2e-3
     fitness: str = "expert_kl"
     """What it maximises; any fitness that has a gradient. Those of the experts need no labels."""
