@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from evidence_columns import COLUMNS, METHODS, RUNGS
-from evidence_report import Row, cell, interval, number, rule
+from evidence_report import Row, cell, interval, rule
 
 
 def overview(rows: list[Row]) -> str:
@@ -40,7 +40,8 @@ def gains(suite: str, n: int, rows: list[Row]) -> Iterator[str]:
     """Gains of a suite and size by merge method, with the number of seeds.
 
     Columns without labels are compared with the plain merge that was tuned without. The last two cells are
-    means over merge methods: of the gains, and of what a column is ahead of the paper's search.
+    means over merge methods: of the gains, and of what a column is ahead of the paper's search; with the 95 %
+    interval over seeds where three seeds or more have every method.
     """
     tests = {cell(row): row["test"] for row in rows}
     columns = [c for c in COLUMNS if not _apart(c) and any(row["column"] == c for row in rows)]
@@ -60,10 +61,8 @@ def gains(suite: str, n: int, rows: list[Row]) -> Iterator[str]:
         over, ahead = (
             {m: _differences(same, tests, m, other) for m in methods} for other in (plain, "paper")
         )
-        cells = [f"{np.mean(over[m]):+.1f} ({len(over[m])})" if over[m] else "" for m in methods]
-        means = [np.mean([np.mean(v) for v in d.values() if v] or [math.nan]) for d in (over, ahead)]
-        last = " | ".join(number(float(mean), "+.1f") for mean in means)
-        lines.append(f"| {column} | {' | '.join(cells)} | {last} |")
+        cells = [f"{np.mean([*v.values()]):+.1f} ({len(v)})" if (v := over[m]) else "" for m in methods]
+        lines.append(f"| {column} | {' | '.join(cells)} | {_mean(over)} | {_mean(ahead)} |")
     yield "\n".join(lines)
 
 
@@ -135,12 +134,24 @@ def _spread(values: list[float]) -> str:
     return f"{mean:+.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:.1f}")
 
 
-def _differences(same: list[Row], tests: dict[tuple, float], method: str, other: str) -> list[float]:
-    """Of a column from another one of the same seeds, in points."""
-    pairs = [
-        (row["test"], tests.get(cell(row | {"column": other}))) for row in same if row["method"] == method
-    ]
-    return [100 * (value - known) for value, known in pairs if known is not None]
+def _differences(same: list[Row], tests: dict[tuple, float], method: str, other: str) -> dict[int, float]:
+    """Of a column from another one of the same seeds, in points, by seed."""
+    known = {row["seed"]: tests.get(cell(row | {"column": other})) for row in same if row["method"] == method}
+    return {
+        row["seed"]: 100 * (row["test"] - value)
+        for row in same
+        if row["method"] == method and (value := known[row["seed"]]) is not None
+    }
+
+
+def _mean(found: dict[str, dict[int, float]]) -> str:
+    """The mean over methods of the means over seeds of what was found by method and seed."""
+    if not (by_method := [values for values in found.values() if values]):
+        return ""
+    mean = np.mean([np.mean([*values.values()]) for values in by_method])
+    seeds = set.intersection(*map(set, found.values()))  # those that every method of the table has
+    _, _, half = interval([float(np.mean([values[s] for values in by_method])) for s in seeds] or [0.0])
+    return f"{mean:+.1f}" + (f" ± {half:.1f}" if len(seeds) > 2 else "")
 
 
 def _distinct(rows: list[Row], key: str) -> list:

@@ -267,6 +267,20 @@ def test_an_overview_compares_equal_seeds():
     ]
 
 
+def test_an_overview_has_intervals_over_the_seeds_that_all_methods_have():
+    tests = {("sum", 0): 0.52, ("sum", 1): 0.53, ("sum", 2): 0.54, ("tsv", 0): 0.54, ("tsv", 1): 0.55}
+    rows = [
+        {"suite": "s", "examples": 4, "method": method, "seed": seed, "column": column, "test": value}
+        for (method, seed), test in tests.items()
+        for column, value in (("plain", 0.5), ("paper", test))
+    ]
+    assert "| paper | +3.0 (3) | +4.5 (2) | +3.8 | +0.0 |" in evidence_overview.overview(rows)
+    rows += [rows[-1] | {"seed": 2, "column": column, "test": 0.5 + more} for column, more in
+             (("plain", 0.0), ("paper", 0.06))]  # fmt: skip
+    # means of both methods by seed: 3, 4, 5; Student's t of 2 degrees of freedom 4.303
+    assert "| paper | +3.0 (3) | +5.0 (3) | +4.0 ± 2.5 | +0.0 ± 0.0 |" in evidence_overview.overview(rows)
+
+
 def test_an_overview_has_sizes_fitnesses_and_strategies():
     def row(column, test, seed=0, examples=4, search=0.0):
         return {
