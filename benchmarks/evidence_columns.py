@@ -79,9 +79,16 @@ COLUMNS: dict[str, Setting] = {
         "from": "ours, continuous, no labels",
         "cross_fit": True,
     },
+    "refined, 400 steps, no labels": {
+        "kind": "refined",
+        "fitness": "expert_kl",
+        "from": "ours, continuous, no labels",
+        "steps": 400,
+    },
     "joint LoRA": {"kind": "joint", "fitness": "probability"},
     "joint LoRA, no labels": {"kind": "joint", "fitness": "expert_kl"},
     "joint LoRA, cross-fit, no labels": {"kind": "joint", "fitness": "expert_kl", "cross_fit": True},
+    "joint LoRA, 400 steps, no labels": {"kind": "joint", "fitness": "expert_kl", "steps": 400},
 }
 
 

@@ -292,8 +292,11 @@ def stepwise(value_and_gradient: Callable[..., tuple[float, np.ndarray]], settin
 
 def refined(group: Group, column: Setting, rows: Rows) -> Found:
     """One LoRA trained from what another column found, or (``joint``) from the base."""
-    # the default when the first rows were made: more helps with hundreds of examples (results/search.md)
-    config = RefineConfig(steps=80, fitness=column["fitness"], cross_fit=column.get("cross_fit", False))
+    config = RefineConfig(
+        steps=column.get("steps", 80),  # the default when the first rows were made
+        fitness=column["fitness"],
+        cross_fit=column.get("cross_fit", False),
+    )
     start, before = {}, (0.0, 0.0)
     if column["kind"] == "refined":
         row = rows[column["from"]]
