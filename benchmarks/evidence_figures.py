@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from evidence_columns import RUNGS
-from evidence_report import Row, interval
+from evidence_report import Row, fitness_kinds, interval, over_plain
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -95,21 +95,13 @@ def strategies(rows: list[Row]) -> Figure | None:
 
 def gap(rows: list[Row]) -> Figure | None:
     """How much of what a search gains on its own examples is lost on the test split, by fitness."""
-    plain = {row["seed"]: row for row in rows if row["column"] == "plain"}
-    kinds = list(dict.fromkeys(c.split(" by ")[1] for row in rows if " by " in (c := row["column"])))
-    if not kinds or not plain:
+    kinds = fitness_kinds(rows)
+    if not kinds or not any(row["column"] == "plain" for row in rows):
         return None
     figure, axes = _panels(2)
     for ax, what in zip(axes, ("masks", "weights"), strict=True):
         for i, (split, colour) in enumerate((("search", "#b8bfca"), ("test", "#d95f02"))):
-            gains = [
-                [
-                    100 * (row[split] - plain[row["seed"]][split])
-                    for row in rows
-                    if row["column"] == f"{what} by {kind}" and row["seed"] in plain
-                ]
-                for kind in kinds
-            ]
+            gains = [over_plain(rows, f"{what} by {kind}", split) for kind in kinds]
             found = [interval(values) if values else (0.0, 0.0, 0.0) for values in gains]
             ax.barh(
                 np.arange(len(kinds)) - 0.2 + 0.4 * i, [mean for mean, *_ in found], 0.4, color=colour,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from evidence_columns import COLUMNS, METHODS, RUNGS
-from evidence_report import Row, cell, interval, rule
+from evidence_report import Row, cell, fitness_kinds, interval, over_plain, rule
 
 
 def overview(rows: list[Row]) -> str:
@@ -85,13 +85,13 @@ def rungs(name: str, rows: list[Row]) -> Iterator[str]:
 
 def fitnesses(name: str, rows: list[Row]) -> Iterator[str]:
     """Gains on the search split and on test by the fitness that masks and weights followed, over seeds."""
-    kinds = list(dict.fromkeys(r["column"].split(" by ")[1] for r in rows if " by " in r["column"]))
+    kinds = fitness_kinds(rows)
     if not kinds:
         return
     lines = [f"| {name}: fitness | masks: search | masks: test | weights: search | weights: test |", rule(5)]
     for kind in kinds:
         cells = [
-            _spread(_over_plain(rows, f"{what} by {kind}", split))
+            _spread(over_plain(rows, f"{what} by {kind}", split))
             for what in ("masks", "weights")
             for split in ("search", "test")
         ]
@@ -104,7 +104,7 @@ def strategies(name: str, rows: list[Row]) -> Iterator[str]:
     columns = [c for c in _distinct(rows, "column") if c.startswith("strategy ")]
     if not columns:
         return
-    found = {c: _over_plain(rows, c, "test") for c in columns}
+    found = {c: over_plain(rows, c, "test") for c in columns}
     lines = [f"| {name}: strategy | test | example-evaluations |", rule(3)]
     for column in sorted(columns, key=lambda c: -np.mean(found[c])):
         cost = np.mean([row["example_evaluations"] for row in rows if row["column"] == column])
@@ -117,15 +117,6 @@ def _apart(column: str) -> bool:
     return " by " in column or column.startswith("strategy ")
 
 
-def _over_plain(rows: list[Row], column: str, split: str) -> list[float]:
-    plain = {row["seed"]: row[split] for row in rows if row["column"] == "plain"}
-    return [
-        100 * (row[split] - plain[row["seed"]])
-        for row in rows
-        if row["column"] == column and row["seed"] in plain
-    ]
-
-
 def _spread(values: list[float]) -> str:
     """Mean ± deviation over seeds."""
     if not values:
@@ -136,11 +127,10 @@ def _spread(values: list[float]) -> str:
 
 def _differences(same: list[Row], tests: dict[tuple, float], method: str, other: str) -> dict[int, float]:
     """Of a column from another one of the same seeds, in points, by seed."""
-    known = {row["seed"]: tests.get(cell(row | {"column": other})) for row in same if row["method"] == method}
     return {
-        row["seed"]: 100 * (row["test"] - value)
+        row["seed"]: 100 * (row["test"] - tests[k])
         for row in same
-        if row["method"] == method and (value := known[row["seed"]]) is not None
+        if row["method"] == method and (k := cell(row | {"column": other})) in tests
     }
 
 

@@ -90,6 +90,21 @@ def cell(row: Row, column: bool = True) -> tuple[Any, ...]:
     return tuple(row[key] for key in keys)
 
 
+def fitness_kinds(rows: list[Row]) -> list[str]:
+    """The fitnesses that columns of masks or weights followed."""
+    return list(dict.fromkeys(r["column"].split(" by ")[1] for r in rows if " by " in r["column"]))
+
+
+def over_plain(rows: list[Row], column: str, split: str) -> list[float]:
+    """Gains of a column over the plain merge of the same seed, in points; of one method and size."""
+    plain = {row["seed"]: row[split] for row in rows if row["column"] == "plain"}
+    return [
+        100 * (row[split] - plain[row["seed"]])
+        for row in rows
+        if row["column"] == column and row["seed"] in plain
+    ]
+
+
 def number(value: float, form: str = ".3f") -> str:
     """Nothing for NaN."""
     return "" if math.isnan(value) else format(value, form)

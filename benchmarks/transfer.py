@@ -87,7 +87,7 @@ def _tables(name: str, rows: list[Row]) -> Iterator[str]:
             ]  # fmt: skip
             lines.append(f"| {a} | {' | '.join(cells)} |")
         yield "\n".join(lines)
-    seeds = [(where, found) for where, found in moved.items() if where[0] == "search" and found]
+    seeds = [(where, found) for where, found in moved.items() if where[0] == "search"]
     if seeds:
         lines = [
             f"| {name}: on another seed's search split | pairs | gain | 95 % | gain of its own |",
