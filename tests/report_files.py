@@ -124,9 +124,8 @@ def add_all(run, said="What was found is +4.1 points from the plain merge."):
         "seconds": 3.0, "merged": scores["merged"], "mean_normalised": {"merged": 0.76, "enmp": 0.8},
         "pruned": mask["pruned"],
     }  # fmt: skip
-    write(
-        "compare.json", head | {"fitness": "accuracy", "rows": [row | {"method": m} for m in ("ties", "sum")]}
-    )
+    rows, refused = [row | {"method": m} for m in ("ties", "sum")], {"lego, full": "not these ranks"}
+    write("compare.json", head | {"fitness": "accuracy", "rows": rows, "left_out": refused})
     (run / "merged").mkdir(exist_ok=True)
     exported = {"rank": 16, "error": 0.03, "mean_normalised": 0.79}
     recipe = {"format": "peft", "options": {"rank": 16}, "exported": exported}

@@ -36,6 +36,7 @@ def test_a_run_with_everything_is_told_whole(tmp_path):
         "random masks 75.0 1.0 -1.0 -3.0 to +1.0",
         "Other merge methods",
         "ties, full 0.5",
+        "Left out: lego, full: not these ranks",
         "one LoRA adapter of rank 16; it misses the merge by 3.0 % and was scored itself: 79.0 %",
     ):
         assert said in text, said
@@ -102,6 +103,7 @@ def test_the_headline_says_no_more_than_the_data(tmp_path, change, line):
             "controls.json is damaged",
         ),
         ("compare.json", {"rows": [{"method": "ties"}]}, "compare.json is damaged"),
+        ("compare.json", {"tasks": [], "rows": [], "left_out": "lego"}, "compare.json is damaged"),
         ("scores.json", {"fitness_on": {"test": 1}}, "scores.json is damaged"),
     ],
 )
