@@ -37,12 +37,12 @@ def test_every_image_appears_exactly_once(sizes, batch_size):
     starts = np.cumsum([0, *sizes])
     (made,) = batch([image_examples(n, s) for n, s in zip(sizes, starts)], batch_size)
     count = -(-sum(sizes) // batch_size)
-    assert (
-        made.inputs["image"].shape == (count, batch_size, 2, 2, 1) and made.inputs["image"].dtype == np.uint8
-    )
-    assert made.label.shape == made.task.shape == made.mask.shape == (count, batch_size)
+    rows = made.label.shape[1]
+    assert rows <= batch_size
+    assert made.inputs["image"].shape == (count, rows, 2, 2, 1) and made.inputs["image"].dtype == np.uint8
+    assert made.label.shape == made.task.shape == made.mask.shape == (count, rows)
     mask = np.asarray(made.mask)
-    serial = np.ascontiguousarray(made.inputs["image"]).reshape(count, batch_size, 4).view(np.uint32)[..., 0]
+    serial = np.ascontiguousarray(made.inputs["image"]).reshape(count, rows, 4).view(np.uint32)[..., 0]
     np.testing.assert_array_equal(serial[mask], np.arange(sum(sizes)))
     np.testing.assert_array_equal(np.asarray(made.label)[mask], np.arange(sum(sizes)) % 5)
     np.testing.assert_array_equal(np.asarray(made.task)[mask], np.repeat(np.arange(len(sizes)), sizes))
@@ -79,6 +79,20 @@ def test_small_buckets_join_the_next_longer_one():
     made = batch([text_examples([3] * 4 + [20] * 8 + [40] * 2)], batch_size=8)
     assert [b.inputs["input_ids"].shape for b in made] == [(2, 8, 32), (1, 8, 48)]
     assert [int(b.mask.sum()) for b in made] == [12, 2]
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "devices", "count", "rows"),
+    [
+        (70, 64, 1, 2, 40), (26, 64, 1, 1, 32), (64, 64, 1, 1, 64), (65, 64, 1, 2, 40), (350, 64, 1, 6, 64),
+        (5, 64, 1, 1, 8), (5, 4, 1, 2, 4), (9, 9, 1, 1, 9), (26, 60, 12, 1, 36), (26, 64, 16, 1, 32),
+        (70, 64, 32, 2, 64), (21, 20, 4, 2, 16), (1, 1, 8, 1, 1),
+    ],
+)  # fmt: skip
+def test_batches_have_no_more_rows_than_their_number_needs(examples, batch_size, devices, count, rows):
+    (made,) = batch([image_examples(examples)], batch_size, devices=devices)
+    assert made.label.shape == (count, rows) and int(made.mask.sum()) == examples
+    assert rows == batch_size or rows % devices == 0
 
 
 def test_own_lengths_and_longer_texts():

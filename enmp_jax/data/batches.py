@@ -17,6 +17,8 @@ LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3
 """Sequence lengths that batches of text are padded to."""
 TARGETS = 8
 """Places for the targets of a row come in multiples of this, so that few shapes are compiled."""
+ROWS = 8
+"""Rows of a batch come in multiples of this, where they are fewer than the batch size."""
 
 
 class LikeliestTokens(NamedTuple):
@@ -55,23 +57,26 @@ def batch(
     expert: Sequence[Float[np.ndarray, "_ class"] | LikeliestTokens] | None = None,
     order: Literal["given", "stratified"] = "given",
     states: Sequence[Float[np.ndarray, "_ layer width"]] | None = None,
+    devices: int = 1,
 ) -> tuple[Batches, ...]:
     """Put the examples of all tasks on the device in batches; every example appears exactly once.
 
     Images give one ``Batches``. Texts are sorted into buckets by their length in tokens, each bucket one
     ``Batches`` padded to the smallest of ``lengths`` that holds it; a bucket with less than one batch of
     examples joins the next longer one, so that few shapes are compiled. Tasks of different kinds have
-    buckets of their own.
+    buckets of their own. The batches of a bucket have as few rows as their number allows: 70 examples at a
+    batch size of 64 are twice 40 rows, not twice 64.
 
     Args:
         examples_per_task: one per task, in the order of the tasks.
-        batch_size: rows of a batch.
+        batch_size: most rows of a batch.
         device: a device or sharding for ``jax.device_put``; default: JAX's default device.
         lengths: possible lengths of text batches, rising.
         expert: for ``Batches.expert``, one array per task.
         order: of the examples of a bucket: as they come, task by task; or so that its first batches, however
             many, are a random sample of every task in proportion (the same sample in every call).
         states: for ``Batches.states``, one array per task.
+        devices: rows are a multiple of this (if ``batch_size`` is), so that they divide over as many devices.
 
     Raises:
         UserError: no examples, or tasks whose inputs differ in name or shape.
@@ -94,11 +99,27 @@ def batch(
             own, expected = jax.tree.map(lambda a, rows=rows: a[rows], (inputs, answers))
             fitted = _fit(own, expected, length)
             targets = None if hidden is None else hidden[rows]
-            shaped = jax.tree.map(lambda a: _fold(a, batch_size), (*fitted, label[rows], task[rows], targets))
+            size = batch_rows(len(rows), batch_size, devices)
+            shaped = jax.tree.map(
+                lambda a, size=size: _fold(a, size), (*fitted, label[rows], task[rows], targets)
+            )
             mask = np.arange(shaped[2].size).reshape(shaped[2].shape) < len(rows)
             fields = shaped[0], *shaped[2:4], mask, shaped[1], shaped[4]
             made.append(Batches(*jax.device_put(fields, device)))
     return tuple(made)
+
+
+def batch_rows(examples: int, batch_size: int, devices: int = 1) -> int:
+    """Rows of each of the batches that hold so many examples: as few as their number allows.
+
+    Args:
+        examples: how many there are.
+        batch_size: most rows of a batch.
+        devices: over how many they are divided: the rows are a multiple of it if ``batch_size`` is.
+    """
+    step = devices * -(-ROWS // devices)
+    batches = -(-examples // batch_size)
+    return min(batch_size, -(-examples // (batches * step)) * step)
 
 
 def _join(examples: Sequence[Examples], tasks: Sequence[int]) -> dict[str, np.ndarray]:

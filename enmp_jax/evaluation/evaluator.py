@@ -108,6 +108,7 @@ class Evaluator:
             expert=expert,
             order="stratified" if racing else "given",
             states=experts.hidden_states(loaded, split) if self.kind.hidden else None,
+            devices=math.prod(self.mesh.shape[axis] for axis in self._row_axes),
         )
         prepared = self.ingredients if ingredients is None else ingredients
         return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh, loaded.backbone)
@@ -151,12 +152,16 @@ class Evaluator:
             loaded.backbone, plan.merge, len(loaded.tasks), self.mesh, plan.member_chunk, self.kind
         )
 
+    @property
+    def _row_axes(self) -> tuple[str, ...]:
+        """The axes of the mesh that the rows of a batch can be divided over."""
+        axes = ("population", "data")
+        fits = self.loaded.run.evaluation.batch_size % math.prod(self.mesh.shape[axis] for axis in axes) == 0
+        return axes if fits else ("data",)
+
     def spread(self, inputs: EvalInputs) -> EvalInputs:
         """Inputs whose examples lie over all devices of the mesh but those of ``model``: for one model."""
-        axes = ("population", "data")
-        if self.loaded.run.evaluation.batch_size % math.prod(self.mesh.shape[a] for a in axes):
-            return inputs
-        sharding = NamedSharding(self.mesh, PartitionSpec(None, axes))
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, self._row_axes))
         return inputs._replace(batches=put(inputs.batches, sharding))
 
     def bearing(self, plan: ExecutionPlan, work: Callable[[ExecutionPlan], T]) -> T:

@@ -159,7 +159,7 @@ def _compute(loaded: LoadedRun, split: Split, read: Read = _read_answers) -> lis
         rows: list[np.ndarray] = []
         order: list[np.ndarray] = []
         numbered = examples._replace(labels=np.arange(len(examples.labels), dtype=np.int32))
-        for bucket in batch([numbered], loaded.run.evaluation.batch_size):
+        for bucket in batch([numbered], loaded.run.evaluation.batch_size, devices=loaded.mesh.shape["data"]):
             for b in range(bucket.label.shape[0]):
                 one = jax.tree.map(lambda x, b=b: np.asarray(x[b]), bucket)
                 given = put(one._replace(task=np.full_like(one.task, i)), divided)

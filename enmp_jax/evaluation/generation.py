@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from enmp_jax import merges
-from enmp_jax.data import Examples
+from enmp_jax.data import Examples, batch_rows
 from enmp_jax.data.tokenizer import load_tokenizer
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.decoding import generate
@@ -95,7 +95,8 @@ def _generate(
     loaded, inputs = evaluator.loaded, examples.inputs
     lengths = inputs["target_from"][:, 0] + 1  # the first target comes from the last token of the prompt
     most = int((inputs["target_branch"] > 0).sum(1).max())
-    prompts, size = inputs["input_ids"][:, : lengths.max()], loaded.run.evaluation.batch_size
+    prompts = inputs["input_ids"][:, : lengths.max()]
+    size = batch_rows(len(prompts), loaded.run.evaluation.batch_size)
 
     @jax.jit
     def answers(params: Any, ingredients: Any, keep: Array, scale: Array, tokens: Array, n: Array) -> Array:

@@ -84,7 +84,8 @@ def _describe(loaded: LoadedRun, spec: MaskSpec) -> list[str]:
 def _plan(run: RunConfig, inputs: EvalInputs) -> list[str]:
     search = run.search
     batches = sum(b.label.shape[0] for b in inputs.batches)
-    data = f"{batches} batch{'es' * (batches != 1)} of {run.evaluation.batch_size}"
+    rows = sorted({b.label.shape[1] for b in inputs.batches})
+    data = f"{batches} batch{'es' * (batches != 1)} of {' or '.join(map(str, rows))}"
     seeds = f"{search.seeds} seed{'s' * (search.seeds != 1)}"
     if search.strategy == "gradient":
         work = (
