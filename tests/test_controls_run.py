@@ -14,14 +14,15 @@ from enmp_jax.config.schema import to_dict
 from enmp_jax.config.sections import MergeConfig
 from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
-from enmp_jax.evaluation.correctness import Correctness
 from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.example_scores import ExampleScores
 from enmp_jax.io.progress import SILENT
 from enmp_jax.runs import control_bench, control_rows, controls
 from enmp_jax.runs.controls import controls_run, make_bench, sentences, with_differences
 from enmp_jax.runs.evaluate import evaluate_run
 from enmp_jax.runs.finalists import Finalist
 from enmp_jax.search import geometry
+from enmp_jax.search.statistics import Sample
 from enmp_jax.training.refine import Refined
 
 PRUNED = [(0, "digit"), (2, "even"), (5, "mirrored")]
@@ -66,9 +67,9 @@ def make(bench, kind):
 
 def test_the_test_split_is_read_once_a_row(searched, monkeypatch, demo_evaluator):
     run, path = searched
-    reads, of_masks = [], Correctness.of_masks
+    reads, of_masks = [], ExampleScores.of_masks
     monkeypatch.setattr(
-        Correctness,
+        ExampleScores,
         "of_masks",
         lambda self, keep, *given: reads.append(len(keep)) or of_masks(self, keep, *given),
     )
@@ -188,8 +189,8 @@ def test_a_mask_is_transferred_against_the_other_methods_own_plain_merge(searche
     plain = evaluate_run(other, "test", None, None, False, SILENT)
     known = evaluate_run(other, "test", path / "mask.json", plain["scale"], False, SILENT)["mean_normalised"]
     test = bench.test
-    assert test.normalised(scored.baseline) == pytest.approx(known["merged"], abs=1e-6)
-    assert test.normalised(scored.correct)[0] == pytest.approx(known["enmp"], abs=1e-6)
+    assert test.sample.mean(scored.baseline) == pytest.approx(known["merged"], abs=1e-6)
+    assert test.sample.mean(scored.examples)[0] == pytest.approx(known["enmp"], abs=1e-6)
 
 
 def test_joint_loras_start_from_the_base_and_from_the_merge(bench, monkeypatch):
@@ -207,23 +208,23 @@ def test_joint_loras_start_from_the_base_and_from_the_merge(bench, monkeypatch):
     base = rows["joint LoRA from base, labels"](bench)
     assert calls == [([], "log_likelihood", "log_likelihood", seed) for seed in (0, 1)]
     spec = bench.evaluator.loaded.mask_spec
-    np.testing.assert_array_equal(base.correct, bench.test.of_masks(~spec.all_kept()[None], 1.0)[[0, 0]])
+    np.testing.assert_array_equal(base.examples, bench.test.of_masks(~spec.all_kept()[None], 1.0)[[0, 0]])
     merged = rows["joint LoRA from merge, experts"](bench)
     assert calls[2] == (sorted(bench.evaluator.loaded.stack.pairs), "expert_kl", "expert_kl", 0)
-    np.testing.assert_array_equal(merged.correct, bench.test.of_masks(bench.plain[None], 0.6)[[0, 0]])
+    np.testing.assert_array_equal(merged.examples, bench.test.of_masks(bench.plain[None], 0.6)[[0, 0]])
 
 
 def test_random_adapters_take_the_place_of_the_adapters(bench, monkeypatch):
     monkeypatch.setattr(geometry, "random_like", lambda stack, seed: stack)
     scored = make(bench, "random_adapters")
-    assert len(scored.correct) == 2
+    assert len(scored.examples) == 2
     scale = float(scored.details["note"].split()[1].rstrip(","))
     plain = bench.test.of_masks(bench.plain[None], scale)
-    np.testing.assert_array_equal(scored.correct, plain[[0, 0]])
+    np.testing.assert_array_equal(scored.examples, plain[[0, 0]])
     monkeypatch.undo()
     scored, merge = make(bench, "random_adapters"), bench.evaluator.merge
     scales = scored.details["note"].removeprefix("scale ").split(", ")
-    for seed, (scale, correct) in enumerate(zip(scales, scored.correct, strict=True)):
+    for seed, (scale, correct) in enumerate(zip(scales, scored.examples, strict=True)):
         ingredients = merge.prepare(geometry.random_like(bench.evaluator.loaded.stack, seed))
         known = bench.test.of_masks(bench.plain[None], float(scale), ingredients=ingredients)[0]
         np.testing.assert_array_equal(correct, known)
@@ -243,7 +244,7 @@ def test_sensitivity_changes_one_setting_at_a_time(bench, monkeypatch):
     bench.generations = 2
     rows = control_rows.KINDS["sensitivity"].rows(bench)
     for row in rows.values():
-        assert row(bench).correct.shape == (2, 54)
+        assert row(bench).examples.shape == (2, 54)
     own = dataclasses.replace(bench.evaluator.loaded.run.search, seeds=2, generations=2)
     changed = [
         {
@@ -286,7 +287,7 @@ def test_differences_are_to_the_own_plain_merge_and_corrected_over_rows():
         "random masks": row(half * 2 + (1 - half), 2),  # the second mask gets everything right
         "transfer to sum": row(half, baseline=list(map(int, np.zeros(100)))),
     }
-    plain, found, random, transfer = with_differences(rows, task, np.array([0.5, 0.5]))
+    plain, found, random, transfer = with_differences(rows, Sample(task, np.array([0.5, 0.5])))
     assert "gain" not in plain and "found_better_by" not in found and "found_better_by" not in transfer
     assert [r["gain"]["difference"] for r in (found, random, transfer)] == pytest.approx([0.5, 0.25, 0.5])
     assert random["found_better_by"]["difference"] == pytest.approx(0.25)

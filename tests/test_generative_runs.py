@@ -39,6 +39,27 @@ def enmp(capsys, *args):
     return main([str(a) for a in args]), *capsys.readouterr()
 
 
+def answers_add_up_to(scores, out, *models):
+    """test-answers.json: the scores again, from single examples, and the gains with their intervals."""
+    kept = json.loads((out / "test-answers.json").read_text())
+    assert set(kept["tokens"]) == {"say"}
+    for model in ("merged", *models):
+        own = kept["answers"]["say"][model]
+        assert len(own) == len(kept["tokens"]["say"]) == 7
+        assert sum(own) / sum(kept["tokens"]["say"]) == pytest.approx(-scores["loss"][model]["say"], rel=1e-5)
+        right = kept["answers"]["pick"][model]
+        assert right.count("1") / 7 == pytest.approx(scores[model]["pick"], abs=1e-6)
+    assert list(scores["interval"]) == list(models)
+    for model in models:
+        gain, mean = kept["gain"][model], scores["mean_normalised"]
+        assert gain["difference"] == pytest.approx(mean[model] - mean["merged"], abs=1e-5)
+        assert scores["interval"][model] == {key: value for key, value in gain.items() if key != "tasks"}
+        for task, change in gain["tasks"].items():
+            known = scores[model][task] - scores["merged"][task]
+            assert change["difference"] == pytest.approx(known, abs=1e-5)
+            assert change["low"] <= change["difference"] <= change["high"]
+
+
 def test_search_evaluate_and_refine(small, capsys):
     """A run of both kinds from the run file to a refined adapter; every task's metric is named."""
     loaded_run(small, search=", fitness: expert_kl", strategy="gradient")
@@ -54,6 +75,7 @@ def test_search_evaluate_and_refine(small, capsys):
     relative = [scores["enmp"][t] / scores["reference"][t] for t in TASKS]
     assert scores["mean_normalised"]["enmp"] == pytest.approx(np.mean(relative), rel=1e-5)
     assert (small / "out" / "report.html").exists()
+    answers_add_up_to(scores, small / "out", "enmp")
     assert set(scores["generated"]["say"]) == {"exact_match", "chrf"} and "pick" not in scores["generated"]
     config = json.loads((small / "out" / "merged" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM" and not config["modules_to_save"]
@@ -80,9 +102,38 @@ def test_search_evaluate_and_refine(small, capsys):
     assert enmp(capsys, "refine", small / "out", "--steps", "3", "--cross-fit")[0] == 0
     refined = json.loads((small / "out" / "scores.json").read_text())
     assert set(refined["loss"]["refined"]) == set(TASKS)
+    answers_add_up_to(refined, small / "out", "enmp", "refined")
     assert (small / "out" / "refined" / "adapter_model.safetensors").exists()
     recipe = yaml.safe_load((small / "out" / "refined" / RECIPE).read_text())
     assert recipe["refined"]["cross_fit"] is True and recipe["refined"]["steps"] == 3
+
+
+def test_what_was_found_is_compared_with_controls(small, capsys):
+    """Completions have intervals of their likelihoods, and rows of several models keep each of them."""
+    loaded_run(small, search=", fitness: log_likelihood", strategy="gradient")
+    assert enmp(capsys, "search", small / "run.yaml", "--out", small / "out")[0] == 0
+    chosen = ["random", "first_order", "greedy", "transfer"]
+    command = "controls", small / "out", "--seeds", 2, "--rows", *chosen
+    code, printed, errors = enmp(capsys, *command)
+    assert code == 0, errors
+    assert "What was found is" in printed and "of 20 random masks are as good" in printed
+    found = json.loads((small / "out" / "controls.json").read_text())
+    scores = json.loads((small / "out" / "scores.json").read_text())
+    rows = {row["row"]: row for row in found["rows"]}
+    assert {"plain", "found", "random masks", "first order", "greedy", "transfer to ties"} <= set(rows)
+    for name, model in (("plain", "merged"), ("found", "enmp")):
+        assert rows[name]["scores"] == pytest.approx(scores[model], rel=1e-5)
+    gains = {name: row["gain"] for name, row in rows.items() if "gain" in row}
+    assert gains["found"]["difference"] == pytest.approx(scores["interval"]["enmp"]["difference"], abs=1e-6)
+    random = rows["random masks"]
+    assert len(random["values"]) == 20 and np.std(random["values"]) > 0
+    known = np.mean(random["values"]) - rows["plain"]["values"][0]
+    assert gains["random masks"]["difference"] == pytest.approx(known, abs=1e-5)
+    own = rows["transfer to ties"]
+    assert own["gain"]["difference"] == pytest.approx(own["mean_normalised"] - own["plain"], abs=1e-5)
+    assert not any("examples" in row or "baseline" in row for row in rows.values())
+    assert enmp(capsys, *command)[0] == 0
+    assert json.loads((small / "out" / "controls.json").read_text()) == found
 
 
 def test_training_lowers_the_loss_and_reloads(small, capsys):

@@ -21,6 +21,9 @@ ROWS = 8
 """Rows of a batch come in multiples of this, where they are fewer than the batch size."""
 
 
+Order = Literal["given", "stratified"]
+
+
 class LikeliestTokens(NamedTuple):
     """The likeliest tokens at every target of a completion, in falling order."""
 
@@ -55,7 +58,7 @@ def batch(
     device: Any = None,
     lengths: Sequence[int] = LENGTHS,
     expert: Sequence[Float[np.ndarray, "_ class"] | LikeliestTokens] | None = None,
-    order: Literal["given", "stratified"] = "given",
+    order: Order = "given",
     states: Sequence[Float[np.ndarray, "_ layer width"]] | None = None,
     devices: int = 1,
 ) -> tuple[Batches, ...]:
@@ -84,18 +87,14 @@ def batch(
     if not examples_per_task or not sum(len(e.labels) for e in examples_per_task):
         raise UserError("no examples to put into batches")
     made: list[Batches] = []
-    kinds = [kind_of(e.inputs) for e in examples_per_task]
-    for kind in dict.fromkeys(kinds):
-        tasks = [i for i, other in enumerate(kinds) if other == kind]
+    for tasks in _by_kind(examples_per_task):
         examples = [examples_per_task[i] for i in tasks]
         label = np.concatenate([e.labels for e in examples]).astype(np.int32)
-        task = np.repeat(np.asarray(tasks, np.int32), [len(e.labels) for e in examples])
+        task = _tasks(examples, tasks)
         inputs = _join(examples, tasks)
         answers = None if expert is None else _join_answers([expert[i] for i in tasks])
         hidden = None if states is None else np.concatenate([states[i] for i in tasks])
-        for rows, length in _buckets(inputs, batch_size, lengths):
-            if order == "stratified":
-                rows = _stratified(rows, task)
+        for rows, length in _buckets(examples, task, batch_size, lengths, order):
             own, expected = jax.tree.map(lambda a, rows=rows: a[rows], (inputs, answers))
             fitted = _fit(own, expected, length)
             targets = None if hidden is None else hidden[rows]
@@ -107,6 +106,27 @@ def batch(
             fields = shaped[0], *shaped[2:4], mask, shaped[1], shaped[4]
             made.append(Batches(*jax.device_put(fields, device)))
     return tuple(made)
+
+
+def arrangement(
+    examples_per_task: Sequence[Examples],
+    batch_size: int,
+    lengths: Sequence[int] = LENGTHS,
+    order: Order = "given",
+) -> Int[np.ndarray, " example"]:
+    """Which example is in which row of what ``batch`` makes of the same arguments.
+
+    Returns:
+        Numbers of examples, counted through all tasks, in the order of the rows, padding left out.
+    """
+    first = np.cumsum([0, *(len(e.labels) for e in examples_per_task)])
+    found: list[np.ndarray] = []
+    for tasks in _by_kind(examples_per_task):
+        examples = [examples_per_task[i] for i in tasks]
+        number = np.concatenate([np.arange(first[i], first[i + 1]) for i in tasks])
+        buckets = _buckets(examples, _tasks(examples, tasks), batch_size, lengths, order)
+        found += [number[rows] for rows, _ in buckets]
+    return np.concatenate(found)
 
 
 def batch_rows(examples: int, batch_size: int, devices: int = 1) -> int:
@@ -143,13 +163,36 @@ def _join(examples: Sequence[Examples], tasks: Sequence[int]) -> dict[str, np.nd
     return joined
 
 
+def _by_kind(examples_per_task: Sequence[Examples]) -> list[list[int]]:
+    """The tasks of every kind."""
+    kinds = [kind_of(e.inputs) for e in examples_per_task]
+    return [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
+
+
+def _tasks(examples: Sequence[Examples], tasks: Sequence[int]) -> Int[np.ndarray, " example"]:
+    """The task of each example."""
+    return np.repeat(np.asarray(tasks, np.int32), [len(e.labels) for e in examples])
+
+
 def _buckets(
-    inputs: dict[str, np.ndarray], batch_size: int, lengths: Sequence[int]
+    examples: Sequence[Examples],
+    task: Int[np.ndarray, " example"],
+    batch_size: int,
+    lengths: Sequence[int],
+    order: Order,
 ) -> list[tuple[np.ndarray, int | None]]:
-    """Rows of each bucket, in their original order, and its sequence length (None for images)."""
-    if "attention_mask" not in inputs:
-        return [(np.arange(len(next(iter(inputs.values())))), None)]
-    used = inputs["attention_mask"].sum(axis=1)
+    """Rows of each bucket, in the order asked for, and its sequence length (None for images)."""
+    found = _by_length(examples, len(task), batch_size, lengths)
+    return [(_stratified(rows, task) if order == "stratified" else rows, length) for rows, length in found]
+
+
+def _by_length(
+    examples: Sequence[Examples], n: int, batch_size: int, lengths: Sequence[int]
+) -> list[tuple[np.ndarray, int | None]]:
+    """Rows of each bucket, in their original order."""
+    if "attention_mask" not in examples[0].inputs:
+        return [(np.arange(n), None)]
+    used = np.concatenate([e.inputs["attention_mask"].sum(axis=1) for e in examples])
     limits = [length for length in lengths if length < used.max()]
     limits.append(next((length for length in lengths if length >= used.max()), int(used.max())))
     place = np.searchsorted(limits, used)

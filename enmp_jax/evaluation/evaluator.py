@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from enmp_jax.config.run_file import RunConfig
-from enmp_jax.data import Examples, batch
+from enmp_jax.data import Examples, Order, arrangement, batch
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
 from enmp_jax.errors import UserError
@@ -101,17 +101,25 @@ class Evaluator:
         if self.kind.needs_expert:
             answers = self.expert_answers(split)
             expert = [a.likeliest if isinstance(a, experts.TokenAnswers) else a for a in answers]
-        racing = split == "search" and loaded.run.search.fidelity == "racing"
         batches = batch(
             self.examples(split),
             loaded.run.evaluation.batch_size,
             expert=expert,
-            order="stratified" if racing else "given",
+            order=self._order(split),
             states=experts.hidden_states(loaded, split) if self.kind.hidden else None,
             devices=math.prod(self.mesh.shape[axis] for axis in self._row_axes),
         )
         prepared = self.ingredients if ingredients is None else ingredients
         return place(EvalInputs(loaded.params, prepared, loaded.heads, batches), self.mesh, loaded.backbone)
+
+    def arrangement(self, split: Split) -> Int[np.ndarray, " example"]:
+        """Which example of a split is in which row of ``inputs``: see ``data.arrangement``."""
+        size = self.loaded.run.evaluation.batch_size
+        return arrangement(self.loaded.examples[split], size, order=self._order(split))
+
+    def _order(self, split: Split) -> Order:
+        racing = split == "search" and self.loaded.run.search.fidelity == "racing"
+        return "stratified" if racing else "given"
 
     def plan(self, inputs: EvalInputs, merge: Merge | None = None) -> ExecutionPlan:
         """How masks are evaluated on these inputs (see ``delta_format`` and ``budget``); the same for the

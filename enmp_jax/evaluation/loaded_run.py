@@ -98,11 +98,18 @@ class LoadedRun:
         """Number of examples of every task in a split."""
         return np.asarray([len(e.labels) for e in self.examples[split]], np.float32)
 
+    def example_units(self, split: Split) -> list[Float[np.ndarray, " example"]]:
+        """What each example counts in its task's mean: 1 or, of a completion, the tokens of its answer."""
+        return [
+            (e.inputs["target_branch"] > 0).sum(axis=1).astype(float)
+            if kind == "completion"
+            else np.ones(len(e.labels))
+            for e, kind in zip(self.examples[split], self.kinds, strict=True)
+        ]
+
     def units(self, split: Split) -> Float[np.ndarray, " task"]:
         """What scores are means over: number of examples or, of completions, of the tokens of answers."""
-        found = [e.inputs.get("target_branch", e.labels) for e in self.examples[split]]
-        tokens = zip(self.kinds, found, self.sizes(split), strict=True)
-        return np.asarray([(x > 0).sum() if kind == "completion" else n for kind, x, n in tokens], np.float32)
+        return np.asarray([own.sum() for own in self.example_units(split)], np.float32)
 
     def labelled(self, split: Split) -> bool:
         """Whether a split has labels, for all tasks; scores without are agreement with the experts.

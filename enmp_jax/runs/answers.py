@@ -1,7 +1,8 @@
-"""``test-answers.json``: which examples of the test split each model answers rightly, and how sure gains are.
+"""``test-answers.json``: how each model does on every example of the test split, and how sure gains are.
 
-Models are compared on the same examples, so the answers of all are kept, one digit an example: a later
-model of the run, or another run on the same data, is compared with them without loading anything again.
+Models are compared on the same examples, so what all say is kept, one digit an example or, of a completion,
+the log-likelihood of its answer: a later model of the run, or another run on the same data, is compared
+with them without loading anything again.
 """
 
 from __future__ import annotations
@@ -13,66 +14,79 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from enmp_jax.evaluation.correctness import Correctness, PerExample
-from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.example_scores import ExampleScores, PerExample
 from enmp_jax.io.files import read_json
-from enmp_jax.search.statistics import paired_bootstrap
+from enmp_jax.search.statistics import Sample, paired_bootstrap
 
 NAME = "test-answers.json"
-Answers = Mapping[str, Mapping[str, str]]
-"""Task -> model -> "0" or "1" for each example, in the order of the data."""
-
-
-def compared(evaluator: Evaluator) -> Correctness | None:
-    """The test split, example by example; None with completions, whose answers are not right or wrong."""
-    return None if "completion" in evaluator.loaded.kinds else Correctness(evaluator, "test")
+Answers = Mapping[str, Mapping[str, str | Sequence[float]]]
+"""Task -> model -> "0" or "1" for each example, in the order of the data; of a completion task the
+log-likelihood of each answer, in nats."""
+Tokens = Mapping[str, Sequence[int]]
+"""Completion task -> tokens of each answer."""
 
 
 def content(
-    test: Correctness,
+    test: ExampleScores,
     reference: Mapping[str, float],
     models: Mapping[str, PerExample],
     before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The file's content: the ``answers`` of all models, and the ``gain`` of each over the plain merge.
+    """The file's content: the ``answers`` of all models, and the ``gain`` of each over the plain merge; with
+    completions their ``tokens``.
 
     Args:
         test: the examples.
-        reference: accuracy of every task's own adapter.
+        reference: score of every task's own adapter.
         models: name -> scores of single examples; ``merged`` is the plain merge.
         before: content that these models are added to.
     """
     known: Answers = (before or {}).get("answers", {})
-    answers = {
-        task: {**known.get(task, {}), **{name: _text(row[test.task == i]) for name, row in models.items()}}
-        for i, task in enumerate(reference)
-    }
+    answers: dict[str, dict[str, str | Sequence[float]]] = {}
+    tokens: dict[str, list[int]] = {}
+    for i, task in enumerate(reference):
+        own = test.sample.task == i
+        completes = test.sample.is_likelihood(i)
+        rows = {name: rounded(row[own]) if completes else _text(row[own]) for name, row in models.items()}
+        answers[task] = {**known.get(task, {}), **rows}
+        if completes:
+            tokens[task] = test.sample.units_of(i).astype(int).tolist()
     names = [name for name in next(iter(answers.values())) if name != "merged"]
-    return {"answers": answers, "gain": {name: gain(answers, reference, name) for name in names}}
+    made = {"answers": answers, "gain": {name: gain(answers, reference, tokens, name) for name in names}}
+    return made | ({"tokens": tokens} if tokens else {})
 
 
 def gain(
-    answers: Answers, reference: Mapping[str, float], model: str, over: str = "merged"
+    answers: Answers, reference: Mapping[str, float], tokens: Tokens, model: str, over: str = "merged"
 ) -> dict[str, Any]:
     """The difference of two models with its 95 % interval over examples.
 
     Args:
         answers: of both.
-        reference: accuracy of every task's own adapter.
+        reference: score of every task's own adapter.
+        tokens: of completions.
         model: the better one, it is hoped.
         over: the other.
 
     Returns:
-        That of the mean normalised accuracy and, under ``tasks``, that of every task's accuracy.
+        That of the mean normalised accuracy (of completions, likelihood) and, under ``tasks``, that of every
+        task's.
     """
-    changes = {task: _numbers(own[model]) - _numbers(own[over]) for task, own in answers.items()}
-    task = np.repeat(np.arange(len(changes)), [len(change) for change in changes.values()])
-    weight = np.asarray([1 / (len(changes) * reference[name]) for name in changes])
-    mean = paired_bootstrap(np.concatenate(list(changes.values())), task, weight)
+    sides = [[_numbers(own[name]) for own in answers.values()] for name in (model, over)]
+    sizes = [len(row) for row in sides[0]]
+    task = np.repeat(np.arange(len(answers)), sizes)
+    units = np.concatenate([tokens.get(name, np.ones(n)) for name, n in zip(answers, sizes, strict=True)])
+    likelihood = np.asarray([name in tokens for name in answers])
+    weight = np.asarray([1 / (len(answers) * reference[name]) for name in answers])
+    values, other = (np.concatenate(rows) for rows in sides)
+    mean = paired_bootstrap(values, other, Sample(task, weight, units, likelihood))
     single = {
-        name: paired_bootstrap(change, np.zeros(len(change), int), np.ones(1))._asdict()
-        for name, change in changes.items()
-    }
+        name: paired_bootstrap(
+            values[task == i], other[task == i],
+            Sample(np.zeros(sizes[i], int), np.ones(1), units[task == i], likelihood[[i]]),
+        )._asdict()
+        for i, name in enumerate(answers)
+    }  # fmt: skip
     return mean._asdict() | {"tasks": single}
 
 
@@ -84,23 +98,24 @@ def to_first(run_dirs: Sequence[Path]) -> list[dict[str, Any] | None]:
     known = [_kept(path) for path in run_dirs]
     found: list[dict[str, Any] | None] = [None]
     for kept in known[1:]:
-        if known[0] is None or kept is None or known[0][:2] != kept[:2]:
+        if known[0] is None or kept is None or known[0][:3] != kept[:3]:
             found.append(None)
             continue
+        _, reference, tokens, answers = kept
         both = {
-            task: {"enmp": own["enmp"], "first": known[0][2][task]["enmp"]} for task, own in kept[2].items()
+            task: {"enmp": own["enmp"], "first": known[0][3][task]["enmp"]} for task, own in answers.items()
         }
-        found.append(gain(both, kept[1], "enmp", "first"))
+        found.append(gain(both, reference, tokens, "enmp", "first"))
     return found
 
 
-def _kept(run_dir: Path) -> tuple[dict[str, str], dict[str, float], Answers] | None:
-    """Hashes of a run's test data, its reference scores and its answers."""
+def _kept(run_dir: Path) -> tuple[dict[str, str], dict[str, float], Tokens, Answers] | None:
+    """Hashes of a run's test data, its reference scores, the tokens of its completions and its answers."""
     if not all((run_dir / name).exists() for name in (NAME, "fingerprints.json", "scores.json")):
         return None
     made_of, scores, kept = (read_json(run_dir / name) for name in ("fingerprints.json", "scores.json", NAME))
     data = {key: value for key, value in made_of.items() if key.startswith("the test data of ")}
-    return data, scores["reference"], kept["answers"]
+    return data, scores["reference"], kept.get("tokens", {}), kept["answers"]
 
 
 def intervals(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,5 +130,12 @@ def _text(correct: Float[np.ndarray, " example"]) -> str:
     return "".join("01"[int(x)] for x in correct)
 
 
-def _numbers(text: str) -> Float[np.ndarray, " example"]:
-    return np.frombuffer(text.encode(), np.uint8).astype(float) - ord("0")
+def rounded(values: Float[np.ndarray, " example"]) -> list[float]:
+    """For JSON; far finer than float32 sums are."""
+    return [float(f"{x:.7g}") for x in values]
+
+
+def _numbers(kept: str | Sequence[float]) -> Float[np.ndarray, " example"]:
+    if isinstance(kept, str):
+        return np.frombuffer(kept.encode(), np.uint8).astype(float) - ord("0")
+    return np.asarray(kept, float)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from enmp_jax.evaluation.correctness import Correctness, PerExample
 from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.example_scores import ExampleScores, PerExample
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring
 from enmp_jax.io.progress import Reporter
@@ -27,12 +27,12 @@ class Scored(NamedTuple):
     """A row's models on the test split.
 
     Attributes:
-        correct: scores of every example under each model.
+        examples: scores of every example under each model.
         baseline: those of the row's own plain merge; None: the run's.
         details: more of the row, for JSON.
     """
 
-    correct: Float[np.ndarray, "model example"]
+    examples: Float[np.ndarray, "model example"]
     baseline: PerExample | None = None
     details: Mapping[str, Any] = {}
 
@@ -64,9 +64,9 @@ class Bench:
     reporter: Reporter
 
     @functools.cached_property
-    def test(self) -> Correctness:
+    def test(self) -> ExampleScores:
         """The test split."""
-        return Correctness(self.evaluator, "test")
+        return ExampleScores(self.evaluator, "test")
 
     @functools.cached_property
     def inputs(self) -> EvalInputs:

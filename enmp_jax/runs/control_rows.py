@@ -120,10 +120,12 @@ def _transfer(bench: Bench, method: str) -> Scored:
     tuned = tune(bench.evaluator, bench.inputs, candidates(run, method, run.merge.space))
     keep = np.stack([bench.plain, bench.found.keep])
     evaluator = tuned.evaluator
-    correct = bench.test.of_masks(keep, tuned.scale, evaluator.merge, evaluator.ingredients)
+    examples = bench.test.of_masks(keep, tuned.scale, evaluator.merge, evaluator.ingredients)
     chosen = {"scale": tuned.scale, **evaluator.loaded.run.merge.hyperparameters}
     note = ", ".join(f"{name} {value:g}" for name, value in chosen.items() if isinstance(value, int | float))
-    return Scored(correct[1:], correct[0], {"note": note, "plain": float(bench.test.normalised(correct[0]))})
+    return Scored(
+        examples[1:], examples[0], {"note": note, "plain": float(bench.test.sample.mean(examples[0]))}
+    )
 
 
 def _joint_loras(bench: Bench) -> dict[str, Make]:
@@ -151,23 +153,23 @@ def _joint_lora(bench: Bench, start: str, kind: str) -> Scored:
     if start == "merge":
         deltas = merged_deltas(bench.evaluator, Finalist(0, bench.plain, bench.plain_scale, None))
     trained = [refine(evaluator, deltas, config, seed) for seed in range(bench.seeds)]
-    correct = np.stack([bench.test.of_deltas(one.deltas) for one in trained])
+    examples = np.stack([bench.test.of_deltas(one.deltas) for one in trained])
     steps = ", ".join(str(one.step) for one in trained)
     return Scored(
-        correct, details={"fitness": kind, "rank": config.rank, "note": f"{steps} steps of {config.steps}"}
+        examples, details={"fitness": kind, "rank": config.rank, "note": f"{steps} steps of {config.steps}"}
     )
 
 
 def _random_adapters(bench: Bench) -> Scored:
     """Adapters of the same norms that learnt nothing, merged at their best scale."""
-    evaluator, correct, scales = bench.evaluator, [], []
+    evaluator, examples, scales = bench.evaluator, [], []
     for seed in range(bench.seeds):
         ingredients = evaluator.merge.prepare(geometry.random_like(evaluator.loaded.stack, seed))
         inputs = bench.inputs._replace(ingredients=replicate(ingredients, evaluator.mesh))
         scale = choose_scale(evaluator, inputs, bench.scoring)[0]
-        correct.append(bench.test.of_masks(bench.plain[None], scale, ingredients=ingredients)[0])
+        examples.append(bench.test.of_masks(bench.plain[None], scale, ingredients=ingredients)[0])
         scales.append(scale)
-    return Scored(np.stack(correct), details={"note": f"scale {', '.join(f'{s:g}' for s in scales)}"})
+    return Scored(np.stack(examples), details={"note": f"scale {', '.join(f'{s:g}' for s in scales)}"})
 
 
 def _sensitivity(bench: Bench) -> dict[str, Make]:
@@ -214,8 +216,8 @@ def _search(bench: Bench, name: str, changes: Mapping[str, Any], share: float) -
     folder, inputs = bench.folder / name.replace(" ", "-"), evaluator.inputs("search")
     winners = search_and_select(evaluator, folder, bench.reporter, inputs, bench.plain_scale).values()
     scales = np.asarray([winner.scale for winner in winners], np.float32)
-    correct = bench.test.of_masks(np.stack([winner.keep for winner in winners]), scales)
-    return Scored(correct, details={"pruned": [winner.pruned for winner in winners]})
+    examples = bench.test.of_masks(np.stack([winner.keep for winner in winners]), scales)
+    return Scored(examples, details={"pruned": [winner.pruned for winner in winners]})
 
 
 def _one(name: str, make: Make) -> Callable[[Bench], dict[str, Make]]:

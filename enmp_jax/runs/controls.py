@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from enmp_jax.config.run_file import RunConfig
 from enmp_jax.config.schema import to_dict
@@ -21,6 +21,7 @@ from enmp_jax.io.checkpoints import fingerprint
 from enmp_jax.io.files import read_json
 from enmp_jax.io.progress import Reporter
 from enmp_jax.runs import mask_file
+from enmp_jax.runs.answers import rounded
 from enmp_jax.runs.compare import in_directory, of_files, table_head
 from enmp_jax.runs.control_bench import Bench, Scored
 from enmp_jax.runs.control_rows import KINDS
@@ -28,7 +29,7 @@ from enmp_jax.runs.directory import finished
 from enmp_jax.runs.finalists import Finalist
 from enmp_jax.runs.rows import Row, Rows
 from enmp_jax.runs.search import search_run
-from enmp_jax.search.statistics import LEVEL, RESAMPLES, holm, paired_bootstrap
+from enmp_jax.search.statistics import LEVEL, RESAMPLES, Sample, holm, paired_bootstrap
 
 DEFAULT = tuple(kind for kind in KINDS if kind != "sensitivity")
 """What is made unless told otherwise: all but the many searches of ``sensitivity``."""
@@ -94,7 +95,7 @@ def controls_run(
             for name, row in table.finished.items()
             if name in made or all(row["settings"].get(key) == value for key, value in base.items())
         }
-        compared = with_differences(rows, bench.test.task, bench.test.weight)
+        compared = with_differences(rows, bench.test.sample)
         result = table_head(evaluator) | {
             "resamples": RESAMPLES, "level": LEVEL, "rows": compared, "sentences": sentences(compared),
         }  # fmt: skip
@@ -168,47 +169,58 @@ def _settings(run: RunConfig) -> dict[str, Any]:
 
 def _make_row(name: str, make: Callable[[Bench], Scored], bench: Bench) -> Row:
     scored = make(bench)
-    values = bench.test.normalised(scored.correct)
-    total = scored.correct.sum(axis=0)
+    sample = bench.test.sample
+    values = sample.mean(scored.examples)
     row = {
         "row": name,
-        "scores": by_task(bench.evaluator.loaded.tasks, bench.test.accuracy(scored.correct).mean(axis=0)),
+        "scores": by_task(bench.evaluator.loaded.tasks, sample.scores(scored.examples).mean(axis=0)),
         "mean_normalised": float(values.mean()),
         **scored.details,
-        "correct": total.astype(int).tolist(),  # of as many models as there are values
+        **_kept(scored.examples, sample),
         "values": values.tolist(),
     }
     if len(values) > 1:
         row["std"] = float(values.std(ddof=1))
     if scored.baseline is not None:
-        row["baseline"] = scored.baseline.astype(int).tolist()
+        row["baseline"] = rounded(scored.baseline)
     bench.reporter.say(f"{name}: {100 * row['mean_normalised']:.1f} %")
     return row
 
 
-def with_differences(
-    rows: Mapping[str, Row], task: Int[np.ndarray, " example"], weight: Float[np.ndarray, " task"]
-) -> list[Row]:
+def _kept(examples: Float[np.ndarray, "model example"], sample: Sample) -> dict[str, Any]:
+    """Scores of single examples, as a row keeps them: of answers that are right or wrong the sum over models
+    is enough, likelihoods are averaged over models by their scores."""
+    if any(sample.is_likelihood(i) for i in range(len(sample.weight))):
+        return {"examples": [rounded(one) for one in examples]}
+    return {"correct": examples.sum(axis=0).astype(int).tolist()}
+
+
+def _examples(row: Row) -> Float[np.ndarray, "*model example"]:
+    """What ``_kept`` kept: of every model, or their mean."""
+    if "examples" in row:
+        return np.asarray(row["examples"], float)
+    return np.asarray(row["correct"]) / len(row["values"])
+
+
+def with_differences(rows: Mapping[str, Row], sample: Sample) -> list[Row]:
     """The rows with their differences to the plain merge and to what was found, and corrected p-values.
 
     A row with a plain merge of its own is compared with that alone.
 
     Args:
         rows: by name, as ``_make_row`` makes them, ``plain`` and ``found`` among them.
-        task: of the test split's examples.
-        weight: of every task's accuracy in the mean normalised accuracy.
+        sample: the test split's examples.
     """
-    shares = {name: np.asarray(row["correct"]) / len(row["values"]) for name, row in rows.items()}
+    examples = {name: _examples(row) for name, row in rows.items()}
     compared = []
     for name, row in rows.items():
-        own, plain = row.get("baseline"), shares["plain"]
-        row = {key: value for key, value in row.items() if key not in ("correct", "baseline")}
+        own = row.get("baseline")
+        row = {key: value for key, value in row.items() if key not in ("correct", "examples", "baseline")}
         if name != "plain":
-            gain = shares[name] - (plain if own is None else np.asarray(own))
-            row["gain"] = paired_bootstrap(gain, task, weight)._asdict()
+            plain = examples["plain"] if own is None else np.asarray(own, float)
+            row["gain"] = paired_bootstrap(examples[name], plain, sample)._asdict()
         if name not in ("plain", "found") and own is None:
-            better = shares["found"] - shares[name]
-            row["found_better_by"] = paired_bootstrap(better, task, weight)._asdict()
+            row["found_better_by"] = paired_bootstrap(examples["found"], examples[name], sample)._asdict()
         if name in ("random masks", "shuffled weights"):
             row["as_good_as_found"] = int(
                 np.sum(np.asarray(row["values"]) >= rows["found"]["mean_normalised"])

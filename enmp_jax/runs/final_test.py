@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.example_scores import ExampleScores
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.evaluation.scoring import Scoring, by_task
 from enmp_jax.runs import answers
@@ -23,11 +24,11 @@ def final_test(
     winners: Mapping[int, Finalist],
     scale: float,
     refined: Refined | None = None,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The one look at the test split: experts, base, plain merge, the seeds' winners, the refined one.
 
     Returns:
-        The scores, and the content of ``test-answers.json``, None with completions.
+        The scores, and the content of ``test-answers.json``.
     """
     loaded, scoring, spec = evaluator.loaded, evaluator.scoring("test"), evaluator.loaded.mask_spec
     plain = spec.all_kept()
@@ -68,12 +69,10 @@ def final_test(
         found["weighted"] = len(spec.weighted_modules(best.keep))
     if refined is not None:
         found = with_refined(found, test_refined(evaluator, refined))
-    single = answers.compared(evaluator)
-    if single is None:
-        return found, None
+    single = ExampleScores(evaluator, "test")
     both = np.stack([plain, best.keep])  # weights, if these are weights
-    correct = single.of_masks(both, np.asarray([scale, best.scale], np.float32))
-    models = {"merged": correct[0], "enmp": correct[1]}
+    examples = single.of_masks(both, np.asarray([scale, best.scale], np.float32))
+    models = {"merged": examples[0], "enmp": examples[1]}
     if refined is not None:
         models["refined"] = single.of_deltas(refined.deltas)
     given = answers.content(single, found["reference"], models)

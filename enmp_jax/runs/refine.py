@@ -14,6 +14,7 @@ from enmp_jax.config.sections import RefineConfig
 from enmp_jax.devices.distributed import barrier
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
+from enmp_jax.evaluation.example_scores import ExampleScores
 from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints, fingerprint
@@ -106,7 +107,8 @@ def refine_run(
     refined = refine_winner(evaluator, best, config, run_dir / "checkpoints" / "refine", reporter)
     scores = with_refined(scores, test_refined(evaluator, refined))
     given = None
-    if (run_dir / answers.NAME).exists() and (single := answers.compared(evaluator)):
+    if (run_dir / answers.NAME).exists():
+        single = ExampleScores(evaluator, "test")
         models = {"refined": single.of_deltas(refined.deltas)}
         before = read_json(run_dir / answers.NAME)
         given = answers.content(single, scores["reference"], models, before)

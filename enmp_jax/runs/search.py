@@ -104,8 +104,7 @@ def _search_with(evaluator: Evaluator, directory: RunDirectory, reporter: Report
     made_of = run.merge.recipe(), hashes(loaded.adapters), loaded.adapters.spelling
     directory.write_json("mask.json", spec.to_json(best.keep, best.scale, *made_of))
     directory.write_json("seeds.json", {str(seed): listed(spec, f.keep) for seed, f in winners.items()})
-    if given is not None:
-        directory.write_json(answers.NAME, given)
+    directory.write_json(answers.NAME, given)
     directory.write_json("scores.json", scores)
     exports = prepare_search(evaluator, best, refined, reporter)
     if own := exported_scores(run, exports):
