@@ -6,11 +6,10 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
@@ -19,9 +18,7 @@ from enmp_jax.config.run_file import RunConfig
 from enmp_jax.data import Examples, Order, arrangement, batch
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.distributed import put
-from enmp_jax.errors import UserError
-from enmp_jax.evaluation import budget, delta_format, experts, fitness, prefix
-from enmp_jax.evaluation.kinds import LIKELIEST
+from enmp_jax.evaluation import budget, delta_format, experts, prefix
 from enmp_jax.evaluation.loaded_run import LoadedRun, Split, make_merge
 from enmp_jax.evaluation.population import (
     EvalInputs,
@@ -32,6 +29,7 @@ from enmp_jax.evaluation.population import (
     score_in_chunks,
 )
 from enmp_jax.evaluation.scoring import Counts, Scoring
+from enmp_jax.evaluation.yardstick import Yardstick
 from enmp_jax.merges.base import Ingredients, Merge
 
 T = TypeVar("T")
@@ -45,16 +43,13 @@ class ExecutionPlan(NamedTuple):
     member_chunk: int
 
 
-class Evaluator:
+class Evaluator(Yardstick):
     """Scores the masks of one loaded run. Everything static is decided here, before anything is traced."""
 
     def __init__(self, loaded: LoadedRun, say: Callable[[str], None] = print):
-        self.loaded, self.mesh, self.say = loaded, loaded.mesh, say
+        super().__init__(loaded)
+        self.mesh, self.say = loaded.mesh, say
         self.merge = make_merge(loaded.run)
-        search = loaded.run.search
-        self.kind = fitness.get(search.fitness)
-        self.importance = fitness.importances(loaded.tasks, search.importance)
-        self._answers: dict[Split, list[experts.Answers]] = {}
         self._plans: dict[Any, ExecutionPlan] = {}
         self._compiled: dict[ExecutionPlan, Callable[..., Counts]] = {}
         self._compiled_from: dict[ExecutionPlan, Callable[..., Counts]] = {}
@@ -77,17 +72,6 @@ class Evaluator:
         other = copy.copy(self)
         other.loaded, other._answers = dataclasses.replace(self.loaded, examples=examples), {}
         return other
-
-    def examples(self, split: Split) -> Sequence[Examples]:
-        """The tasks' examples of a split; where it has no labels, the experts' choices stand in for them."""
-        found = self.loaded.examples[split]
-        if self.loaded.labelled(split):
-            return found
-        chosen = [
-            e.labels if isinstance(a, experts.TokenAnswers) else a.argmax(1).astype(np.int32)
-            for e, a in zip(found, self.expert_answers(split), strict=True)
-        ]
-        return [e._replace(labels=labels) for e, labels in zip(found, chosen, strict=True)]
 
     def inputs(self, split: Split, ingredients: Ingredients | None = None) -> EvalInputs:
         """What all members share, on the devices: weights, prepared adapters, batches of a split.
@@ -298,86 +282,8 @@ class Evaluator:
         score = functools.partial(self._compiled_from[plan], inputs, parent, scale)
         return prefix.in_calls(score, parent, keep, most)
 
-    def expert_answers(self, split: Split) -> list[experts.Answers]:
-        """What every adapter alone answers on its own task's examples.
-
-        Raises:
-            UserError: the answers do not fit into the memory of a device, where the fitness needs them.
-        """
-        if split not in self._answers:
-            rows, columns = self._answers_shape(split)
-            if self.kind.needs_expert and 4 * rows * columns > budget.USABLE * budget.device_memory():
-                raise UserError(
-                    f"search.fitness {self.kind.name} keeps {rows} x {columns} answers of the experts on the "
-                    f"device, which has no room for them: set evaluation.{split}_examples or another fitness"
-                )
-            self._answers[split] = experts.answers(self.loaded, split)
-        return self._answers[split]
-
-    def _answers_shape(self, split: Split) -> tuple[int, int]:
-        """Rows, and the most columns of one, of the experts' answers."""
-        loaded = self.loaded
-        columns = [loaded.heads.allowed.shape[1]]
-        for e, kind in zip(loaded.examples[split], loaded.kinds, strict=True):
-            if kind == "choice":
-                columns.append(e.inputs["choice_length"].shape[1])
-            elif kind == "completion":
-                columns.append(2 * LIKELIEST)
-        return int(loaded.units(split).sum()), max(columns)
-
     def score_base(self, split: Split) -> Counts:
         """The base model with no adapter at all."""
         nothing = ~self.loaded.mask_spec.all_kept()[None]
         counts = self.score(self.inputs(split), nothing, np.ones(1, np.float32))
         return Counts(*(np.asarray(x)[0] for x in counts))
-
-    def expert_scores(self, split: Split) -> Float[np.ndarray, " task"]:
-        """Score of every adapter alone (see ``Scoring.scores``); accuracies without labels are 1."""
-        return experts.scores(self.expert_answers(split), self.examples(split))
-
-    def expert_losses(self, split: Split) -> Float[np.ndarray, " task"]:
-        """Mean negative log-likelihood of every adapter alone, in nats (see ``Scoring.loss``)."""
-        found = experts.values(
-            self.expert_answers(split), self.examples(split), fitness.get("log_likelihood")
-        )
-        return -np.asarray(found)
-
-    def scoring(self, split: Split, normalises: bool = False) -> Scoring:
-        """What turns counts on a split into scores and fitness.
-
-        Reference scores are those of the run file, else measured here; accuracies without labels are 1.
-
-        Args:
-            split: whose counts.
-            normalises: scores are divided by the reference scores, as they are on the test split and by the
-                fitness accuracy anyway.
-
-        Raises:
-            UserError: an adapter that alone gets nothing right, where scores are divided by that.
-        """
-        loaded = self.loaded
-        given = [task.reference if loaded.labelled(split) else None for task in loaded.run.tasks]
-        reference = np.asarray([g or 0.0 for g in given], np.float32)
-        if not all(given):
-            reference = np.where(reference > 0, reference, self.expert_scores(split))
-        # few examples of a hard task may have no right answer, and a smooth fitness does not mind
-        normalises = normalises or split == "test" or self.kind.name == "accuracy"
-        for task, value in zip(loaded.tasks, reference, strict=True):
-            if value == 0 and normalises:
-                raise UserError(
-                    f"the adapter of {task!r} alone gets nothing right on {split}: check its head and labels"
-                )
-        likelihood = np.asarray([kind == "completion" for kind in loaded.kinds])
-        if self.kind.name == "accuracy" and not likelihood.any():
-            own = reference
-        else:
-            own = np.asarray(experts.values(self.expert_answers(split), self.examples(split), self.kind))
-            own = np.where(likelihood, own, reference) if self.kind.name == "accuracy" else own
-        for task, value in zip(loaded.tasks, own, strict=True):
-            if value == 0 and not self.kind.logarithmic:
-                raise UserError(
-                    f"the adapter of {task!r} alone has {self.kind.name} 0 on {split}: take another fitness"
-                )
-        parts = loaded.units(split), reference, own, self.importance
-        made = Scoring(*(jnp.asarray(x, jnp.float32) for x in parts))
-        return made._replace(likelihood=jnp.asarray(likelihood)) if likelihood.any() else made
