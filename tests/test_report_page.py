@@ -1,6 +1,7 @@
 """What the page says beyond the scores: intervals, effects, seeds, splits, controls, methods, exports."""
 
 import json
+import math
 import re
 
 import pytest
@@ -138,6 +139,17 @@ def test_several_runs_on_one_page(tmp_path, monkeypatch, capsys):
     gain = sum(0.25 / (0.85 + 0.02 * i) for i in range(4)) / 4
     assert f"b {100 * gain:+.1f}" in page.text
     assert not (tmp_path / "a" / "report.html").exists()
+    # a task of completions: the likelihood of a token, of answers that have 8 tokens together
+    for run, total in (("a", -16.0), ("b", -4.0)):
+        own = {"merged": [-4.0] * 4, "enmp": [total / 4] * 4}
+        edit(
+            tmp_path / run / "test-answers.json",
+            answers=answers | {TASKS[0]: own},
+            tokens={TASKS[0]: [2, 2, 1, 3]},
+        )
+    assert cli.main(["report", "a", "b", "--out", "tokens.html"]) == 0
+    gain = (math.exp(-4 / 8) - math.exp(-16 / 8)) / 0.85 / 4
+    assert f"b {100 * gain:+.1f}" in Page((tmp_path / "tokens.html").read_text()).text
     # other test data: no paired difference
     edit(tmp_path / "b" / "fingerprints.json", **{f"the test data of {TASKS[0]}": "other"})
     assert cli.main(["report", "a", "b", "--out", "two.html"]) == 0
