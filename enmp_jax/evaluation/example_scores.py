@@ -18,12 +18,11 @@ from enmp_jax.data import Batches, kind_of
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.mesh import replicate
 from enmp_jax.evaluation.evaluator import Evaluator, ExecutionPlan
-from enmp_jax.evaluation.kinds import at_targets, option_log_probabilities
+from enmp_jax.evaluation.kinds import option_log_probabilities, target_log_probabilities
 from enmp_jax.evaluation.loaded_run import Split
 from enmp_jax.evaluation.population import EvalInputs
 from enmp_jax.merges.base import Ingredients, Merge
 from enmp_jax.models.base import Backbone
-from enmp_jax.models.causal import log_probability
 from enmp_jax.search.statistics import Sample
 
 PerExample = Float[np.ndarray, "*member example"]
@@ -108,8 +107,7 @@ def _values(backbone: Backbone, inputs: EvalInputs, deltas: Deltas) -> tuple[Arr
 
     def one(batch: Batches) -> Array:
         if kind_of(batch.inputs) == "completion":
-            read = lambda x, target, _: log_probability(x, target)  # noqa: E731
-            found = at_targets(backbone, inputs.params, batch, deltas, read)
+            found = target_log_probabilities(backbone, inputs.params, batch, deltas)
             return jnp.where(batch.inputs["target_branch"] > 0, found, 0.0).sum(axis=1)
         scores = option_log_probabilities(backbone, inputs.params, inputs.heads, batch, deltas)
         return (jnp.argmax(scores, axis=-1) == batch.label).astype(jnp.float32)

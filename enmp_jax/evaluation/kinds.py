@@ -108,10 +108,17 @@ def option_log_probabilities(
             features = backbone.features_from(params, batch.inputs, start.hidden, start.first, deltas)
         return class_log_probabilities(heads, features, batch.task)
     inputs = batch.inputs
-    read = lambda x, target, _: log_probability(x, target)  # noqa: E731
-    found = at_targets(backbone, params, batch, deltas, read, start=start)
+    found = target_log_probabilities(backbone, params, batch, deltas, start)
     scores = choice_scores(found, inputs["target_branch"], inputs["choice_length"])
     return jax.nn.log_softmax(scores, axis=-1)
+
+
+def target_log_probabilities(
+    backbone: Backbone, params: Params, batch: Batches, deltas: Deltas, start: Start | None = None
+) -> Float[Array, "row target"]:
+    """Log-probabilities (nats) of the targets of a generative task; arguments as in ``count_batch``."""
+    read = lambda x, target, _: log_probability(x, target)  # noqa: E731
+    return at_targets(backbone, params, batch, deltas, read, start=start)
 
 
 def at_targets(
