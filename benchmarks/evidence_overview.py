@@ -43,7 +43,6 @@ def gains(suite: str, n: int, rows: list[Row]) -> Iterator[str]:
     means over merge methods: of the gains, and of what a column is ahead of the paper's search; with the 95 %
     interval over seeds where three seeds or more have every method.
     """
-    tests = {cell(row): row["test"] for row in rows}
     columns = [c for c in COLUMNS if not _apart(c) and any(row["column"] == c for row in rows)]
     methods = [m for m in METHODS if any(r["method"] == m and r["column"] in columns for r in rows)]
     if not columns:
@@ -51,18 +50,31 @@ def gains(suite: str, n: int, rows: list[Row]) -> Iterator[str]:
     lines = [f"| {suite}, {n} examples a task | {' | '.join(methods)} | mean | ahead of paper |"]
     lines.append(rule(len(methods) + 3))
     for column in columns:
-        same = [row for row in rows if row["column"] == column]
         if column.startswith("plain"):
+            same = [row for row in rows if row["column"] == column]
             found = {m: [row["test"] for row in same if row["method"] == m] for m in methods}
             cells = [f"{np.mean(found[m]):.3f} ({len(found[m])})" if found[m] else "" for m in methods]
             lines.append(f"| {column} | {' | '.join(cells)} | | |")
             continue
-        plain = "plain, no labels" if column.endswith(", no labels") else "plain"
-        over, ahead = (
-            {m: _differences(same, tests, m, other) for m in methods} for other in (plain, "paper")
-        )
+        over, ahead = _compared(rows, column, methods)
         cells = [f"{np.mean([*v.values()]):+.1f} ({len(v)})" if (v := over[m]) else "" for m in methods]
         lines.append(f"| {column} | {' | '.join(cells)} | {_mean(over)} | {_mean(ahead)} |")
+    yield "\n".join(lines)
+    yield from _most_seeds(f"{suite}, {n} examples a task", rows, columns, methods)
+
+
+def _most_seeds(name: str, rows: list[Row], columns: list[str], methods: list[str]) -> Iterator[str]:
+    """Means over the merge methods that have more seeds than the others, of columns that have all of them."""
+    seeds = {m: {r["seed"] for r in rows if r["method"] == m and r["column"] == "plain"} for m in methods}
+    most = max(map(len, seeds.values()))
+    chosen = [m for m in methods if len(seeds[m]) == most]
+    if most < 3 or not 1 < len(chosen) < len(methods):
+        return
+    lines = [f"| {name}: {', '.join(chosen)}, {most} seeds | mean | ahead of paper |", rule(3)]
+    for column in columns:
+        over, ahead = _compared(rows, column, chosen)
+        if not column.startswith("plain") and all(len(values) == most for values in over.values()):
+            lines.append(f"| {column} | {_mean(over)} | {_mean(ahead)} |")
     yield "\n".join(lines)
 
 
@@ -125,16 +137,30 @@ def _spread(values: list[float]) -> str:
     return f"{mean:+.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:.1f}")
 
 
-def _differences(same: list[Row], tests: dict[tuple, float], method: str, other: str) -> dict[int, float]:
-    """Of a column from another one of the same seeds, in points, by seed."""
-    return {
-        row["seed"]: 100 * (row["test"] - tests[k])
-        for row in same
-        if row["method"] == method and (k := cell(row | {"column": other})) in tests
-    }
+BySeed = dict[str, dict[int, float]]
+"""Merge method -> seed -> a difference in points."""
 
 
-def _mean(found: dict[str, dict[int, float]]) -> str:
+def _compared(rows: list[Row], column: str, methods: list[str]) -> tuple[BySeed, BySeed]:
+    """How far a column is ahead of the plain merge, and of the paper's search, of the same seeds."""
+    tests = {cell(row): row["test"] for row in rows}
+    same = [row for row in rows if row["column"] == column]
+    plain = "plain, no labels" if column.endswith(", no labels") else "plain"
+
+    def over(other: str) -> BySeed:
+        return {
+            method: {
+                row["seed"]: 100 * (row["test"] - tests[k])
+                for row in same
+                if row["method"] == method and (k := cell(row | {"column": other})) in tests
+            }
+            for method in methods
+        }
+
+    return over(plain), over("paper")
+
+
+def _mean(found: BySeed) -> str:
     """The mean over methods of the means over seeds of what was found by method and seed."""
     if not (by_method := [values for values in found.values() if values]):
         return ""

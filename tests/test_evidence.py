@@ -281,6 +281,25 @@ def test_an_overview_has_intervals_over_the_seeds_that_all_methods_have():
     assert "| paper | +3.0 (3) | +5.0 (3) | +4.0 ± 2.5 | +0.0 ± 0.0 |" in evidence_overview.overview(rows)
 
 
+def test_an_overview_tells_of_the_methods_with_most_seeds():
+    gains = {("sum", 0): 1, ("sum", 1): 2, ("sum", 2): 3, ("tsv", 0): 3, ("tsv", 1): 4, ("tsv", 2): 5}
+    rows = [
+        {"suite": "s", "examples": 4, "method": method, "seed": seed, "column": column, "test": value / 100}
+        for (method, seed), gain in gains.items()
+        for column, value in (("plain", 50), ("paper", 51), ("ours, continuous", 50 + gain))
+    ]
+    assert "seeds |" not in evidence_overview.overview(rows)  # there is nobody with fewer
+    rows += [row | {"method": "iso"} for row in rows if row["method"] == "sum" and row["seed"] < 2]
+    rows.append(rows[0] | {"column": "random"})
+    _, table = evidence_overview.overview(rows).split("\n\n")
+    assert table.splitlines() == [
+        "| s, 4 examples a task: sum, tsv, 3 seeds | mean | ahead of paper |",
+        "|---|---|---|",
+        "| paper | +1.0 ± 0.0 | +0.0 ± 0.0 |",
+        "| ours, continuous | +3.0 ± 2.5 | +2.0 ± 2.5 |",  # by seed 2, 3, 4
+    ]
+
+
 def test_an_overview_has_sizes_fitnesses_and_strategies():
     def row(column, test, seed=0, examples=4, search=0.0):
         return {
