@@ -120,6 +120,9 @@ def test_dry_run_says_what_would_run_and_writes_nothing(demo_run, tmp_path, monk
     assert "36 modules, at most 20% pruned" in text
     assert "one batch of 30 examples under one mask" in text
     assert "4 x 3 masks, 1 seed: 12 masks x 2 batches of 30" in text
+    evaluation = dataclasses.replace(demo_run.evaluation, batch_size=250)
+    text = "\n".join(dry_run(dataclasses.replace(demo_run, evaluation=evaluation), SILENT))
+    assert "12 masks x 1 batch of 64" in text  # 60 examples
     assert not list(tmp_path.iterdir())
 
 

@@ -131,7 +131,7 @@ def _text(correct: Float[np.ndarray, " example"]) -> str:
 
 
 def rounded(values: Float[np.ndarray, " example"]) -> list[float]:
-    """For JSON; far finer than float32 sums are."""
+    """For JSON: the seven digits that a float32 has."""
     return [float(f"{x:.7g}") for x in values]
 
 
