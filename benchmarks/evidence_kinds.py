@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from evidence_suite import SUM, Data, Setting, Suite, dense, make_data, merge_co
 from enmp_jax.config.sections import RefineConfig
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.fitness import FITNESS
+from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.runs.climb import STEP_COST
 from enmp_jax.search import controls, gradient, strategies
 from enmp_jax.search.memo import Memo
@@ -64,6 +65,7 @@ class Group:
         self.suite, self.method, self.seed = suite, method, seed
         self.examples = suite.draw(seed, examples)
         self._data: dict[str, Data] = {}
+        self._plain: dict[str, Counts] = {}
         self._tuned: dict[str, tuple[Setting, float]] = {}
 
     def data(self, split: str, setting: Setting, hidden: bool = False) -> Data:
@@ -82,14 +84,21 @@ class Group:
         if judge not in self._tuned:
             found: list[tuple[float, Setting, float]] = []
             for setting in METHODS[self.method]:
-                data = self.data("search", setting)
-                grid = data.evaluator.loaded.run.merge.scale_grid
-                plain = self.suite.layers.all_kept()
-                values = data.score(np.repeat(plain[None], len(grid), axis=0), np.asarray(grid), judge)
+                grid, counts = self.plain(setting)
+                values = self.data("search", setting).fitness(counts, judge)
                 best = int(np.nanargmax(values))
                 found.append((float(values[best]), setting, grid[best]))
             _, *self._tuned[judge] = max(found, key=lambda f: f[0])  # type: ignore[assignment]
         return self._tuned[judge]  # type: ignore[return-value]
+
+    def plain(self, setting: Setting) -> tuple[Sequence[float], Counts]:
+        """Scales of the grid, and the plain merge's counts on the search split; made once for both judges."""
+        data, key = self.data("search", setting), json.dumps(setting)
+        grid = data.evaluator.loaded.run.merge.scale_grid
+        if key not in self._plain:
+            plain = self.suite.layers.all_kept()
+            self._plain[key] = data.counts(np.repeat(plain[None], len(grid), axis=0), np.asarray(grid))
+        return grid, self._plain[key]
 
     def start(self, column: Setting) -> tuple[Data, Data, float]:
         """Search split, selection split and scale that a column works with."""

@@ -196,6 +196,25 @@ def test_one_mask_scores_alone_as_among_others():
     assert not np.allclose(among.value[0], among.value[1], atol=1e-3)
 
 
+def test_labels_and_the_experts_answers_tune_the_plain_merge_on_the_same_scores(monkeypatch):
+    group = evidence_kinds.Group(evidence_suite.Suite("demo", 5), "sum", 0, 4)
+    data, counts, scored = group.data("search", {"method": "sum"}), evidence_kinds.Data.counts, []
+    every, grid = group.suite.layers.all_kept(), data.evaluator.loaded.run.merge.scale_grid
+    wanted = {
+        judge: data.score(np.stack([every] * len(grid)), np.asarray(grid), judge).argmax()
+        for judge in ("margin", "expert_margin")
+    }
+
+    def counting(*args):
+        scored.append(args)
+        return counts(*args)
+
+    monkeypatch.setattr(evidence_kinds.Data, "counts", counting)
+    for fitness, judge in (("accuracy", "margin"), ("expert_margin", "expert_margin")):
+        assert group.tuned(fitness) == [{"method": "sum"}, grid[wanted[judge]]]
+    assert len(scored) == 1
+
+
 def test_what_is_found_is_tried_by_the_other_methods_and_seeds():
     def row(method, seed, column="ours, binary", **more):
         return {"suite": "s", "column": column, "examples": 4, "method": method, "seed": seed, **more}
