@@ -60,9 +60,11 @@ class Suite:
 
     def __init__(self, name: str, test_examples: int | None):
         run = run_file.load(name)
+        # one mask at a time: on a CPU no slower than several together, and none is filled up with copies
         evaluation = dataclasses.replace(
-            run.evaluation, search_examples=None, selection_examples=None, test_examples=test_examples, seed=0
-        )
+            run.evaluation, search_examples=None, selection_examples=None, test_examples=test_examples,
+            seed=0, member_chunk=1,
+        )  # fmt: skip
         self.run = dataclasses.replace(run, evaluation=evaluation)
         self.loaded = load(self.run, reporter=SILENT)
         self.tasks, stack = self.loaded.tasks, self.loaded.stack
