@@ -33,8 +33,8 @@ BASE_SHARE = 0.6
 """Most of a device's memory that base weights may take; above it they are divided over ``model``."""
 USABLE = 0.85
 """Share of a device's memory that is planned with; the rest is the compiler's and the allocator's."""
-CACHED = 160 * 2**20
-"""Bytes of activations of a chunk of members beyond which CPUs slow down (32 MiB of L3 cache: see
+CACHED = 16 * 2**20
+"""Bytes of activations of a chunk of members beyond which CPUs slow down (half of 32 MiB of L3 cache: see
 benchmarks/results/population_throughput.md)."""
 HALVINGS = 3
 """How often fewer members together are tried where memory did not suffice."""
