@@ -30,6 +30,25 @@ def test_single_examples_add_up_to_what_the_population_counts(demo_evaluator):
     np.testing.assert_allclose(single.sample.mean(found), scoring.normalised(counts), rtol=1e-6)
     one = single.of_deltas(merged_deltas(evaluator, Finalist(0, keep[1], 0.5, None)))
     np.testing.assert_array_equal(one, found[1])
+    assert_same_sums(single.sums(single.count_masks(keep, 0.5)), counts)
+
+
+def assert_same_sums(found, counted):
+    """Sums over single examples, and the sums that the population counts."""
+    for own, other in zip(found, counted, strict=True):
+        np.testing.assert_allclose(own, other, rtol=2e-5, atol=1e-5)
+    assert np.ptp(counted.value, axis=0).min() > 1e-3  # the masks differ
+
+
+def test_values_of_every_temperature_add_up_too(demo_loaded):
+    search = dataclasses.replace(demo_loaded.run.search, fitness="calibrated")
+    run = dataclasses.replace(demo_loaded.run, search=search)
+    evaluator = Evaluator(dataclasses.replace(demo_loaded, run=run))
+    single = ExampleScores(evaluator, "test")
+    keep = np.random.default_rng(0).random((2, *demo_loaded.mask_spec.shape)) > 0.2
+    counts = evaluator.score(evaluator.inputs("test"), keep, np.full(2, 0.5, np.float32))
+    assert counts.value.ndim == 3
+    assert_same_sums(single.sums(single.count_masks(keep, 0.5)), counts)
 
 
 def test_completions_and_choices_add_up_too(tmp_path):
@@ -43,6 +62,7 @@ def test_completions_and_choices_add_up_too(tmp_path):
     assert (single.sample.task == np.repeat([0, 1], 7)).all()
     np.testing.assert_allclose(single.sample.scores(found), scoring.scores(counts), rtol=2e-5)
     np.testing.assert_allclose(single.sample.mean(found), scoring.normalised(counts), rtol=2e-5)
+    assert_same_sums(single.sums(single.count_masks(keep, 0.5)), counts)
     for i, kept in enumerate(evaluator.loaded.examples["test"][0].inputs["target_branch"]):
         assert single.sample.units_of(0)[i] == (kept > 0).sum()
     answers = evaluator.expert_answers("test")[0]

@@ -10,7 +10,7 @@ from enmp_jax.errors import UserError
 from enmp_jax.evaluation import fitness
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.fitness import FITNESS, TEMPERATURES
-from enmp_jax.evaluation.scoring import Counts, Scoring, count
+from enmp_jax.evaluation.scoring import Counts, Scoring, count_examples, sum_by_task
 
 RNG = np.random.default_rng(0)
 
@@ -78,10 +78,10 @@ def test_classes_that_a_task_does_not_have_change_nothing(name):
 def test_calibrated_is_the_likelihood_at_the_best_temperature_of_each_task():
     task = np.asarray([0, 0, 0, 1, 1, 1, 1])
     sharp = LOGITS * np.where(task == 0, 5.0, 0.3)[:, None]  # task 0 too sure, task 1 not sure enough
-    counts = count(
-        jnp.asarray(log_softmax(sharp)), jnp.asarray(LABEL), jnp.asarray(task), jnp.ones(7, bool), 2,
-        FITNESS["calibrated"],
-    )  # fmt: skip
+    examples = count_examples(
+        jnp.asarray(log_softmax(sharp)), jnp.asarray(LABEL), jnp.ones(7, bool), FITNESS["calibrated"]
+    )
+    counts = sum_by_task(examples, jnp.asarray(task), 2)
     got = fitness.task_values(counts.value, jnp.asarray([3.0, 4.0]), FITNESS["calibrated"])
     for t in range(2):
         rows, labels = sharp[task == t], LABEL[task == t]

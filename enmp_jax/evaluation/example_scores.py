@@ -1,28 +1,29 @@
 """Scores of single examples under a merged model: what paired comparisons of models are made of.
 
-Searches need sums over examples only (``population``); here every example keeps its own score, so that two
-models can be compared on the same ones.
+Searches need sums over examples only (``population``); here every example keeps its own counts, so that two
+models can be compared on the same ones; the sums come from them.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
-from enmp_jax.data import Batches, kind_of
+from enmp_jax.data import Batches
 from enmp_jax.deltas import Deltas
 from enmp_jax.devices.mesh import replicate
 from enmp_jax.evaluation.evaluator import Evaluator, ExecutionPlan
-from enmp_jax.evaluation.kinds import option_log_probabilities, target_log_probabilities
+from enmp_jax.evaluation.kinds import score_batch
 from enmp_jax.evaluation.loaded_run import Split
-from enmp_jax.evaluation.population import EvalInputs
+from enmp_jax.evaluation.population import EvalInputs, score_in_chunks
+from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.merges.base import Ingredients, Merge
-from enmp_jax.models.base import Backbone
 from enmp_jax.search.statistics import Sample
 
 PerExample = Float[np.ndarray, "*member example"]
@@ -54,10 +55,7 @@ class ExampleScores:
         reference = np.asarray(evaluator.scoring(split, normalises=True).reference, float)
         likelihood = np.asarray([kind == "completion" for kind in loaded.kinds])
         self.sample = Sample(task, 1 / (len(reference) * reference), np.concatenate(units), likelihood)
-        backbone = loaded.backbone
-        self._of_deltas = jax.jit(
-            lambda inputs, deltas: _values(backbone, inputs, deltas), out_shardings=self._whole
-        )
+        self._of_deltas = jax.jit(self._counts, out_shardings=self._whole)
 
     def of_masks(
         self,
@@ -66,7 +64,21 @@ class ExampleScores:
         merge: Merge | None = None,
         ingredients: Ingredients | None = None,
     ) -> PerExample:
-        """Of merges under masks or weights.
+        """Of merges under masks or weights; arguments as in ``count_masks``."""
+        return self.scores(self.count_masks(keep, scale, merge, ingredients))
+
+    def of_deltas(self, deltas: Deltas) -> PerExample:
+        """Of one model with these deltas."""
+        return self.scores(self.count_deltas(deltas))
+
+    def count_masks(
+        self,
+        keep: Shaped[np.ndarray, "member *module"],
+        scale: float | Float[np.ndarray, " member"],
+        merge: Merge | None = None,
+        ingredients: Ingredients | None = None,
+    ) -> Counts:
+        """Counts [member, example] of merges under masks or weights.
 
         Args:
             keep: the masks.
@@ -78,38 +90,60 @@ class ExampleScores:
         merge = merge or evaluator.merge
         if ingredients is not None:
             inputs = inputs._replace(ingredients=replicate(ingredients, evaluator.mesh))
-        plan = evaluator.plan(inputs, merge)
-        if plan not in self._compiled:
-            backbone = evaluator.loaded.backbone
-
-            def values(inputs: EvalInputs, keep: Array, scale: Array) -> tuple[Array, ...]:
-                def member(given: tuple[Array, Array]) -> tuple[Array, ...]:
-                    return _values(backbone, inputs, plan.merge.merge(inputs.ingredients, *given))
-
-                return jax.lax.map(member, (keep, scale), batch_size=min(plan.member_chunk, len(keep)))
-
-            self._compiled[plan] = jax.jit(values, out_shardings=self._whole)
         scales = np.broadcast_to(np.asarray(scale, np.float32), len(keep))
-        return self._ordered(self._compiled[plan](inputs, keep, scales))
 
-    def of_deltas(self, deltas: Deltas) -> PerExample:
-        """Of one model with these deltas."""
+        def counted(plan: ExecutionPlan) -> Counts:
+            if plan not in self._compiled:
+                compiled = jax.jit(functools.partial(self._count, plan.merge), out_shardings=self._whole)
+                self._compiled[plan] = compiled
+            count = functools.partial(self._compiled[plan], inputs)
+            rounds = math.ceil(len(keep) / plan.member_chunk)
+            size = math.ceil(len(keep) / rounds)
+            return score_in_chunks(lambda *masks: self._ordered(count(*masks)), keep, scales, size)
+
+        return evaluator.bearing(evaluator.plan(inputs, merge), counted)
+
+    def count_deltas(self, deltas: Deltas) -> Counts:
+        """Counts [example] of one model with these deltas."""
         return self._ordered(self._of_deltas(self._inputs._replace(ingredients=None), deltas))
 
-    def _ordered(self, values: tuple[Array, ...]) -> PerExample:
-        """Values of every bucket, [*member, batches, rows] each, in the order of the examples."""
-        rows = [np.asarray(x)[..., real] for x, real in zip(values, self._real, strict=True)]
-        return np.concatenate(rows, axis=-1)[..., self._order].astype(float)
+    def scores(self, counts: Counts) -> PerExample:
+        """What an example is scored by."""
+        likelihood = self.sample.likelihood
+        if likelihood is None:
+            return np.asarray(counts.correct)
+        return np.where(likelihood[self.sample.task], counts.log_likelihood, counts.correct)
 
+    def sums(self, counts: Counts) -> Counts:
+        """Counts of examples, added up: [*member, task]."""
+        axis, tasks = np.ndim(counts.correct) - 1, range(len(self.sample.weight))
+        own = [self.sample.task == task for task in tasks]
+        return Counts(
+            *(np.stack([np.compress(rows, x, axis).sum(axis) for rows in own], axis) for x in counts)
+        )
 
-def _values(backbone: Backbone, inputs: EvalInputs, deltas: Deltas) -> tuple[Array, ...]:
-    """``PerExample`` of every bucket: [batches, rows]."""
+    def _count(
+        self, merge: Merge, inputs: EvalInputs, keep: Shaped[Array, "member ..."], scale: Array
+    ) -> tuple[Counts, ...]:
+        return jax.vmap(lambda *mask: self._counts(inputs, merge.merge(inputs.ingredients, *mask)))(
+            keep, scale
+        )
 
-    def one(batch: Batches) -> Array:
-        if kind_of(batch.inputs) == "completion":
-            found = target_log_probabilities(backbone, inputs.params, batch, deltas)
-            return jnp.where(batch.inputs["target_branch"] > 0, found, 0.0).sum(axis=1)
-        scores = option_log_probabilities(backbone, inputs.params, inputs.heads, batch, deltas)
-        return (jnp.argmax(scores, axis=-1) == batch.label).astype(jnp.float32)
+    def _counts(self, inputs: EvalInputs, deltas: Deltas) -> tuple[Counts, ...]:
+        """Of every bucket: [batches, rows]."""
+        backbone, kind = self._evaluator.loaded.backbone, self._evaluator.kind
 
-    return tuple(jax.lax.map(one, bucket) for bucket in inputs.batches)
+        def one(batch: Batches) -> Counts:
+            return score_batch(backbone, inputs.params, inputs.heads, batch, deltas, kind)
+
+        return tuple(jax.lax.map(one, bucket) for bucket in inputs.batches)
+
+    def _ordered(self, buckets: tuple[Counts, ...]) -> Counts:
+        """Counts of every bucket, [*member, batches, rows] each, in the order of the examples."""
+        lead = (slice(None),) * (buckets[0].correct.ndim - 2)
+
+        def arranged(*values: Array) -> np.ndarray:
+            rows = [np.asarray(x)[(*lead, real)] for x, real in zip(values, self._real, strict=True)]
+            return np.concatenate(rows, axis=len(lead))[(*lead, self._order)].astype(float)
+
+        return Counts(*(arranged(*values) for values in zip(*buckets, strict=True)))

@@ -19,7 +19,7 @@ from enmp_jax.data.batches import Batches, LikeliestTokens
 from enmp_jax.data.layout import kind_of
 from enmp_jax.deltas import Deltas
 from enmp_jax.evaluation.fitness import Fitness, state_distance
-from enmp_jax.evaluation.scoring import Counts, Heads, class_log_probabilities, count
+from enmp_jax.evaluation.scoring import Counts, Heads, class_log_probabilities, count_examples, sum_by_task
 from enmp_jax.models.base import Backbone, Params
 from enmp_jax.models.causal import at_answers, choice_scores, log_probability
 
@@ -44,7 +44,27 @@ def count_batch(
     kind: Fitness,
     start: Start | None = None,
 ) -> Counts:
-    """Counts of one batch (no leading axis) under one merged model.
+    """Counts of one batch under one merged model, by task.
+
+    Args:
+        n_tasks: number of tasks.
+
+    The others: see ``score_batch``.
+    """
+    examples = score_batch(backbone, params, heads, batch, deltas, kind, start)
+    return sum_by_task(examples, batch.task, n_tasks)
+
+
+def score_batch(
+    backbone: Backbone,
+    params: Params,
+    heads: Heads,
+    batch: Batches,
+    deltas: Deltas,
+    kind: Fitness,
+    start: Start | None = None,
+) -> Counts:
+    """Counts of every example of one batch (no leading axis) under one merged model: [row].
 
     Args:
         backbone: the base model.
@@ -52,8 +72,7 @@ def count_batch(
         heads: of the classification tasks.
         batch: examples of tasks of one kind.
         deltas: of the merged model.
-        n_tasks: number of tasks.
-        kind: the fitness whose values are summed.
+        kind: the fitness whose values are counted.
         start: where to begin; default: from the embeddings.
     """
     if kind.hidden:
@@ -63,19 +82,17 @@ def count_batch(
         assert batch.states is not None, "this fitness needs the experts' hidden states"
         assert not isinstance(expert, LikeliestTokens), "hidden states are compared for classification only"
         distance = state_distance(states, batch.states)
-        return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, expert, distance)
+        return count_examples(scores, batch.label, batch.mask, kind, expert, distance)
     if kind_of(batch.inputs) != "completion":
         scores = option_log_probabilities(backbone, params, heads, batch, deltas, start)
         assert not isinstance(batch.expert, LikeliestTokens)
-        return count(scores, batch.label, batch.task, batch.mask, n_tasks, kind, batch.expert)
+        return count_examples(scores, batch.label, batch.mask, kind, batch.expert)
     read = partial(read_tokens, kind=kind)
     correct, found, value = at_targets(backbone, params, batch, deltas, read, batch.expert, start)
     real = (batch.inputs["target_branch"] > 0) & batch.mask[:, None]
-    member = jax.nn.one_hot(batch.task, n_tasks)
 
     def summed(x: Array) -> Array:
-        kept = jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0.0)
-        return jnp.tensordot(member.T, kept.sum(axis=1), 1)
+        return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0.0).sum(axis=1)
 
     return Counts(summed(correct.astype(jnp.float32)), summed(found), summed(value))
 
@@ -97,7 +114,7 @@ def option_log_probabilities(
     deltas: Deltas,
     start: Start | None = None,
 ) -> Float[Array, "row option"]:
-    """Log-probabilities of the classes or choices of every example; arguments as in ``count_batch``.
+    """Log-probabilities of the classes or choices of every example; arguments as in ``score_batch``.
 
     Those of choices are their log-likelihoods, each divided by its length, made to sum to one.
     """
@@ -116,7 +133,7 @@ def option_log_probabilities(
 def target_log_probabilities(
     backbone: Backbone, params: Params, batch: Batches, deltas: Deltas, start: Start | None = None
 ) -> Float[Array, "row target"]:
-    """Log-probabilities (nats) of the targets of a generative task; arguments as in ``count_batch``."""
+    """Log-probabilities (nats) of the targets of a generative task; arguments as in ``score_batch``."""
     read = lambda x, target, _: log_probability(x, target)  # noqa: E731
     return at_targets(backbone, params, batch, deltas, read, start=start)
 
@@ -139,7 +156,7 @@ def at_targets(
         deltas: of the merged model.
         read: returns arrays [n, ...].
         expert: a pytree of arrays [row, target, ...].
-        start: see ``count_batch``.
+        start: see ``score_batch``.
 
     Returns:
         What ``read`` returns, [row, target, ...].

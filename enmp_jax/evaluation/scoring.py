@@ -28,7 +28,10 @@ class Heads:
 
 
 class Counts(NamedTuple):
-    """Sums per task over its units: examples or, of completions, tokens. Divide by their number for means."""
+    """Sums per task over its units: examples or, of completions, tokens. Divide by their number for means.
+
+    Or, where it is said, of every example by itself: ``task`` is an axis of examples then.
+    """
 
     correct: Float[Array | np.ndarray, "*member task"]
     log_likelihood: Float[Array | np.ndarray, "*member task"]
@@ -98,40 +101,37 @@ def class_log_probabilities(
     return jax.nn.log_softmax(jnp.where(heads.allowed[task], own, -jnp.inf), axis=-1)
 
 
-def count(
+def count_examples(
     log_probabilities: Float[Array, "batch class"],
     label: Int[Array, " batch"],
-    task: Int[Array, " batch"],
     mask: Bool[Array, " batch"],
-    n_tasks: int,
     kind: Fitness = FITNESS["accuracy"],
     expert: Float[Array, "batch class"] | None = None,
     distance: Float[Array, " batch"] | float = 0.0,
 ) -> Counts:
-    """Correct answers, summed log-likelihoods and fitness values of a padded batch, per task.
+    """Whether every example of a padded batch is right, its log-likelihood and its fitness value: [batch].
 
     Args:
         log_probabilities: of the merged model.
         label: the right class of each example.
-        task: the task of each example.
-        mask: False where a row is padding.
-        n_tasks: number of tasks.
-        kind: whose values are summed.
+        mask: False where a row is padding, which counts nothing.
+        kind: whose values are counted.
         expert: log-probabilities of each example's own unmerged adapter, if the kind needs them.
         distance: of hidden states from the expert's, if the kind has a weight for it.
     """
     correct = jnp.argmax(log_probabilities, axis=-1) == label
     own = jnp.take_along_axis(log_probabilities, label[:, None], axis=1)[:, 0]
-    member = jax.nn.one_hot(task, n_tasks) * mask[:, None]
     value = kind.value(log_probabilities, label, expert)
     if kind.hidden:
         value -= kind.hidden * distance
     value = jnp.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, 0.0)
-    return Counts(
-        correct.astype(jnp.float32) @ member,
-        jnp.where(mask, own, 0.0) @ member,
-        jnp.tensordot(member.T, value, 1),
-    )
+    return Counts((correct & mask).astype(jnp.float32), jnp.where(mask, own, 0.0), value)
+
+
+def sum_by_task(examples: Counts, task: Int[Array, " batch"], n_tasks: int) -> Counts:
+    """Counts of single examples [batch], added up for every task: [task]."""
+    member = jax.nn.one_hot(task, n_tasks)
+    return Counts(*(jnp.tensordot(member.T, x, 1) for x in examples))
 
 
 class Scoring(NamedTuple):

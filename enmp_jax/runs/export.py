@@ -24,6 +24,7 @@ from enmp_jax.deltas import Deltas
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.loaded_run import LoadedRun, load, load_run_adapters
+from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.io.files import write_bytes
 from enmp_jax.io.progress import Reporter
 from enmp_jax.io.writing import check_unused
@@ -87,7 +88,11 @@ def merged_deltas(evaluator: Evaluator, best: Finalist) -> Any:
 
 def test_deltas(evaluator: Evaluator, deltas: Deltas) -> dict[str, Any]:
     """Scores of one model on the test split, as ``scores.json`` has them."""
-    counts = evaluator.score_deltas(evaluator.inputs("test"), deltas)
+    return test_scores(evaluator, evaluator.score_deltas(evaluator.inputs("test"), deltas))
+
+
+def test_scores(evaluator: Evaluator, counts: Counts) -> dict[str, Any]:
+    """Scores of one model that was counted on the test split, as ``scores.json`` has them."""
     found = task_scores(evaluator, "test", {"model": 0}, one_model(counts))
     return {
         "accuracy": found["model"],

@@ -34,7 +34,9 @@ def final_test(
     plain = spec.all_kept()
     masks = np.stack([plain, ~plain, *(f.keep for f in winners.values())])  # nothing left is the base
     scales = np.asarray([scale, scale, *(f.scale for f in winners.values())], np.float32)
-    counts = evaluator.score(evaluator.inputs("test"), masks, scales)
+    single = ExampleScores(evaluator, "test")
+    counted = single.count_masks(masks, scales)
+    counts, examples = single.sums(counted), single.scores(counted)
     normalised = np.asarray(scoring.normalised(counts))
     gains = normalised[2:] - normalised[0]
     row = 2 + list(winners).index(best.seed)
@@ -67,14 +69,10 @@ def final_test(
     found |= generated(evaluator, "test", compared)
     if best.keep.dtype != bool:
         found["weighted"] = len(spec.weighted_modules(best.keep))
+    models = {"merged": examples[0], "enmp": examples[row]}
     if refined is not None:
-        found = with_refined(found, test_refined(evaluator, refined))
-    single = ExampleScores(evaluator, "test")
-    both = np.stack([plain, best.keep])  # weights, if these are weights
-    examples = single.of_masks(both, np.asarray([scale, best.scale], np.float32))
-    models = {"merged": examples[0], "enmp": examples[1]}
-    if refined is not None:
-        models["refined"] = single.of_deltas(refined.deltas)
+        scores, models["refined"] = test_refined(evaluator, single, refined)
+        found = with_refined(found, scores)
     given = answers.content(single, found["reference"], models)
     return found | {"interval": answers.intervals(given)}, given
 

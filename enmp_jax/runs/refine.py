@@ -14,7 +14,7 @@ from enmp_jax.config.sections import RefineConfig
 from enmp_jax.devices.distributed import barrier
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
-from enmp_jax.evaluation.example_scores import ExampleScores
+from enmp_jax.evaluation.example_scores import ExampleScores, PerExample
 from enmp_jax.evaluation.loaded_run import load
 from enmp_jax.io import signals
 from enmp_jax.io.checkpoints import Checkpoints, fingerprint
@@ -23,7 +23,7 @@ from enmp_jax.io.progress import Progress, Reporter
 from enmp_jax.io.writing import check_unused
 from enmp_jax.runs import answers, mask_file
 from enmp_jax.runs.directory import finished
-from enmp_jax.runs.export import merged_deltas, prepare_refined, recipe_of, test_deltas, write_refined
+from enmp_jax.runs.export import merged_deltas, prepare_refined, recipe_of, test_scores, write_refined
 from enmp_jax.runs.finalists import Finalist
 from enmp_jax.training.refine import Refined, refine
 
@@ -64,9 +64,13 @@ def refine_winner(
     return refined
 
 
-def test_refined(evaluator: Evaluator, refined: Refined) -> dict[str, Any]:
-    """Scores of a refined merge on the test split, and the step that it is from."""
-    return test_deltas(evaluator, refined.deltas) | {"steps": refined.step}
+def test_refined(
+    evaluator: Evaluator, single: ExampleScores, refined: Refined
+) -> tuple[dict[str, Any], PerExample]:
+    """Scores of a refined merge on the test split and the step that it is from; its scores of examples."""
+    counted = single.count_deltas(refined.deltas)
+    found = test_scores(evaluator, single.sums(counted)) | {"steps": refined.step}
+    return found, single.scores(counted)
 
 
 def with_refined(scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -105,13 +109,12 @@ def refine_run(
     saved = mask_file.load(run_dir / "mask.json", loaded.stack)
     best = Finalist(scores["seed"], saved.keep, saved.scale or 1.0, None)
     refined = refine_winner(evaluator, best, config, run_dir / "checkpoints" / "refine", reporter)
-    scores = with_refined(scores, test_refined(evaluator, refined))
-    given = None
+    single = ExampleScores(evaluator, "test")
+    found, examples = test_refined(evaluator, single, refined)
+    scores, given = with_refined(scores, found), None
     if (run_dir / answers.NAME).exists():
-        single = ExampleScores(evaluator, "test")
-        models = {"refined": single.of_deltas(refined.deltas)}
         before = read_json(run_dir / answers.NAME)
-        given = answers.content(single, scores["reference"], models, before)
+        given = answers.content(single, scores["reference"], {"refined": examples}, before)
         scores["interval"] = answers.intervals(given)
     one = prepare_refined(evaluator, refined)
     if one.exported:
