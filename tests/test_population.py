@@ -14,7 +14,7 @@ from enmp_jax.devices.mesh import make_mesh
 from enmp_jax.errors import UserError
 from enmp_jax.evaluation.evaluator import Evaluator
 from enmp_jax.evaluation.population import make_evaluate, score_in_chunks
-from enmp_jax.evaluation.scoring import class_log_probabilities, count
+from enmp_jax.evaluation.scoring import class_log_probabilities, count_examples, sum_by_task
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def by_hand(evaluator, inputs, keep, scale):
                 inputs.params, {k: v[i] for k, v in bucket.inputs.items()}, dense
             )
             scores = class_log_probabilities(inputs.heads, features, bucket.task[i])
-            counts = count(scores, bucket.label[i], bucket.task[i], bucket.mask[i], 6)
+            examples = count_examples(scores, bucket.label[i], bucket.mask[i])
+            counts = sum_by_task(examples, bucket.task[i], 6)
             correct, likelihood = correct + counts.correct, likelihood + counts.log_likelihood
     return correct, likelihood
 

@@ -6,9 +6,10 @@ import pytest
 
 from enmp_jax.evaluation.scoring import (
     class_log_probabilities,
-    count,
+    count_examples,
     mean_normalised,
     stack_heads,
+    sum_by_task,
 )
 
 RNG = np.random.default_rng(0)
@@ -38,7 +39,8 @@ def test_every_example_is_scored_by_its_own_head(normalise):
 def test_counts_leave_padding_out():
     scores = jnp.log(jnp.asarray([[0.7, 0.3], [0.2, 0.8], [0.6, 0.4], [0.5, 0.5]]))
     label, task = jnp.asarray([0, 0, 0, 1]), jnp.asarray([0, 0, 1, 1])
-    counts = count(scores, label, task, jnp.asarray([True, True, True, False]), n_tasks=3)
+    examples = count_examples(scores, label, jnp.asarray([True, True, True, False]))
+    counts = sum_by_task(examples, task, 3)
     np.testing.assert_array_equal(counts.correct, [1, 1, 0])
     expected = [np.log(0.7) + np.log(0.2), np.log(0.6), 0]
     np.testing.assert_allclose(counts.log_likelihood, expected, rtol=1e-6)
@@ -46,7 +48,8 @@ def test_counts_leave_padding_out():
 
 def test_an_impossible_label_in_padding_gives_no_nan():
     scores = jnp.asarray([[0.0, -jnp.inf]])
-    counts = count(scores, jnp.asarray([1]), jnp.asarray([0]), jnp.asarray([False]), n_tasks=1)
+    examples = count_examples(scores, jnp.asarray([1]), jnp.asarray([False]))
+    counts = sum_by_task(examples, jnp.asarray([0]), 1)
     assert np.all(np.isfinite(counts.log_likelihood))
 
 
