@@ -60,7 +60,7 @@ class Suite:
 
     def __init__(self, name: str, test_examples: int | None):
         run = run_file.load(name)
-        # one mask at a time: on a CPU no slower than several together, and none is filled up with copies
+        # one mask at a time: no chunk is filled up with copies, and larger models are no slower for it
         evaluation = dataclasses.replace(
             run.evaluation, search_examples=None, selection_examples=None, test_examples=test_examples,
             seed=0, member_chunk=1,
@@ -194,14 +194,11 @@ class Data(NamedTuple):
 
     def counts(self, keep: np.ndarray, scale: float | np.ndarray) -> Counts:
         """Of masks or weights [member, layer, task] or [member, layer, projection, task]."""
-        if len(keep) == 1 and HIDDEN not in self.kinds:  # a whole chunk of members would be scored for it
+        if len(keep) == 1 and HIDDEN not in self.kinds:  # by a program that all merge settings share
             found = self.suite.count_deltas(self.inputs, self.merged(keep[0], float(np.ravel(scale)[0])))
             return Counts(*(np.asarray(x)[None] for x in found))
-        chunk, n = self.evaluator.plan(self.inputs).member_chunk, len(keep)
-        rows = np.minimum(np.arange(-(-n // chunk) * chunk), n - 1)  # whole chunks: one compilation
-        scales = np.broadcast_to(np.asarray(scale, np.float32), n)[rows]
-        found = self.evaluator.score(self.inputs, self.written_out(keep)[rows], scales)
-        return Counts(*(np.asarray(x)[:n] for x in found))
+        scales = np.broadcast_to(np.asarray(scale, np.float32), len(keep))
+        return self.evaluator.score(self.inputs, self.written_out(keep), scales)
 
     def merged(self, keep: np.ndarray, scale: float) -> Deltas:
         """The merge under one mask or weights, as full matrices."""

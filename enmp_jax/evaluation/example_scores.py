@@ -7,7 +7,6 @@ models can be compared on the same ones; the sums come from them.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from enmp_jax.devices.mesh import replicate
 from enmp_jax.evaluation.evaluator import Evaluator, ExecutionPlan
 from enmp_jax.evaluation.kinds import score_batch
 from enmp_jax.evaluation.loaded_run import Split
-from enmp_jax.evaluation.population import EvalInputs, score_in_chunks
+from enmp_jax.evaluation.population import EvalInputs, equal_chunks, score_in_chunks
 from enmp_jax.evaluation.scoring import Counts
 from enmp_jax.merges.base import Ingredients, Merge
 from enmp_jax.search.statistics import Sample
@@ -55,6 +54,7 @@ class ExampleScores:
         reference = np.asarray(evaluator.scoring(split, normalises=True).reference, float)
         likelihood = np.asarray([kind == "completion" for kind in loaded.kinds])
         self.sample = Sample(task, 1 / (len(reference) * reference), np.concatenate(units), likelihood)
+        self._completes = likelihood[task]
         self._of_deltas = jax.jit(self._counts, out_shardings=self._whole)
 
     def of_masks(
@@ -97,8 +97,7 @@ class ExampleScores:
                 compiled = jax.jit(functools.partial(self._count, plan.merge), out_shardings=self._whole)
                 self._compiled[plan] = compiled
             count = functools.partial(self._compiled[plan], inputs)
-            rounds = math.ceil(len(keep) / plan.member_chunk)
-            size = math.ceil(len(keep) / rounds)
+            _, size = equal_chunks(len(keep), plan.member_chunk)
             return score_in_chunks(lambda *masks: self._ordered(count(*masks)), keep, scales, size)
 
         return evaluator.bearing(evaluator.plan(inputs, merge), counted)
@@ -109,10 +108,7 @@ class ExampleScores:
 
     def scores(self, counts: Counts) -> PerExample:
         """What an example is scored by."""
-        likelihood = self.sample.likelihood
-        if likelihood is None:
-            return np.asarray(counts.correct)
-        return np.where(likelihood[self.sample.task], counts.log_likelihood, counts.correct)
+        return np.where(self._completes, counts.log_likelihood, counts.correct)
 
     def sums(self, counts: Counts) -> Counts:
         """Counts of examples, added up: [*member, task]."""

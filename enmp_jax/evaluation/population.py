@@ -79,8 +79,7 @@ def make_evaluate(
     ) -> Counts:
         size = keep.shape[0]
         share = math.ceil(size / n_shards)
-        rounds = math.ceil(share / (member_chunk or share))
-        chunk = math.ceil(share / rounds)  # equal chunks: a remainder would compile all of it again
+        rounds, chunk = equal_chunks(share, member_chunk or share)
         keep, scale = (_pad(x, n_shards * rounds * chunk - size) for x in (keep, scale))
         counts = on_mesh(partial(shard, chunk=chunk), mesh, (MEMBERS, MEMBERS))(inputs, keep, scale)
         return jax.tree.map(lambda x: x[:size], counts)
@@ -167,6 +166,17 @@ def place(inputs: EvalInputs, mesh: Mesh, backbone: Backbone) -> EvalInputs:
 
 def _pad(x: Array, extra: int) -> Array:
     return jnp.concatenate([x, jnp.repeat(x[-1:], extra, axis=0)]) if extra else x
+
+
+def equal_chunks(members: int, most: int) -> tuple[int, int]:
+    """How many chunks of how many members: equal ones, as a remainder would compile all of it again.
+
+    Args:
+        members: of all chunks together.
+        most: of one chunk.
+    """
+    rounds = math.ceil(members / most)
+    return rounds, math.ceil(members / rounds)
 
 
 def score_in_chunks(

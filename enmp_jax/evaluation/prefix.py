@@ -28,6 +28,7 @@ from enmp_jax.evaluation.population import (
     MEMBERS,
     SHARED,
     EvalInputs,
+    equal_chunks,
     on_mesh,
     sum_over_batches,
 )
@@ -100,8 +101,7 @@ def make_evaluate_from(
     def evaluate(inputs: EvalInputs, parent: Keep, scale: Array | float, keep: Array) -> Counts:
         size = len(keep)
         share = math.ceil(size / n_shards)
-        rounds = math.ceil(share / (member_chunk or share))
-        chunk = math.ceil(share / rounds)
+        rounds, chunk = equal_chunks(share, member_chunk or share)
         # filled up with the parent, which runs no layer again
         keep = _pad(jnp.asarray(keep), parent, n_shards * rounds * chunk)
         # each device has a chunk of every round: with a block of the order one would have all the long ones
